@@ -1,0 +1,39 @@
+# `make quickstart` and `make test` set everything up by themselves; nothing but Python 3.11+ is needed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKSPACE ?= workspaces/digits
+
+.PHONY: quickstart test test-fast lint format browser benchmarks clean
+
+quickstart: $(STAMP)
+	$(BIN)/graceful replay examples/digits.toml --root $(WORKSPACE)
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest -q --durations=15
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not slow and not browser"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmarks: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+# uv installs four to six times faster than pip; pip brings uv.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) workspaces .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,321 @@
+"""RolloutPolicy + Evidence -> Decision. Pure: no I/O, no clock, no random act.
+
+Every guard is judged PASS, FAIL or UNKNOWN on states that would really be served, and the outcome follows from the
+first rule that applies:
+
+1. Empty lineage: BOOTSTRAP (self-test only). Anything missing: HOLD, naming it.
+2. The fully backfilled state FAILs a guard: HOLD.
+3. Some fraction passes all guards in every state from 0 to itself: COMPATIBLE_ROLLOUT with the fraction of best net
+   value (without prices: the smallest). All those states are really served while the re-index runs.
+4. Only full backfill passes, and it pays before the next generation is due: FULL_BACKFILL. Its only state is 1.0,
+   because the pointer moves last. Without prices it is taken to pay, and the reasons say so.
+5. Something is UNKNOWN: INCONCLUSIVE with the further queries for the cheapest option that could still pass.
+6. Otherwise HOLD.
+
+Shares and differences are in [-1, 1] here; texts speak of points and per cent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from evaluation.cost import net_value
+from evaluation.evidence import (
+    NFR_FAMILIES,
+    OVERALL,
+    CertificateEvidence,
+    Evidence,
+    StateEvidence,
+    certify,
+    gather_evidence,
+    wave_zero_generations,
+)
+from evaluation.guards import Option, Reason, full_option, limit_of, pays, percent, rollout_options, standing, state_of
+from evaluation.outcomes import fraction_state
+from evaluation.policy import RolloutPolicy
+from evaluation.power import queries_for_margin, queries_for_nfr
+
+__all__ = [
+    "CertificateToIssue",
+    "Decision",
+    "Evidence",
+    "Outcome",
+    "Reason",
+    "RolloutPolicy",
+    "certify",
+    "decide",
+    "gather_evidence",
+    "wave_zero_generations",
+]
+
+Outcome = Literal["BOOTSTRAP", "COMPATIBLE_ROLLOUT", "FULL_BACKFILL", "HOLD", "INCONCLUSIVE"]
+
+
+class CertificateToIssue(BaseModel):
+    """Queries of the first may be scored against vectors of the second, once the decision is recorded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    query_generation: str = Field(description="The candidate.")
+    gallery_generation: str = Field(description="The generation whose vectors it may read.")
+
+
+class Decision(BaseModel):
+    """What to do, and why. The decisive reasons come first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    outcome: Outcome = Field(description="What to do.")
+    summary: str = Field(description="The outcome and its reason in one sentence.")
+    candidate: str = Field(description="The generation that was judged.")
+    champion: str | None = Field(description="The generation that served when it was judged.")
+    fraction: float | None = Field(default=None, description="Fraction of the gallery to re-embed.")
+    order: str | None = Field(default=None, description="Order in which to re-embed.")
+    wave_zero_generations: tuple[str, ...] = Field(default=(), description="Owners to re-embed before the move.")
+    queries_needed: int | None = Field(default=None, description="Further queries that would settle the matter.")
+    queries_needed_for: str | None = Field(default=None, description="Which option and guard they are for.")
+    certificates: tuple[CertificateToIssue, ...] = Field(default=(), description="Certificates to issue with it.")
+    reasons: tuple[Reason, ...] = Field(description="Every guard with threshold, value, bound, n and verdict.")
+
+
+def decide(evidence: Evidence, policy: RolloutPolicy) -> Decision:
+    """Apply the rules above to the evidence."""
+    missing = missing_pieces(evidence, policy)
+    if missing:
+        return _hold(evidence, f"{len(missing)} piece(s) of evidence are missing, first: {missing[0].scope}", missing)
+    if evidence.is_first_generation:
+        return _bootstrap(evidence)
+    full, rollouts = full_option(evidence, policy), rollout_options(evidence, policy)
+    everything = (*full.reasons, *(reason for option in rollouts for reason in option.reasons), *standing(evidence))
+    failed = full.with_verdict("FAIL")
+    if failed:
+        return _hold(evidence, f"even the fully backfilled state fails: {failed[0].text}", (*failed, *everything))
+    passing = [option for option in rollouts if option.verdict == "PASS"]
+    if passing:
+        return _rollout(evidence, passing, everything)
+    paying = Option(full.name, full.fraction, (*full.reasons, pays(evidence, policy)))
+    if paying.verdict == "PASS":
+        return _full_backfill(evidence, paying, rollouts, everything)
+    undecided = [option for option in (*rollouts, paying) if option.verdict == "UNKNOWN"]
+    if undecided:
+        return _inconclusive(evidence, policy, undecided, (*paying.reasons, *everything))
+    blocking = (*paying.with_verdict("FAIL"), *(r for option in rollouts for r in option.with_verdict("FAIL")))
+    return _hold(evidence, f"no option passes: {blocking[0].text}", (*blocking, *everything))
+
+
+def missing_pieces(evidence: Evidence, policy: RolloutPolicy) -> tuple[Reason, ...]:
+    """Everything without which no rollout may be decided."""
+    names = list(evidence.missing)
+    if evidence.self_test is None and not any("self-test" in name for name in names):
+        names.append("self-test")
+    if not evidence.is_first_generation:
+        names += _missing_limits(evidence, policy) + _missing_states(evidence, policy)
+    return tuple(
+        Reason(
+            guard="missing", scope=name, verdict="UNKNOWN", text=f"missing: {name}; nothing is rolled out without it"
+        )
+        for name in dict.fromkeys(names)
+    )
+
+
+def _missing_limits(evidence: Evidence, policy: RolloutPolicy) -> list[str]:
+    names = ("quality_margin_points", "max_nfr", "max_dip_points", "max_wave_zero_share")
+    missing = [f"threshold: {name} of the policy" for name in names if getattr(policy, name) is None]
+    for name in ("alpha", "metric", "k", "quality_margin_points"):
+        found, asked = getattr(evidence, name), getattr(policy, name)
+        if found != asked:
+            missing.append(f"threshold: evidence gathered for {name} {found}, policy asks for {asked}; gather again")
+    return missing
+
+
+def _missing_states(evidence: Evidence, policy: RolloutPolicy) -> list[str]:
+    missing = []
+    if evidence.champion is None:
+        missing.append("baseline: the champion")
+    if not evidence.certificates and set(evidence.live_owners) != {evidence.candidate}:
+        missing.append("baseline: certificates of the live owners")
+    scopes = {state.scope for state in evidence.states}
+    for required in (OVERALL, *policy.required_slices):
+        inside = [scope for scope in scopes if scope == required or scope.startswith(f"{required}=")]
+        if not inside:
+            missing.append(f"slice {required!r}" if required != OVERALL else "metric: all states")
+        for scope in sorted(inside):
+            for fraction in policy.fractions:
+                if not _measured(evidence, scope, fraction):
+                    missing.append(f"metric: state {fraction_state(fraction)!r} in {scope}")
+    return missing
+
+
+def _measured(evidence: Evidence, scope: str, fraction: float) -> bool:
+    found = [state for state in evidence.states if state.scope == scope and state.fraction == fraction]
+    return len(found) == 1 and found[0].num_queries > 0 and None not in (found[0].difference, found[0].nfr)
+
+
+def _bootstrap(evidence: Evidence) -> Decision:
+    return _decision(
+        evidence,
+        outcome="BOOTSTRAP",
+        summary=f"BOOTSTRAP: the lineage is empty and the self-test of {evidence.candidate} was measured "
+        f"({percent(evidence.self_test)}); it serves as the first generation.",
+        certificates=_certificates(evidence),
+        reasons=standing(evidence),
+    )
+
+
+def _hold(evidence: Evidence, why: str, reasons: Iterable[Reason]) -> Decision:
+    return _decision(evidence, outcome="HOLD", summary=f"HOLD: {why}.", reasons=reasons)
+
+
+def _rollout(evidence: Evidence, passing: Sequence[Option], everything: Iterable[Reason]) -> Decision:
+    chosen, why = _best(evidence, passing)
+    waves = evidence.wave_zero_generations
+    before = f" Before the move, the rows of {', '.join(waves)} are re-embedded." if waves else ""
+    return _decision(
+        evidence,
+        outcome="COMPATIBLE_ROLLOUT",
+        summary=f"COMPATIBLE_ROLLOUT: serve queries with {evidence.candidate} now and re-embed "
+        f"{chosen.fraction:.0%} of the gallery in order '{evidence.order}': every guard passes on the whole way "
+        f"({why}).{before}",
+        fraction=chosen.fraction,
+        order=evidence.order,
+        wave_zero_generations=waves,
+        certificates=_certificates(evidence),
+        reasons=(*chosen.reasons, *everything),
+    )
+
+
+def _best(evidence: Evidence, passing: Sequence[Option]) -> tuple[Option, str]:
+    values = {}
+    for option in passing:
+        cost = next((cost for cost in evidence.costs if cost.fraction == option.fraction), None)
+        gain = state_of(evidence, OVERALL, option.fraction).difference_lower
+        if cost is not None and gain is not None and evidence.cost_inputs is not None:
+            values[option.fraction] = net_value(evidence.cost_inputs, cost, 100 * gain)
+    known = {fraction: value for fraction, value in values.items() if value is not None}
+    if len(known) < len(passing):
+        return passing[0], "no prices given: the smallest fraction that passes"
+    best = max(passing, key=lambda option: known[option.fraction])
+    return best, f"best net value {known[best.fraction]:,.0f} of {len(passing)} fractions that pass"
+
+
+def _full_backfill(
+    evidence: Evidence, full: Option, rollouts: Sequence[Option], everything: Iterable[Reason]
+) -> Decision:
+    blocking = next(reason for option in rollouts for reason in option.reasons if reason.verdict != "PASS")
+    return _decision(
+        evidence,
+        outcome="FULL_BACKFILL",
+        summary=f"FULL_BACKFILL: only the fully backfilled state passes ({full.reasons[-1].text}); a "
+        f"compatible rollout does not: {blocking.text}.",
+        fraction=1.0,
+        order=evidence.order,
+        certificates=_certificates(evidence),
+        reasons=(*full.reasons, blocking, *everything),
+    )
+
+
+def _inconclusive(
+    evidence: Evidence, policy: RolloutPolicy, undecided: Sequence[Option], everything: Iterable[Reason]
+) -> Decision:
+    hopeful = [option for option in undecided if all(map(_on_good_side, option.with_verdict("UNKNOWN")))]
+    option = (hopeful or list(undecided))[0]
+    open_reasons = option.with_verdict("UNKNOWN")
+    needs = [(further_queries(reason, evidence, policy), reason) for reason in open_reasons]
+    unreachable = [reason for number, reason in needs if number is None]
+    number, reason = max(((n or 0, r) for n, r in needs), key=lambda need: need[0])
+    reason = unreachable[0] if unreachable else reason
+    what = f"{option.name}: {reason.guard} ({reason.scope}{', ' + reason.state if reason.state else ''})"
+    amount = "no reachable number of further queries" if unreachable else f"about {number:,} further queries"
+    return _decision(
+        evidence,
+        outcome="INCONCLUSIVE",
+        summary=f"INCONCLUSIVE: {amount} would settle the cheapest option that could still pass, {what}, if what was "
+        f"observed holds (power {policy.power:.0%}).",
+        queries_needed=None if unreachable else number,
+        queries_needed_for=what,
+        reasons=(*open_reasons, *everything),
+    )
+
+
+def _on_good_side(reason: Reason) -> bool:
+    """Whether the guard would pass if more queries gave the same numbers. Wave 0: its certificates may still pass."""
+    if reason.guard == "wave zero":
+        return True
+    if reason.value is None or reason.threshold is None:
+        return False
+    return reason.value >= reason.threshold if reason.guard in ("quality", "dip") else reason.value <= reason.threshold
+
+
+def further_queries(reason: Reason, evidence: Evidence, policy: RolloutPolicy) -> int | None:
+    """Further queries (of the reason's scope) that would settle an UNKNOWN guard, if what was observed holds.
+
+    None when no reachable number would: the observed value sits on the threshold, or nothing was observed.
+    """
+    if reason.guard == "wave zero":
+        limit = -limit_of(policy.quality_margin_points) / 100
+        numbers = [
+            _further_for_margin(item, limit, policy, None)
+            for item in evidence.certificates
+            if item.verdict == "UNKNOWN"
+        ]
+        return None if None in numbers else max((number for number in numbers if number is not None), default=None)
+    state = next((s for s in evidence.states if s.scope == reason.scope and s.state == reason.state), None)
+    if state is None or state.nfr is None:
+        return None
+    if reason.guard == "NFR":
+        total = queries_for_nfr(
+            limit_of(policy.max_nfr),
+            state.nfr,
+            alpha=policy.alpha / NFR_FAMILIES,
+            power=policy.power,
+            design_effect=state.nfr_design_effect or 1.0,
+        )
+        return None if total is None else max(1, total - state.num_queries)
+    if reason.guard == "cost":
+        cost, inputs = evidence.costs[-1], evidence.cost_inputs
+        if inputs is None or not inputs.value_per_point_day or not reason.threshold or cost.total_price is None:
+            return None
+        gain = cost.total_price / (inputs.value_per_point_day * reason.threshold) / 100
+        return _further_for_margin(state, gain, policy, state.band_critical)
+    return _further_for_margin(state, reason.threshold or 0.0, policy, state.band_critical)
+
+
+def _further_for_margin(
+    item: StateEvidence | CertificateEvidence, limit: float, policy: RolloutPolicy, critical: float | None
+) -> int | None:
+    """Queries until the difference's bound clears `limit` (a share, -margin)."""
+    if item.difference is None or item.difference_sd is None:
+        return None
+    if item.difference_sd == 0:  # nothing changed: the exact bound of losses is what has to get below the margin
+        alpha, effect = policy.alpha / len(policy.fractions), item.difference_design_effect or 1.0
+        total = queries_for_nfr(-limit, 0.0, alpha=alpha, power=policy.power, design_effect=effect)
+    else:
+        total = queries_for_margin(
+            item.difference,
+            item.difference_sd,
+            -limit,
+            alpha=policy.alpha,
+            power=policy.power,
+            design_effect=item.difference_design_effect or 1.0,
+            critical=critical,
+        )
+    return None if total is None else max(1, total - item.num_queries)
+
+
+def _certificates(evidence: Evidence) -> tuple[CertificateToIssue, ...]:
+    passed = [item.gallery_generation for item in evidence.certificates if item.verdict == "PASS"]
+    candidate = evidence.candidate
+    return tuple(
+        CertificateToIssue(query_generation=candidate, gallery_generation=owner) for owner in (candidate, *passed)
+    )
+
+
+def _decision(evidence: Evidence, *, reasons: Iterable[Reason], **fields: object) -> Decision:
+    unique = tuple(dict.fromkeys(reasons))
+    return Decision.model_validate(
+        {"candidate": evidence.candidate, "champion": evidence.champion, "reasons": unique, **fields}
+    )

@@ -1,0 +1,356 @@
+"""What the decision is made from: bounds for every state that would really be served, against what is served now.
+
+`gather_evidence` turns per-query outcomes into bounds, purely: no I/O, no clock, every resample seeded. `Evidence` is
+JSON and holds all that `evaluation.decision.decide` reads; a number that was not measured is None, never 0.
+
+Multiplicity. All guards must pass, so each one has the whole alpha. The *best* fraction is chosen among several, so:
+
+* Quality and dip use one simultaneous (max-t) band over all fractions of a scope.
+* NFR needs no such correction along the way: a rollout to any fraction must pass every earlier state, which is a
+  fixed-sequence test (the first state that is really bad has to pass, at its own alpha, before anything goes wrong). A
+  full backfill is a second way to go wrong, so both share alpha: every NFR bound is taken at alpha / 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from evaluation.cost import CostInputs, OptionCost, option_costs
+from evaluation.intervals import (
+    DifferenceBands,
+    bands_from_means,
+    bootstrap_means,
+    mcnemar_exact,
+    share_bounds,
+)
+from evaluation.outcomes import (
+    SERVED,
+    Comparison,
+    Metric,
+    Outcomes,
+    compare,
+    fraction_state,
+    live_state,
+    measured,
+    metric_values,
+    pair_state,
+)
+from evaluation.policy import RolloutPolicy, Verdict, verdict_not_below
+
+OVERALL = "overall"
+NFR_FAMILIES = 2  # ways to be wrong that share alpha: a rollout along its way, and a full backfill
+
+
+class StateEvidence(BaseModel):
+    """One state that would be served, against what is served now, within one scope (overall or a slice)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scope: str = Field(description="'overall' or 'slice=value'.")
+    fraction: float = Field(description="Fraction of the gallery re-embedded.")
+    state: str = Field(description="Name of the state.")
+    num_queries: int = Field(description="Queries compared: those measurable in the state served now.")
+    num_clusters: int = Field(description="Clusters among them.")
+    num_lost: int = Field(description="Queries whose relevant rows cannot be read in this state: counted as wrong.")
+    num_without_baseline: int = Field(description="Queries measurable in this state alone: left out.")
+    value: float | None = Field(description="Metric in this state.")
+    baseline: float | None = Field(description="Metric of what is served now.")
+    difference: float | None = Field(description="value - baseline.")
+    difference_lower: float | None = Field(description="Simultaneous lower bound; None when there is no bound.")
+    difference_upper: float | None = Field(description="Simultaneous upper bound; None when there is no bound.")
+    difference_sd: float | None = Field(description="Standard deviation of the paired difference of one query.")
+    difference_design_effect: float | None = Field(description="Variance of the difference against no clusters.")
+    band_critical: float | None = Field(description="Critical value of the simultaneous band.")
+    nfr: float | None = Field(description="Share of queries right now and wrong in this state.")
+    nfr_lower: float | None = Field(description="Exact lower bound of the NFR, clusters respected.")
+    nfr_upper: float | None = Field(description="Exact upper bound of the NFR, clusters respected.")
+    nfr_design_effect: float | None = Field(description="num_queries / effective sample of the NFR bounds.")
+    pfr: float | None = Field(description="Share of queries wrong now and right in this state.")
+    mcnemar_p: float | None = Field(description="Exact McNemar p-value: any systematic change. Reported, no guard.")
+
+
+class CertificateEvidence(BaseModel):
+    """Non-inferiority of live/<candidate>/<owner> to live/<champion>/<owner>, on the rows that the owner owns now."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    query_generation: str = Field(description="The candidate.")
+    gallery_generation: str = Field(description="The generation that owns the rows.")
+    share: float = Field(description="Share of the gallery's rows that it owns.")
+    verdict: Verdict = Field(description="UNKNOWN counts as not issued, like FAIL.")
+    num_queries: int = Field(description="Queries compared.")
+    num_clusters: int = Field(description="Clusters among them.")
+    value: float | None = Field(description="Metric of the candidate's queries on these rows.")
+    baseline: float | None = Field(description="Metric of the champion's queries on these rows.")
+    difference: float | None = Field(description="value - baseline.")
+    difference_lower: float | None = Field(description="One-sided lower bound; None when there is no bound.")
+    difference_upper: float | None = Field(description="One-sided upper bound; None when there is no bound.")
+    difference_sd: float | None = Field(description="Standard deviation of the paired difference of one query.")
+    difference_design_effect: float | None = Field(description="Variance of the difference against no clusters.")
+
+
+class Evidence(BaseModel):
+    """Everything that the decision reads. The policy stands beside it; bounds hold for the stated alpha, metric, k."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    candidate: str = Field(description="The generation that is judged.")
+    champion: str | None = Field(description="The generation that serves now; None for the first.")
+    is_first_generation: bool = Field(description="Whether the lineage is empty: nothing to compare with.")
+    order: str = Field(description="Order in which the gallery would be re-embedded.")
+    alpha: float = Field(description="Error level for which the bounds were taken.")
+    metric: Metric = Field(description="Metric of values and differences.")
+    k: int = Field(description="Depth at which a query is right.")
+    quality_margin_points: float | None = Field(description="Margin by which the certificates were judged.")
+    num_queries: int = Field(description="Queries of the evaluation set.")
+    self_test: float | None = Field(description="Metric of the candidate on its own gallery; None = not measured.")
+    states: tuple[StateEvidence, ...] = Field(default=(), description="One per scope and fraction.")
+    certificates: tuple[CertificateEvidence, ...] = Field(default=(), description="One per live owner.")
+    live_owners: dict[str, float] = Field(default_factory=dict, description="Share of rows per live generation.")
+    wave_zero_generations: tuple[str, ...] = Field(default=(), description="Live owners without a certificate.")
+    wave_zero_share: float = Field(default=0.0, description="Share of the gallery that they own.")
+    unreadable_share: float = Field(default=0.0, description="Share of the gallery nobody can read now.")
+    cost_inputs: CostInputs | None = Field(default=None, description="What is known about cost; None = nothing.")
+    costs: tuple[OptionCost, ...] = Field(default=(), description="Cost of each fraction.")
+    missing: tuple[str, ...] = Field(default=(), description="What should have been measured and was not.")
+
+
+def gather_evidence(
+    outcomes: Outcomes,
+    policy: RolloutPolicy,
+    *,
+    order: str,
+    live_owners: Mapping[str, float],
+    candidate: str,
+    champion: str | None,
+    is_first: bool,
+    cost: CostInputs | None = None,
+    unreadable_share: float | None = None,
+) -> Evidence:
+    """Bounds for every state and certificate that the policy asks about. Pure: the same arguments give the same bytes.
+
+    `live_owners` maps each generation that owns rows of today's view to its share of the gallery. What the shares leave
+    to 1 is unreadable unless `unreadable_share` says otherwise. Wave 0 (rows of owners without a certificate) must be
+    candidate-owned in every fraction state already: see `certify`.
+    """
+    shares = {owner: float(share) for owner, share in live_owners.items()}
+    if any(not 0 <= share <= 1 for share in shares.values()) or sum(shares.values()) > 1 + 1e-6:
+        raise ValueError(f"gathering evidence: expected shares in [0, 1] with a sum of at most 1, found {shares}")
+    self_test = _self_test(outcomes, policy, candidate)
+    common: dict[str, Any] = {
+        "candidate": candidate,
+        "champion": champion,
+        "is_first_generation": is_first,
+        "order": order,
+        "alpha": policy.alpha,
+        "metric": policy.metric,
+        "k": policy.k,
+        "quality_margin_points": policy.quality_margin_points,
+        "num_queries": len(outcomes),
+        "self_test": self_test,
+        "cost_inputs": cost,
+        "costs": () if cost is None else option_costs(cost, policy.fractions),
+    }
+    missing = [] if self_test is not None else [f"self-test: state {pair_state(candidate, candidate)!r}"]
+    if is_first:
+        return Evidence(**common, missing=tuple(missing))
+    missing += _missing_baselines(outcomes, policy, shares, candidate, champion)
+    scopes, missing_slices = _scopes(outcomes, policy)
+    missing += missing_slices
+    certificates: tuple[CertificateEvidence, ...] = ()
+    if champion is not None:
+        certificates = certify(outcomes, policy, live_owners=shares, candidate=candidate, champion=champion)
+    wave_zero = wave_zero_generations(certificates)
+    unreadable = max(0.0, 1 - sum(shares.values())) if unreadable_share is None else unreadable_share
+    return Evidence(
+        **common,
+        states=_states(outcomes, policy, scopes),
+        certificates=certificates,
+        live_owners=shares,
+        wave_zero_generations=wave_zero,
+        wave_zero_share=sum(shares[owner] for owner in wave_zero),
+        unreadable_share=unreadable,
+        missing=tuple(missing),
+    )
+
+
+def certify(
+    outcomes: Outcomes, policy: RolloutPolicy, *, live_owners: Mapping[str, float], candidate: str, champion: str
+) -> tuple[CertificateEvidence, ...]:
+    """Judge whether the candidate's queries may be scored against each live owner's vectors.
+
+    Needs only the live/... states, so that it can be asked before the fraction states are built (they depend on wave
+    0). PASS when the lower bound of the paired difference is at least minus the margin, FAIL when the upper bound is
+    below it. The candidate's own rows, if any, are covered by its self-test and left out.
+    """
+    owners = [owner for owner in live_owners if owner != candidate]
+    pairs = []
+    for owner in owners:
+        before, after = live_state(champion, owner), live_state(candidate, owner)
+        known = before in outcomes.first_rank and after in outcomes.first_rank
+        pairs.append(compare(outcomes, before, after, metric=policy.metric, k=policy.k) if known else None)
+    bands = _bands(_codes(outcomes), policy, pairs, families=[[index] for index in range(len(pairs))])
+    certificates = []
+    for index, owner in enumerate(owners):
+        numbers = _difference_numbers(pairs[index], bands[index], 0)
+        margin = policy.quality_margin_points
+        certificates.append(
+            CertificateEvidence(
+                query_generation=candidate,
+                gallery_generation=owner,
+                share=float(live_owners[owner]),
+                verdict="UNKNOWN"
+                if margin is None
+                else verdict_not_below(numbers["difference_lower"], numbers["difference_upper"], -margin / 100),
+                **numbers,
+            )
+        )
+    return tuple(certificates)
+
+
+def wave_zero_generations(certificates: Sequence[CertificateEvidence]) -> tuple[str, ...]:
+    """Owners whose certificate is not issued (FAIL or UNKNOWN): their rows are re-embedded before the move."""
+    return tuple(item.gallery_generation for item in certificates if item.verdict != "PASS")
+
+
+def _self_test(outcomes: Outcomes, policy: RolloutPolicy, candidate: str) -> float | None:
+    state = pair_state(candidate, candidate)
+    if not measured(outcomes, state).any():
+        return None
+    return _finite(np.nanmean(metric_values(outcomes, state, policy.metric, policy.k)))
+
+
+def _missing_baselines(
+    outcomes: Outcomes, policy: RolloutPolicy, shares: Mapping[str, float], candidate: str, champion: str | None
+) -> list[str]:
+    missing = []
+    if not measured(outcomes, SERVED).any():
+        missing.append(f"baseline: state {SERVED!r}")
+    for fraction in policy.fractions:
+        if fraction_state(fraction) not in outcomes.first_rank:
+            missing.append(f"metric: state {fraction_state(fraction)!r}")
+    if champion is None:
+        missing.append("baseline: the champion")
+    if not shares:
+        missing.append("baseline: live owners of the gallery")
+    for owner in shares if champion is not None else ():
+        for query, kind in ((candidate, "metric"), (str(champion), "baseline")):
+            if owner != candidate and live_state(query, owner) not in outcomes.first_rank:
+                missing.append(f"{kind}: state {live_state(query, owner)!r}")
+    return missing
+
+
+def _scopes(outcomes: Outcomes, policy: RolloutPolicy) -> tuple[dict[str, NDArray[np.bool_]], list[str]]:
+    """Queries of each guarded scope, and the slices that have none."""
+    scopes = {OVERALL: np.ones(len(outcomes), np.bool_)}
+    missing = []
+    baseline = measured(outcomes, SERVED)
+    for required in policy.required_slices:
+        name, _, value = required.partition("=")
+        column = outcomes.slices.get(name)
+        if column is None:
+            missing.append(f"slice {required!r}: no such slice, found {sorted(outcomes.slices)}")
+            continue
+        for each in [value] if value else sorted(set(column.tolist()) - {""}):
+            inside = column == each
+            scopes[f"{name}={each}"] = inside
+            if not (inside & baseline).any():
+                missing.append(f"slice '{name}={each}': no query of it is measurable in state {SERVED!r}")
+        if not value and not set(column.tolist()) - {""}:
+            missing.append(f"slice {required!r}: no query has a value")
+    return scopes, missing
+
+
+def _states(
+    outcomes: Outcomes, policy: RolloutPolicy, scopes: Mapping[str, NDArray[np.bool_]]
+) -> tuple[StateEvidence, ...]:
+    if SERVED not in outcomes.first_rank:
+        return ()
+    fractions = [fraction for fraction in policy.fractions if fraction_state(fraction) in outcomes.first_rank]
+    cells = [(scope, fraction) for scope in scopes for fraction in fractions]
+    pairs = [
+        compare(outcomes, SERVED, fraction_state(f), metric=policy.metric, k=policy.k, within=scopes[scope])
+        for scope, f in cells
+    ]
+    width = len(fractions)
+    families = [list(range(s * width, (s + 1) * width)) for s in range(len(scopes))]
+    clusters = _codes(outcomes)
+    bands = _bands(clusters, policy, pairs, families)
+    states = []
+    for index, ((scope, fraction), pair) in enumerate(zip(cells, pairs, strict=True)):
+        state, band = fraction_state(fraction), bands[index // width]
+        alone = measured(outcomes, state) & ~measured(outcomes, SERVED) & scopes[scope]
+        states.append(
+            StateEvidence(
+                scope=scope,
+                fraction=fraction,
+                state=state,
+                num_lost=pair.num_lost,
+                num_without_baseline=int(alone.sum()),
+                band_critical=_finite(band.critical),
+                **_difference_numbers(pair, band, index % width),
+                **_flip_numbers(pair, clusters[pair.counted], policy.alpha / NFR_FAMILIES),
+            )
+        )
+    return tuple(states)
+
+
+def _bands(
+    clusters: NDArray[np.int64],
+    policy: RolloutPolicy,
+    pairs: Sequence[Comparison | None],
+    families: Sequence[list[int]],
+) -> list[DifferenceBands]:
+    """One band per family of comparisons, all from the same resamples."""
+    columns = np.full((len(clusters), len(pairs)), np.nan)
+    for index, pair in enumerate(pairs):
+        if pair is not None:
+            columns[pair.counted, index] = pair.after - pair.before
+    means = bootstrap_means(columns, clusters, num_resamples=policy.num_resamples, seed=policy.seed)
+    return [bands_from_means(columns[:, family], clusters, means[:, family], alpha=policy.alpha) for family in families]
+
+
+def _difference_numbers(pair: Comparison | None, band: DifferenceBands, column: int) -> dict[str, Any]:
+    known = pair is not None and len(pair.before) > 0
+    return {
+        "num_queries": int(band.num_queries[column]),
+        "num_clusters": int(band.num_clusters[column]),
+        "value": _finite(pair.after.mean()) if pair is not None and known else None,
+        "baseline": _finite(pair.before.mean()) if pair is not None and known else None,
+        "difference": _finite(band.value[column]),
+        "difference_lower": _finite(band.lower[column]),
+        "difference_upper": _finite(band.upper[column]),
+        "difference_sd": _finite((pair.after - pair.before).std()) if pair is not None and known else None,
+        "difference_design_effect": _finite(band.design_effect[column]) if known else None,
+    }
+
+
+def _flip_numbers(pair: Comparison, clusters: NDArray[Any], alpha: float) -> dict[str, Any]:
+    losses, wins = pair.right_before & ~pair.right_after, ~pair.right_before & pair.right_after
+    bounds = share_bounds(losses, clusters, alpha)
+    if bounds.num_queries == 0:
+        return dict.fromkeys(("nfr", "nfr_lower", "nfr_upper", "nfr_design_effect", "pfr", "mcnemar_p"))
+    return {
+        "nfr": bounds.value,
+        "nfr_lower": bounds.lower,
+        "nfr_upper": bounds.upper,
+        "nfr_design_effect": bounds.num_queries / bounds.effective_n,
+        "pfr": float(wins.mean()),
+        "mcnemar_p": mcnemar_exact(int(losses.sum()), int(wins.sum())),
+    }
+
+
+def _codes(outcomes: Outcomes) -> NDArray[np.int64]:
+    """Clusters as small integers, made once: text is slow to sort."""
+    return np.unique(outcomes.clusters, return_inverse=True)[1].astype(np.int64)
+
+
+def _finite(value: float | np.floating[Any]) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,75 @@
+"""The limits of an update, written down before it is measured, and how a bound is judged against a limit.
+
+A guard is PASS when its bound is on the good side of the limit, FAIL when the opposite bound is on the bad side, and
+UNKNOWN otherwise. A number that was not measured is never PASS.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from evaluation.outcomes import Metric
+
+Verdict = Literal["PASS", "FAIL", "UNKNOWN"]
+
+
+def _rising_from_0_to_1(fractions: tuple[float, ...]) -> tuple[float, ...]:
+    if len(fractions) < 2 or fractions[0] != 0 or fractions[-1] != 1 or any(np.diff(fractions) <= 0):
+        raise ValueError(f"expected fractions that rise from 0 to 1, found {fractions}")
+    return fractions
+
+
+class RolloutPolicy(BaseModel):
+    """The limits of an update, written down before it is measured. A limit of None is missing: the decision holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="One-sided error level of every guard.")
+    metric: Metric = Field(default="recall@k", description="Metric of the quality and dip guards.")
+    k: int = Field(default=1, ge=1, description="A query is right when a relevant item is among the first k.")
+    quality_margin_points: float | None = Field(
+        default=0.5, ge=0, description="Points of the metric that a served state may lose against what is served now."
+    )
+    max_nfr: float | None = Field(
+        default=0.02, gt=0, lt=1, description="Largest share of queries that may be right now and wrong afterwards."
+    )
+    max_dip_points: float | None = Field(
+        default=1.0, ge=0, description="Points that the lowest state on the way may lie below what is served now."
+    )
+    max_wave_zero_share: float | None = Field(
+        default=0.10, ge=0, le=1, description="Largest share of the gallery to re-embed before the serving state moves."
+    )
+    required_slices: tuple[str, ...] = Field(
+        default=(),
+        description="Slices guarded with the same limits: 'name' for all values of a slice, 'name=value' for one.",
+    )
+    fractions: Annotated[tuple[float, ...], AfterValidator(_rising_from_0_to_1)] = Field(
+        default=(0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0), description="Fractions of the gallery that are judged."
+    )
+    allow_full_backfill: bool = Field(default=True, description="Whether a full backfill may be decided at all.")
+    num_resamples: int = Field(default=2000, ge=100, description="Resamples of the clustered bootstrap.")
+    seed: int = Field(default=0, ge=0, description="Seed of the bootstrap.")
+    power: float = Field(default=0.8, gt=0, lt=1, description="Power for which further queries are planned.")
+
+
+def verdict_not_below(lower: float | None, upper: float | None, threshold: float) -> Verdict:
+    """PASS when the lower bound is at least the threshold, FAIL when the upper bound is below it, otherwise UNKNOWN.
+
+    >>> verdict_not_below(-0.004, 0.01, -0.005), verdict_not_below(-0.02, -0.01, -0.005)
+    ('PASS', 'FAIL')
+    >>> verdict_not_below(-0.02, 0.01, -0.005), verdict_not_below(None, float("nan"), -0.005)
+    ('UNKNOWN', 'UNKNOWN')
+    """
+    if lower is not None and lower >= threshold:
+        return "PASS"
+    return "FAIL" if upper is not None and upper < threshold else "UNKNOWN"
+
+
+def verdict_not_above(lower: float | None, upper: float | None, threshold: float) -> Verdict:
+    """PASS when the upper bound is at most the threshold, FAIL when the lower bound is above it, otherwise UNKNOWN."""
+    if upper is not None and upper <= threshold:
+        return "PASS"
+    return "FAIL" if lower is not None and lower > threshold else "UNKNOWN"

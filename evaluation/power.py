@@ -1,0 +1,111 @@
+"""How many queries an answer needs, and what a given number of them can detect.
+
+Sample sizes assume independent queries; for clustered ones multiply by the design effect that was measured (the
+functions take it as an argument). The size for an NFR bound uses the exact power of the Clopper-Pearson test, which
+saws: it falls with every query until one more flip is allowed. The size for a quality margin uses the normal
+approximation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy import special, stats
+
+MAX_QUERIES = 10_000_000  # more than this is answered with None: "no number of queries that anyone could collect"
+MAX_EXACT_QUERIES = 300_000  # above it the normal approximation is within a per cent, and the exact search slow
+
+
+def minimal_detectable_difference(
+    discordant_share: float, n: float, *, alpha: float = 0.05, power: float = 0.8, one_sided: bool = False
+) -> float:
+    """Smallest true difference of two paired accuracies that n queries detect: (z_alpha + z_power) sqrt(pi / n).
+
+    >>> round(100 * minimal_detectable_difference(0.2, 10_000), 2)
+    1.25
+    """
+    tail = alpha if one_sided else alpha / 2
+    return float((stats.norm.ppf(1 - tail) + stats.norm.ppf(power)) * math.sqrt(discordant_share / n))
+
+
+def nfr_power(n: int, max_nfr: float, true_nfr: float, *, alpha: float = 0.05) -> float:
+    """Probability that the upper bound of the NFR on n independent queries is at most `max_nfr`.
+
+    >>> round(nfr_power(2000, 0.01, 0.005), 3)
+    0.792
+    """
+    return float(_nfr_power(np.array([n], np.float64), max_nfr, true_nfr, alpha)[0])
+
+
+def queries_for_nfr(
+    max_nfr: float,
+    true_nfr: float,
+    *,
+    alpha: float = 0.05,
+    power: float = 0.8,
+    design_effect: float = 1.0,
+    stable: bool = True,
+) -> int | None:
+    """Queries with which an NFR guard passes with the given power, if the rate is really `true_nfr` < `max_nfr`.
+
+    `stable`: from this number on the power stays above; otherwise the first number that reaches it. When `true_nfr` is
+    above `max_nfr`: the queries with which it FAILs (normal approximation). None: no reachable number (equal rates).
+    """
+    if true_nfr == max_nfr or not 0 < max_nfr < 1:
+        return None
+    approximate = _normal_size(max_nfr, true_nfr, alpha, power)
+    if true_nfr > max_nfr or approximate > MAX_EXACT_QUERIES:
+        return _ceil(approximate * design_effect)
+    limit = int(2 * approximate + 20 / max_nfr)
+    sizes = np.arange(1, limit + 1, dtype=np.float64)
+    enough = _nfr_power(sizes, max_nfr, true_nfr, alpha) >= power
+    if stable:
+        short = np.flatnonzero(~enough)
+        n = int(short[-1]) + 2 if len(short) else 1
+    else:
+        n = int(np.argmax(enough)) + 1
+    return _ceil(n * design_effect)
+
+
+def queries_for_margin(
+    difference: float,
+    standard_deviation: float,
+    margin: float,
+    *,
+    alpha: float = 0.05,
+    power: float = 0.8,
+    design_effect: float = 1.0,
+    critical: float | None = None,
+) -> int | None:
+    """Queries with which the lower bound of a paired difference is at least -margin, or the upper one below it.
+
+    n = ((c + z_power) sd / (difference + margin))^2 x design effect; sd per query, for paired accuracies about sqrt(pi)
+    with pi the discordant share; c = z_{1 - alpha}, or the `critical` value of a simultaneous band. A difference below
+    -margin gives the number with which that is shown. None: no reachable number.
+
+    >>> queries_for_margin(0.0, math.sqrt(0.2), 0.02)  # (2.487 x 0.447 / 0.02)^2
+    3092
+    """
+    distance = abs(difference + margin)
+    if distance == 0:
+        return None
+    quantile = float(stats.norm.ppf(1 - alpha)) if critical is None else critical
+    return _ceil(((quantile + float(stats.norm.ppf(power))) * standard_deviation / distance) ** 2 * design_effect)
+
+
+def _nfr_power(n: np.ndarray, max_nfr: float, true_nfr: float, alpha: float) -> np.ndarray:
+    """The largest passing count c has P(X <= c | max_nfr) <= alpha; power is P(X <= c | true_nfr)."""
+    allowed = stats.binom.ppf(alpha, n, max_nfr)
+    allowed = np.where(special.bdtr(allowed, n, max_nfr) <= alpha, allowed, allowed - 1)
+    return np.where(allowed >= 0, special.bdtr(np.maximum(allowed, 0), n, true_nfr), 0.0)
+
+
+def _normal_size(max_nfr: float, true_nfr: float, alpha: float, power: float) -> float:
+    spread = stats.norm.ppf(1 - alpha) * math.sqrt(max_nfr * (1 - max_nfr))
+    spread += stats.norm.ppf(power) * math.sqrt(true_nfr * (1 - true_nfr))
+    return float((spread / (max_nfr - true_nfr)) ** 2)
+
+
+def _ceil(n: float) -> int | None:
+    return max(1, math.ceil(n - 1e-9)) if n <= MAX_QUERIES else None

@@ -1,0 +1,1 @@
+"""Where the stages meet: configuration, registry, Prefect flows, the service and the command line."""

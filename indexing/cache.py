@@ -1,0 +1,92 @@
+"""Embedding caches: what one generation makes of images, keyed by content hash; extended, never recomputed.
+
+One versioned table per generation. Training reads the predecessors' rows of it, evaluation reads everybody's.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from indexing.embed import EmbeddedUnit, EmbedUnit, read_embeddings
+from indexing.reindex import EmbedFunction
+from indexing.storage import join, move, size_bytes
+from indexing.tables import DataFile, TableConflictError, VersionedTable
+
+CACHE_SCHEMA = pa.schema([("content_sha256", pa.string()), ("embedding", pa.binary())])
+
+
+class EmbeddingCache:
+    """A handle on the cache of one generation."""
+
+    def __init__(self, location: str) -> None:
+        """Open the cache of one generation at `location`, or create it empty."""
+        self._table = VersionedTable(location, CACHE_SCHEMA)
+
+    def missing(self, hashes: Sequence[str]) -> list[str]:
+        """Content hashes without a stored embedding, each once, in order of first appearance."""
+        known = set(self._table.snapshot().rows(["content_sha256"])["content_sha256"].to_pylist())
+        return [value for value in dict.fromkeys(hashes) if value not in known]
+
+    def extend(
+        self,
+        hashes: Sequence[str],
+        sources: Sequence[str],
+        embed: EmbedFunction,
+        *,
+        unit_rows: int = 4096,
+        on_rows: Callable[[int], None] | None = None,
+    ) -> tuple[int, dict[str, str]]:
+        """Embed the images not stored yet; returns how many were embedded and {source: reason} of those that failed."""
+        source_of = dict(zip(hashes, sources, strict=True))
+        wanted = self.missing(hashes)
+        failures: dict[str, str] = {}
+        units: dict[str, EmbedUnit] = {}
+        for start in range(0, len(wanted), unit_rows):
+            part = wanted[start : start + unit_rows]
+            unit_id = hashlib.sha256("\n".join(part).encode()).hexdigest()[:24]
+            path = join(self._table.uri, "_staging", f"{unit_id}.parquet")
+            units[unit_id] = EmbedUnit(unit_id, tuple(source_of[h] for h in part), {"content_sha256": part}, path)
+        embedded = 0
+
+        def commit(done: EmbeddedUnit) -> None:
+            nonlocal embedded
+            unit = units[done.unit_id]
+            failures.update({unit.sources[index]: reason for index, reason in done.failures})
+            if done.num_rows and not self._table.committed(done.unit_id):
+                name = f"{done.unit_id}.parquet"
+                move(unit.path, join(self._table.uri, name))
+                file = DataFile(name, done.num_rows, size_bytes(join(self._table.uri, name)))
+                try:
+                    self._table.commit_files([file], unit=done.unit_id)
+                except TableConflictError:  # another update extended the same cache by the same images
+                    return
+                embedded += done.num_rows
+            if on_rows is not None:
+                on_rows(len(unit.sources))
+
+        if units:
+            embed(list(units.values()), commit)
+        return embedded, failures
+
+    def read(self, hashes: Sequence[str]) -> NDArray[np.float32]:
+        """Embeddings (n, d) float32 of images in the order asked; rows of images that could not be embedded are NaN."""
+        snapshot = self._table.snapshot()
+        if not snapshot.files:
+            raise KeyError(
+                f"reading embeddings: expected rows in {self._table.uri}, found none; extend the cache first"
+            )
+        keys, vectors = read_embeddings([snapshot.location(file) for file in snapshot.files])
+        position = pc.index_in(pa.array(hashes, pa.string()), value_set=keys["content_sha256"].combine_chunks())
+        found = pc.fill_null(position, -1).to_numpy()
+        result = vectors[found]
+        result[found < 0] = np.nan
+        return result
+
+    def forget(self, hashes: Sequence[str]) -> None:
+        """Remove images physically."""
+        self._table.delete_rows("content_sha256", list(hashes))
+        self._table.vacuum()

@@ -1,0 +1,195 @@
+"""Bounds: golden numbers, laws, and coverage in simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from evaluation.intervals import (
+    ICC_FLOOR,
+    bootstrap_means,
+    clopper_pearson,
+    difference_bands,
+    intra_cluster_correlation,
+    mcnemar_exact,
+    nfr_bounds,
+    resample_counts,
+    share_bounds,
+)
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "per_cent"),
+    [(0, 300, 0.99), (0, 1000, 0.30), (30, 1000, 4.05), (100, 10_000, 1.18), (300, 10_000, 3.30)],
+)
+def test_clopper_pearson_golden_numbers(hits: int, n: int, per_cent: float) -> None:
+    assert 100 * clopper_pearson(hits, n)[1] == pytest.approx(per_cent, abs=0.005)
+    assert clopper_pearson(n - hits, n)[0] == pytest.approx(1 - clopper_pearson(hits, n)[1])
+
+
+def test_single_query_clusters_give_the_plain_exact_bound() -> None:
+    hits = np.arange(1000) < 30
+    bounds = share_bounds(hits, np.arange(1000))
+    assert (bounds.design_effect, bounds.effective_n) == (1.0, 1000.0)
+    assert bounds.upper == pytest.approx(clopper_pearson(30, 1000)[1])
+
+
+def test_effective_sample_is_never_above_n_and_clusters_that_agree_count_once() -> None:
+    rng = np.random.default_rng(0)
+    independent = rng.random(1000) < 0.3
+    assert share_bounds(independent, np.arange(1000) // 10).effective_n <= 1000
+    agreeing = np.repeat(rng.random(100) < 0.3, 10)
+    bounds = share_bounds(agreeing, np.arange(1000) // 10)
+    assert bounds.icc == 1.0
+    assert bounds.effective_n == pytest.approx(100, rel=0.03)
+
+
+def test_few_clusters_or_few_flips_put_a_floor_under_the_icc() -> None:
+    spread = np.zeros(1000, bool)
+    spread[::200] = True  # five flips, each in a cluster of its own
+    bounds = share_bounds(spread, np.arange(1000) // 10)
+    assert bounds.icc_floored
+    assert bounds.icc == ICC_FLOOR
+    many = np.random.default_rng(0).random(1000) < 0.3
+    assert not share_bounds(many, np.arange(1000) // 10).icc_floored
+    assert share_bounds(many, np.arange(1000) // 50).icc_floored  # 20 clusters
+
+
+def test_bounds_do_not_depend_on_query_order_or_cluster_names() -> None:
+    rng = np.random.default_rng(1)
+    hits, clusters = rng.random(500) < 0.1, rng.integers(0, 80, 500)
+    order = rng.permutation(500)
+    names = np.array([f"n{(7 * c) % 80}" for c in clusters])
+    first, second = share_bounds(hits, clusters), share_bounds(hits[order], names[order])
+    assert (first.lower, first.upper) == pytest.approx((second.lower, second.upper))
+
+
+def test_repeating_every_query_within_its_cluster_adds_no_evidence() -> None:
+    rng = np.random.default_rng(2)
+    hits = rng.random(400) < 0.1
+    once, twice = share_bounds(hits, np.arange(400)), share_bounds(np.repeat(hits, 2), np.repeat(np.arange(400), 2))
+    assert twice.upper == pytest.approx(once.upper, rel=0.01)
+
+
+def test_no_query_and_one_query_bound_nothing() -> None:
+    none = share_bounds(np.zeros(0, bool), np.zeros(0, int))
+    assert np.isnan(none.value)
+    assert (none.lower, none.upper) == (0, 1)
+    one = share_bounds(np.array([False]), np.array([0]))
+    assert one.upper == pytest.approx(0.95)
+    assert intra_cluster_correlation(np.array([True]), np.array([0])) == 0
+
+
+def test_nfr_counts_right_before_and_wrong_after() -> None:
+    bounds = nfr_bounds(np.array([1, 1, 0, 0], bool), np.array([1, 0, 1, 0], bool), np.arange(4))
+    assert (bounds.num_hits, bounds.value) == (1, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("num_clusters", "size", "icc", "rate", "allowed"),
+    [(100, 10, 0.3, 0.01, 0.05), (659, 10, 0.3, 0.03, 0.07), (100, 100, 0.05, 0.03, 0.08), (40, 30, 0.3, 0.02, 0.05)],
+)
+def test_an_nfr_at_the_limit_passes_about_as_often_as_alpha_allows(
+    num_clusters: int, size: int, icc: float, rate: float, allowed: float
+) -> None:
+    """METHODS-style simulation: raw Clopper-Pearson passes 19 to 25 % here. 400 runs, standard error about 1 point."""
+    rng = np.random.default_rng(0)
+    scale = (1 - icc) / icc
+    clusters = np.repeat(np.arange(num_clusters), size)
+    passed, raw = [], []
+    for _ in range(400):
+        chance = rng.beta(rate * scale, (1 - rate) * scale, num_clusters)
+        hits = rng.random(num_clusters * size) < np.repeat(chance, size)
+        passed.append(share_bounds(hits, clusters).upper <= rate)
+        raw.append(clopper_pearson(int(hits.sum()), len(hits))[1] <= rate)
+    assert np.mean(passed) <= allowed + 0.02
+    assert np.mean(raw) > 0.12
+
+
+def test_resample_counts_draw_every_cluster_once_on_average() -> None:
+    counts = resample_counts(50, 400, np.random.default_rng(0))
+    assert (counts.sum(axis=1) == 50).all()
+    assert counts.mean(axis=0) == pytest.approx(np.ones(50), abs=0.2)
+
+
+def test_bootstrap_means_agree_with_resampling_query_by_query() -> None:
+    rng = np.random.default_rng(3)
+    clusters = rng.integers(0, 30, 200)
+    values = rng.normal(size=(200, 2))
+    values[rng.random((200, 2)) < 0.2] = np.nan
+    counts = resample_counts(len(np.unique(clusters)), 5, np.random.default_rng(9))
+    means = bootstrap_means(values, clusters, num_resamples=5, seed=9)
+    code = np.unique(clusters, return_inverse=True)[1]
+    for b in range(5):
+        weights = counts[b, code]
+        for s in range(2):
+            known = ~np.isnan(values[:, s])
+            assert means[b, s] == pytest.approx(np.average(values[known, s], weights=weights[known]))
+
+
+def test_blocks_of_resamples_give_what_one_block_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, clusters = np.random.default_rng(0).normal(size=(60, 1)), np.arange(60)
+    whole = bootstrap_means(values, clusters, num_resamples=50, seed=1)
+    monkeypatch.setattr("evaluation.intervals.MAX_COUNTS_PER_BLOCK", 7 * 60)
+    np.testing.assert_allclose(bootstrap_means(values, clusters, num_resamples=50, seed=1), whole)
+
+
+def test_the_bootstrap_error_is_the_textbook_error_and_clusters_widen_it() -> None:
+    values = np.random.default_rng(4).normal(size=(2000, 1)) * 0.1
+    alone = difference_bands(values, np.arange(2000))
+    assert alone.standard_error[0] == pytest.approx(0.1 / np.sqrt(2000), rel=0.08)
+    assert alone.lower[0] == pytest.approx(alone.value[0] - 1.645 * alone.standard_error[0], abs=2e-4)
+    repeated = difference_bands(np.repeat(values[:200], 10, axis=0), np.repeat(np.arange(200), 10))
+    assert repeated.design_effect[0] == pytest.approx(10, rel=0.15)
+
+
+def test_a_simultaneous_band_is_wider_and_holds_for_all_states_at_once() -> None:
+    rng = np.random.default_rng(5)
+    below = []
+    for seed in range(200):
+        values = rng.normal(size=(300, 6)) * 0.1
+        bands = difference_bands(values, np.arange(300), num_resamples=400, seed=seed)
+        below.append((bands.lower > 0).any())
+    assert np.mean(below) <= 0.09
+    assert bands.critical > 2.0  # pointwise: 1.645
+
+
+def test_a_difference_at_minus_the_margin_passes_about_as_often_as_alpha_allows() -> None:
+    """Paired 0/1 outcomes, clustered: the lower bound may be at or above the truth in about 5 % of the runs."""
+    rng = np.random.default_rng(6)
+    clusters = np.repeat(np.arange(150), 4)
+    passed = []
+    for seed in range(300):
+        lean = np.repeat(rng.random(150) < 0.5, 4)  # half of the clusters flip towards losses
+        chance = rng.random(600)
+        values = np.where(chance < 0.12, np.where(lean, -1.0, 0.5), 0.0)[:, None]
+        passed.append(difference_bands(values, clusters, num_resamples=400, seed=seed).lower[0] >= 0.12 * (-0.25))
+    assert 0.01 <= np.mean(passed) <= 0.09
+
+
+def test_no_change_at_all_is_bounded_by_the_exact_bound_and_not_by_zero() -> None:
+    bands = difference_bands(np.zeros((300, 1)), np.arange(300))
+    assert bands.lower[0] == pytest.approx(-0.00994, abs=1e-4)
+    assert bands.upper[0] == pytest.approx(0.00994, abs=1e-4)
+
+
+def test_bands_say_nothing_about_no_query_or_one_cluster() -> None:
+    values = np.array([[np.nan, 0.1], [np.nan, 0.1]])
+    bands = difference_bands(values, np.array([0, 0]), num_resamples=100)
+    assert np.isneginf(bands.lower).all()
+    assert np.isposinf(bands.upper).all()
+    assert np.isnan(bands.value[0])
+    empty = difference_bands(np.zeros((0, 2)), np.zeros(0, int), num_resamples=100)
+    assert np.isneginf(empty.lower).all()
+
+
+def test_the_same_seed_gives_the_same_band() -> None:
+    values, clusters = np.random.default_rng(0).normal(size=(100, 3)), np.arange(100)
+    first, second = (difference_bands(values, clusters, seed=7, num_resamples=200) for _ in range(2))
+    np.testing.assert_array_equal(first.lower, second.lower)
+
+
+def test_mcnemar_is_the_sign_test_on_flips() -> None:
+    assert mcnemar_exact(3, 3) == 1.0
+    assert mcnemar_exact(0, 0) == 1.0
+    assert mcnemar_exact(0, 10) == pytest.approx(2 * 0.5**10)

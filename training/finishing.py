@@ -1,0 +1,102 @@
+"""What happens to a trained network before it is stored: interpolation with its parent, calibration, class means.
+
+In this order: interpolation changes the weights, so that batch norm statistics must be taken after it; class means
+need the final network.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.encoder import autocast, embed, normalise
+from training.generation import Preprocessing
+
+
+def interpolate(network: nn.Module, parent_state: Mapping[str, Tensor], share: float) -> None:
+    """theta <- share theta_parent + (1 - share) theta, in place, for every floating-point tensor of the network.
+
+    Weight interpolation after training (BCWI, Schumann et al., 2023): fewer flips against the parent, a little less gain.
+    Batch norm statistics are averaged too but mean nothing until `calibrate`.
+    """
+    with torch.no_grad():
+        for name, tensor in network.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.lerp_(parent_state[name].to(tensor), share)
+
+
+def interpolate_rows(rows: Tensor, parent_rows: Tensor, share: float) -> Tensor:
+    """Return the classifier rows (C, d) that go with interpolated weights.
+
+    n(share n(parent_row) + (1 - share) n(row)): the network's embeddings move part of the way back to the parent's, and
+    so do the rows. `parent_rows` holds the parent's class mean where it has no row of its own.
+    """
+    own, earlier = functional.normalize(rows, dim=1), functional.normalize(parent_rows, dim=1)
+    return functional.normalize(torch.lerp(own, earlier.to(own), share), dim=1)
+
+
+def calibrate(
+    network: nn.Module,
+    pixels: Tensor,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    num_images: int,
+    seed: int,
+    batch_size: int = 256,
+) -> int:
+    """Replace the running statistics of every batch norm by those of clean training images; return how many were used.
+
+    Statistics collected on augmented batches do not fit the clean images that are stored and searched. A random
+    `num_images` (all if there are fewer) go through in equal batches, without augmentation; the stored mean and variance
+    are the plain averages over these batches. Returns 0 for a network without batch norm.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.track_running_stats]
+    if not norms or num_images == 0:
+        return 0
+    momenta = [norm.momentum for norm in norms]
+    was_training = network.training
+    network.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the average over all batches, instead of an exponential one
+        norm.train()
+    chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[:num_images]
+    with torch.no_grad(), autocast(device, dtype):
+        for rows in chosen.tensor_split(max(1, len(chosen) // batch_size)):
+            network(normalise(pixels.index_select(0, rows).to(device), preprocessing))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.train(was_training)
+    return len(chosen)
+
+
+def sum_by_class(
+    network: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Tensor:
+    """Return the sums (C, d) of the unit embeddings of every class over this rank's share of the clean images."""
+    network.eval()
+    sums: Tensor | None = None
+    for rows in _blocks(len(pixels), rank, world_size):
+        vectors = embed(network, pixels.index_select(0, rows), preprocessing, device, dtype)
+        if sums is None:
+            sums = torch.zeros(num_classes, vectors.shape[1], device=device)
+        sums.index_add_(0, labels[rows].to(device), vectors.nan_to_num(0.0))
+    if sums is None:
+        raise ValueError(f"class means: expected images for rank {rank} of {world_size}, found none; use fewer workers")
+    return sums
+
+
+def _blocks(num_images: int, rank: int, world_size: int, block: int = 512) -> Iterator[Tensor]:
+    mine = torch.arange(rank, num_images, world_size)
+    yield from mine.split(block)

@@ -1,0 +1,217 @@
+"""A generation: one immutable embedding model, described by its card. No torch here.
+
+A generation is a folder (local, or any URI that `pyarrow.fs` resolves):
+
+    weights.safetensors      the encoder's state
+    classifier.safetensors   rows (C, d) and class_means (C, d), both float32; absent for an adopted encoder
+    card.json                this module's `GenerationCard`, written last and atomically
+
+A folder without a card is not a generation: whoever finds one may overwrite it. The id carries the digest of the
+weights file, so the same id always means the same weights.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.fs as pafs
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "weights.safetensors"
+CLASSIFIER_FILE = "classifier.safetensors"
+CARD_FILE = "card.json"
+_ID_PATTERN = re.compile(r"g(\d{3,})-([0-9a-f]{6})")
+
+
+class GenerationNotFoundError(FileNotFoundError):
+    """No card at the given place: there is no generation there, or its writing never ended."""
+
+
+class UnknownFormatError(RuntimeError):
+    """A stored record has a format version that this program does not know."""
+
+
+class Preprocessing(BaseModel):
+    """How an image becomes the network's input: decode, resize (bilinear), divide by 255, subtract mean, divide by std."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int = Field(ge=4, description="Height and width in pixels that every image is resized to.")
+    channels: Literal[1, 3] = Field(description="1 converts to grey, 3 to RGB.")
+    mean: tuple[float, ...] = Field(description="Mean per channel on the 0 to 1 scale.")
+    std: tuple[float, ...] = Field(description="Standard deviation per channel on the 0 to 1 scale.")
+
+    @model_validator(mode="after")
+    def _one_value_per_channel(self) -> "Preprocessing":
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(
+                f"preprocessing: expected {self.channels} values in mean and std, found {len(self.mean)} and "
+                f"{len(self.std)}; give one per channel"
+            )
+        if min(self.std) <= 0:
+            raise ValueError(f"preprocessing: expected std > 0, found {self.std}")
+        return self
+
+    def fingerprint(self) -> str:
+        """Digest of these values: two generations with the same fingerprint can share decoded images."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class BackboneSpec(BaseModel):
+    """Which network to build; its weights come from the generation's own file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description='"small_cnn", a torchvision model name, or "package.module:factory".')
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the builder (JSON values only).")
+
+
+class GenerationCard(BaseModel):
+    """Everything that must be known of a generation without loading its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = Field(default=FORMAT_VERSION, description="Version of this record.")
+    generation_id: str = Field(description="Ordinal for people, weight digest for truth: g003-9f2c1a.")
+    ordinal: int = Field(ge=0, description="Place in the lineage.")
+    origin: Literal["trained", "adopted"] = Field(description="Trained here, or an encoder that came from elsewhere.")
+    parent: str | None = Field(default=None, description="Generation whose weights the training started from.")
+    predecessors: tuple[str, ...] = Field(default=(), description="Generations it was constrained against.")
+    backbone: BackboneSpec = Field(description="Network to build.")
+    preprocessing: Preprocessing = Field(description="How an image becomes the network's input.")
+    preprocessing_fingerprint: str = Field(description="Digest of the preprocessing.")
+    width: int = Field(ge=1, description="Length of an embedding.")
+    prefix_widths: tuple[int, ...] = Field(default=(), description="Shorter prefixes that are valid embeddings too.")
+    classes: tuple[str, ...] = Field(default=(), description="Class names, in the order of the classifier's rows.")
+    digest: str = Field(description="sha256 of the weights file.")
+    has_classifier: bool = Field(description="Whether classifier rows and class means are stored.")
+    classifier_digest: str | None = Field(default=None, description="sha256 of the classifier file.")
+    normalized: bool = Field(default=True, description="Whether the stored rows have unit length.")
+    calibrated_images: int = Field(
+        default=0, ge=0, description="Clean images behind the batch norm statistics; 0: nothing to calibrate."
+    )
+    training: dict[str, Any] = Field(default_factory=dict, description="Summary of the training (JSON values only).")
+
+    @field_validator("generation_id")
+    @classmethod
+    def _well_formed_id(cls, value: str) -> str:
+        ordinal_of(value)
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "GenerationCard":
+        if make_generation_id(self.ordinal, self.digest) != self.generation_id:
+            raise ValueError(
+                f"card of {self.generation_id}: expected the id {make_generation_id(self.ordinal, self.digest)} that "
+                "ordinal and digest give; the card was edited or mixed up"
+            )
+        if self.preprocessing.fingerprint() != self.preprocessing_fingerprint:
+            raise ValueError(
+                f"card of {self.generation_id}: expected preprocessing fingerprint {self.preprocessing.fingerprint()}, "
+                f"found {self.preprocessing_fingerprint}"
+            )
+        return self
+
+
+def make_generation_id(ordinal: int, weights_sha256: str) -> str:
+    """Return the id of a generation.
+
+    >>> make_generation_id(3, "9f2c1a" + "0" * 58)
+    'g003-9f2c1a'
+    """
+    return f"g{ordinal:03d}-{weights_sha256[:6]}"
+
+
+def ordinal_of(generation_id: str) -> int:
+    """Return the ordinal that an id carries.
+
+    >>> ordinal_of("g012-9f2c1a")
+    12
+    """
+    match = _ID_PATTERN.fullmatch(generation_id)
+    if match is None:
+        raise ValueError(f"reading a generation id: expected a form like g003-9f2c1a, found {generation_id!r}")
+    return int(match.group(1))
+
+
+def lineage_order(generation_ids: Sequence[str]) -> list[str]:
+    """Return the ids from the oldest to the newest."""
+    return sorted(generation_ids, key=lambda generation_id: (ordinal_of(generation_id), generation_id))
+
+
+def write_card(uri: str, card: GenerationCard) -> None:
+    """Write card.json into the generation's folder, atomically. Call it after every other file is in place."""
+    write_bytes_atomically(join_uri(uri, CARD_FILE), (card.model_dump_json(indent=2) + "\n").encode())
+
+
+def read_card(uri: str) -> GenerationCard:
+    """Read the card of the generation in the folder `uri`.
+
+    Raises: GenerationNotFoundError, UnknownFormatError.
+    """
+    place = join_uri(uri, CARD_FILE)
+    try:
+        record = json.loads(read_bytes(place))
+    except FileNotFoundError:
+        raise GenerationNotFoundError(
+            f"reading a generation: expected a card, found none (at {place}); its writing did not end, or the place is "
+            "wrong"
+        ) from None
+    found = record.get("format_version") if isinstance(record, dict) else None
+    if found != FORMAT_VERSION:
+        raise UnknownFormatError(
+            f"reading a generation: expected card format {FORMAT_VERSION}, found {found} (at {place}); use the program "
+            "version that wrote it"
+        )
+    return GenerationCard.model_validate(record)
+
+
+def join_uri(uri: str, *parts: str) -> str:
+    """Join a folder (path or URI) and names below it."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Return the file system and the path in it of a local path (made absolute) or of a URI."""
+    if "://" not in uri:
+        return pafs.LocalFileSystem(), os.path.abspath(uri)
+    file_system, path = pafs.FileSystem.from_uri(uri)
+    return file_system, path
+
+
+def exists(uri: str) -> bool:
+    """Say whether there is a file at `uri`."""
+    file_system, path = resolve(uri)
+    return bool(file_system.get_file_info(path).type == pafs.FileType.File)
+
+
+def read_bytes(uri: str) -> bytes:
+    """Read a whole file. Raises FileNotFoundError."""
+    file_system, path = resolve(uri)
+    with file_system.open_input_file(path) as stream:
+        return bytes(stream.read())
+
+
+def write_bytes_atomically(uri: str, payload: bytes) -> None:
+    """Write a whole file so that a reader sees all of it or nothing.
+
+    On a local disk: a temporary file, fsync, rename. On an object store an upload becomes visible when it is complete.
+    """
+    file_system, path = resolve(uri)
+    if isinstance(file_system, pafs.LocalFileSystem):
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.tmp{os.getpid()}")
+        with partial.open("wb") as stream:
+            stream.write(payload)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, target)
+        return
+    with file_system.open_output_stream(path) as stream:
+        stream.write(payload)

@@ -1,0 +1,143 @@
+"""What one training is: the recipe (TrainingConfig) and the order to carry it out (TrainingJob). Plain JSON values.
+
+The defaults are recipe R: fine-tune from the parent with classifier rows started at the parent's class means, one
+cross-contrast term and one RACT term against every predecessor, interpolate with the parent, then calibrate batch norm.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from training.constraints import CONSTRAINTS
+from training.generation import BackboneSpec, Preprocessing
+from training.heads import HEADS
+from training.predecessors import PredecessorRef
+
+
+class HeadConfig(BaseModel):
+    """The classifier loss."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(default="additive_margin", description="additive_margin, arcface or cosine_softmax.")
+    scale: float = Field(default=20.0, gt=0, description="Logit scale s.")
+    margin: float = Field(default=0.2, ge=0, description="Margin m: of the cosine, or of the angle for arcface.")
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in HEADS:
+            raise ValueError(f"head: expected one of {sorted(HEADS)}, found {value!r}")
+        return value
+
+
+class ConstraintConfig(BaseModel):
+    """One compatibility constraint, applied against every predecessor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(description="bct, cross_contrast or ract.")
+    weight: float = Field(default=1.0, ge=0, description="Factor of this constraint in the loss.")
+    reduction: Literal["sum", "mean"] = Field(default="sum", description="Over the predecessors.")
+    parameters: dict[str, float] = Field(default_factory=dict, description="Arguments of the constraint.")
+
+    @model_validator(mode="after")
+    def _known(self) -> "ConstraintConfig":
+        if self.name not in CONSTRAINTS:
+            raise ValueError(f"constraint: expected one of {sorted(CONSTRAINTS)}, found {self.name!r}")
+        try:
+            CONSTRAINTS[self.name](**self.parameters)
+        except TypeError as error:
+            raise ValueError(f"constraint {self.name}: {error}") from error
+        return self
+
+
+class AugmentationConfig(BaseModel):
+    """Random changes to training images, made on the batch as a tensor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["none", "affine", "crop_flip"] = Field(default="none", description="Family of changes.")
+    rotation_degrees: float = Field(default=15.0, ge=0, description="affine: largest rotation, either way.")
+    shift: float = Field(default=0.1, ge=0, lt=1, description="affine: largest shift as a share of the image's side.")
+    scale: float = Field(default=0.15, ge=0, lt=1, description="affine: largest relative change of size.")
+    padding: int = Field(default=4, ge=0, description="crop_flip: pixels of reflected border before the crop.")
+    flip: bool = Field(default=True, description="crop_flip: whether to mirror half of the images.")
+
+
+def recipe_constraints() -> tuple[ConstraintConfig, ...]:
+    """Return recipe R's constraints."""
+    return (
+        ConstraintConfig(name="cross_contrast", reduction="sum"),
+        ConstraintConfig(name="ract", reduction="mean"),
+    )
+
+
+class TrainingConfig(BaseModel):
+    """The recipe of one generation's training."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backbone: BackboneSpec = Field(default=BackboneSpec(name="small_cnn"), description="Network to train.")
+    initial_weights: str | None = Field(
+        default=None, description="For a start without parent: a weights file or the name of torchvision weights."
+    )
+    width: int = Field(default=128, ge=2, description="Embedding width.")
+    prefix_widths: tuple[int, ...] = Field(default=(), description="Shorter prefixes declared valid.")
+    preprocessing: Preprocessing = Field(description="How an image becomes the network's input.")
+    augmentation: AugmentationConfig = Field(default=AugmentationConfig(), description="Changes to training images.")
+    head: HeadConfig = Field(default=HeadConfig(), description="Classifier loss.")
+    constraints: tuple[ConstraintConfig, ...] = Field(
+        default_factory=recipe_constraints, description="Compatibility constraints; none for a control."
+    )
+    start: Literal["parent", "scratch"] = Field(default="parent", description="Initial weights where a parent exists.")
+    rows_from_parent: bool = Field(
+        default=True, description="Start classifier rows at 1.1 x the parent's class means instead of at random."
+    )
+    interpolation: float = Field(
+        default=0.4, ge=0, lt=1, description="Share a of the parent's weights in the final ones; 0 for none."
+    )
+    epochs: int = Field(default=6, ge=1, description="Passes over the training images.")
+    batch_size: int = Field(default=256, ge=2, description="Images per step, all workers together.")
+    max_lr: float = Field(default=1e-3, gt=0, description="Peak learning rate with a parent.")
+    first_max_lr: float = Field(default=2e-3, gt=0, description="Peak learning rate when started from scratch.")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's decay; not applied to norms and biases.")
+    calibration_images: int = Field(default=4096, ge=0, description="Clean images for batch norm statistics; 0: none.")
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto: 16 bit where the processor has it."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of everything random.")
+    pixel_memory_mib: int = Field(
+        default=2048, ge=1, description="Decoded images above this go to a memory-mapped scratch file."
+    )
+
+
+class TrainingJob(BaseModel):
+    """The order to train one generation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    config: TrainingConfig = Field(description="Recipe.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the run, from a digest of everything that goes into it: the same name resumes.",
+    )
+    manifest_uri: str = Field(description="Training manifest (source, label, content_sha256).")
+    output_uri: str = Field(description="Root of the generations; the new one gets its own folder there.")
+    ordinal: int = Field(ge=0, description="Ordinal of the generation to make.")
+    parent_uri: str | None = Field(default=None, description="Folder of the generation to start from.")
+    predecessors: tuple[PredecessorRef, ...] = Field(default=(), description="Generations to stay compatible with.")
+    storage_uri: str = Field(description="Where checkpoints, progress and the result are kept.")
+    num_workers: int = Field(default=0, ge=0, description="Ray Train workers; 0 trains in this process without Ray.")
+    use_gpu: bool = Field(default=False, description="One GPU per worker.")
+    cpus_per_worker: int = Field(default=1, ge=1, description="CPU cores per worker, also its threads.")
+    resources: dict[str, float] = Field(default_factory=dict, description="Further Ray resources per worker.")
+    max_failures: int = Field(default=2, ge=1, description="Worker failures that are recovered from.")
+    keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints kept while training.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainingJob":
+        ids = [reference.generation_id for reference in self.predecessors]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"training job: expected distinct predecessors, found {ids}")
+        return self

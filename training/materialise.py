@@ -1,0 +1,66 @@
+"""Writes data sets that come as arrays (scikit-learn's digits, torchvision's sets) once, as Parquet files with PNGs.
+
+From then on they are read like any other Parquet file, so that every image has a source "path#row".
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torchvision
+
+from training.images import encode_png
+
+_ROWS_PER_GROUP = 1000
+
+
+def materialise_digits(path: str) -> str:
+    """Write scikit-learn's bundled digits (1,797 images, 8x8 grey) to `path` unless they are there; return the path.
+
+    Columns: image (PNG), label "0" to "9", instance (0, 1, ... inside each label).
+    """
+    if Path(path).exists():
+        return path
+    from sklearn.datasets import load_digits  # bundled with the package: nothing is downloaded
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255.0 / 16.0)).astype(np.uint8)
+    labels = [str(label) for label in digits.target]
+    seen: dict[str, int] = {}
+    instances = []
+    for label in labels:
+        instances.append(seen.get(label, 0))
+        seen[label] = instances[-1] + 1
+    _write(path, [encode_png(image) for image in pixels], labels, {"instance": pa.array(instances, pa.int64())})
+    return path
+
+
+def materialise_torchvision(name: str, root: str, train: bool) -> str:
+    """Write one of torchvision's labelled sets, already downloaded to `root`, to a Parquet file there; return its path."""
+    path = os.path.join(os.path.abspath(root), f"{name.lower()}-{'train' if train else 'test'}.parquet")
+    if Path(path).exists():
+        return path
+    factory = getattr(torchvision.datasets, name, None)
+    if factory is None:
+        raise ValueError(f"reading a torchvision data set: expected a class of torchvision.datasets, found {name!r}")
+    dataset = factory(root=root, train=train, download=False)
+    names = [str(entry) for entry in getattr(dataset, "classes", [])]
+    payloads, labels = [], []
+    for image, target in (dataset[i] for i in range(len(dataset))):
+        payloads.append(encode_png(np.asarray(image)))
+        labels.append(names[int(target)] if names else str(target))
+    _write(path, payloads, labels, {})
+    return path
+
+
+def _write(path: str, payloads: list[bytes], labels: list[str], further: dict[str, pa.Array]) -> None:
+    image = pa.StructArray.from_arrays(
+        [pa.array(payloads, pa.binary()), pa.nulls(len(payloads), pa.string())], names=["bytes", "path"]
+    )
+    table = pa.table({"image": image, "label": pa.array(labels, pa.string()), **further})
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    partial = f"{path}.tmp{os.getpid()}"
+    pq.write_table(table, partial, row_group_size=_ROWS_PER_GROUP)
+    os.replace(partial, path)

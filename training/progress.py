@@ -1,0 +1,135 @@
+"""Where a training leaves its trail: checkpoints, progress lines and the result, below `storage_uri/name/`.
+
+    checkpoint-0003.pt   state after epoch 3 (torch file with tensors and plain values only)
+    checkpoints.json     the checkpoints that are complete, newest last, each with its sha256; written after the file
+    metrics.jsonl        one line per epoch
+    result.json          the finished generation; written last: a training that has one is never repeated
+
+Every file is written whole and atomically, so a kill at any moment leaves the previous state. The trail is our own
+rather than Ray Train's, because Ray rewrites its snapshot in place: a kill in that moment would make it unreadable.
+"""
+
+import hashlib
+import io
+import json
+import logging
+from typing import Any, Protocol
+
+import torch
+
+from training.generation import (
+    GenerationCard,
+    UnknownFormatError,
+    exists,
+    join_uri,
+    read_bytes,
+    read_card,
+    resolve,
+    write_bytes_atomically,
+)
+
+FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
+
+
+class Reporter(Protocol):
+    """What the loop needs of the world around it: Ray Train's workers meet in `barrier`, a lone process does nothing."""
+
+    def latest(self) -> dict[str, Any] | None:
+        """Return the newest complete checkpoint's state, or None; the same on every rank."""
+
+    def report(self, metrics: dict[str, Any], state: dict[str, Any] | None) -> None:
+        """Record an epoch's metrics and state. Called by every rank; only rank 0 passes a state."""
+
+    def finish(self, generation_uri: str, card: GenerationCard) -> None:
+        """Record the finished generation. Called by rank 0."""
+
+
+class TrailReporter:
+    """The trail of one run on a file system that all workers see."""
+
+    def __init__(self, storage_uri: str, name: str, keep_checkpoints: int = 2) -> None:
+        self.uri = join_uri(storage_uri, name)
+        self.keep_checkpoints = keep_checkpoints
+
+    def latest(self) -> dict[str, Any] | None:
+        """Return the newest state whose file is whole; a damaged one is logged and the one before it is taken."""
+        for entry in reversed(self._checkpoints()):
+            try:
+                payload = read_bytes(join_uri(self.uri, entry["file"]))
+            except FileNotFoundError:
+                payload = b""
+            if hashlib.sha256(payload).hexdigest() == entry["sha256"]:
+                return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+            logger.warning("checkpoint %s of %s is damaged or gone; taking an earlier one", entry["file"], self.uri)
+        return None
+
+    def report(self, metrics: dict[str, Any], state: dict[str, Any] | None) -> None:
+        """Write the checkpoint, then the list of checkpoints, then the progress line; then drop old checkpoints."""
+        if state is None:
+            return
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        payload = buffer.getvalue()
+        file = f"checkpoint-{state['epoch']:04d}.pt"
+        write_bytes_atomically(join_uri(self.uri, file), payload)
+        entries = [entry for entry in self._checkpoints() if entry["epoch"] < state["epoch"]]
+        entries.append({"epoch": state["epoch"], "file": file, "sha256": hashlib.sha256(payload).hexdigest()})
+        kept = entries[-self.keep_checkpoints :]
+        self._write_json("checkpoints.json", {"format_version": FORMAT_VERSION, "checkpoints": kept})
+        lines = [line for line in self.metrics() if line["epoch"] < metrics["epoch"]]
+        text = "".join(json.dumps(line) + "\n" for line in [*lines, metrics])
+        write_bytes_atomically(join_uri(self.uri, "metrics.jsonl"), text.encode())
+        for entry in entries[: -self.keep_checkpoints]:
+            self._remove(entry["file"])
+
+    def finish(self, generation_uri: str, card: GenerationCard) -> None:
+        """Write the result, then drop the checkpoints."""
+        record = {"format_version": FORMAT_VERSION, "generation_uri": generation_uri, "digest": card.digest}
+        self._write_json("result.json", record)
+        for entry in self._checkpoints():
+            self._remove(entry["file"])
+
+    def result(self) -> tuple[str, GenerationCard] | None:
+        """Return folder and card of the generation that this run made, or None if it has not ended.
+
+        A result whose generation is gone or another one counts as none: the training is made again.
+        """
+        record = self._read_json("result.json")
+        if record is None:
+            return None
+        try:
+            card = read_card(record["generation_uri"])
+        except FileNotFoundError:
+            logger.warning("the generation %s of a finished training is gone; training again", record["generation_uri"])
+            return None
+        return (record["generation_uri"], card) if card.digest == record["digest"] else None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the progress lines so far."""
+        place = join_uri(self.uri, "metrics.jsonl")
+        return [json.loads(line) for line in read_bytes(place).splitlines()] if exists(place) else []
+
+    def _checkpoints(self) -> list[dict[str, Any]]:
+        record = self._read_json("checkpoints.json")
+        return [] if record is None else record["checkpoints"]
+
+    def _read_json(self, file: str) -> dict[str, Any] | None:
+        place = join_uri(self.uri, file)
+        if not exists(place):
+            return None
+        record: dict[str, Any] = json.loads(read_bytes(place))
+        if record.get("format_version") != FORMAT_VERSION:
+            raise UnknownFormatError(
+                f"resuming a training: expected format {FORMAT_VERSION}, found {record.get('format_version')} (at {place}); "
+                "use the program version that wrote it, or another run name"
+            )
+        return record
+
+    def _write_json(self, file: str, record: dict[str, Any]) -> None:
+        write_bytes_atomically(join_uri(self.uri, file), (json.dumps(record, indent=2) + "\n").encode())
+
+    def _remove(self, file: str) -> None:
+        file_system, path = resolve(join_uri(self.uri, file))
+        if exists(join_uri(self.uri, file)):
+            file_system.delete_file(path)
