@@ -80,20 +80,21 @@ class Decision(BaseModel):
     queries_needed_for: str | None = Field(default=None, description="Which option and guard they are for.")
     certificates: tuple[CertificateToIssue, ...] = Field(default=(), description="Certificates to issue with it.")
     reasons: tuple[Reason, ...] = Field(description="Every guard with threshold, value, bound, n and verdict.")
+    num_decisive: int = Field(default=0, description="How many of the reasons, from the first on, led to the outcome.")
 
 
 def decide(evidence: Evidence, policy: RolloutPolicy) -> Decision:
     """Apply the rules above to the evidence."""
     missing = missing_pieces(evidence, policy)
     if missing:
-        return _hold(evidence, f"{len(missing)} piece(s) of evidence are missing, first: {missing[0].scope}", missing)
+        return _hold(evidence, f"evidence is missing ({len(missing)}), first: {missing[0].scope}", missing, ())
     if evidence.is_first_generation:
         return _bootstrap(evidence)
     full, rollouts = full_option(evidence, policy), rollout_options(evidence, policy)
     everything = (*full.reasons, *(reason for option in rollouts for reason in option.reasons), *standing(evidence))
     failed = full.with_verdict("FAIL")
     if failed:
-        return _hold(evidence, f"even the fully backfilled state fails: {failed[0].text}", (*failed, *everything))
+        return _hold(evidence, f"even the fully backfilled state fails: {failed[0].text}", failed, everything)
     passing = [option for option in rollouts if option.verdict == "PASS"]
     if passing:
         return _rollout(evidence, passing, everything)
@@ -104,7 +105,7 @@ def decide(evidence: Evidence, policy: RolloutPolicy) -> Decision:
     if undecided:
         return _inconclusive(evidence, policy, undecided, (*paying.reasons, *everything))
     blocking = (*paying.with_verdict("FAIL"), *(r for option in rollouts for r in option.with_verdict("FAIL")))
-    return _hold(evidence, f"no option passes: {blocking[0].text}", (*blocking, *everything))
+    return _hold(evidence, f"no option passes: {blocking[0].text}", blocking, everything)
 
 
 def missing_pieces(evidence: Evidence, policy: RolloutPolicy) -> tuple[Reason, ...]:
@@ -162,29 +163,32 @@ def _bootstrap(evidence: Evidence) -> Decision:
         summary=f"BOOTSTRAP: the lineage is empty and the self-test of {evidence.candidate} was measured "
         f"({percent(evidence.self_test)}); it serves as the first generation.",
         certificates=_certificates(evidence),
-        reasons=standing(evidence),
+        decisive=standing(evidence),
     )
 
 
-def _hold(evidence: Evidence, why: str, reasons: Iterable[Reason]) -> Decision:
-    return _decision(evidence, outcome="HOLD", summary=f"HOLD: {why}.", reasons=reasons)
+def _hold(evidence: Evidence, why: str, decisive: Sequence[Reason], others: Iterable[Reason]) -> Decision:
+    return _decision(evidence, outcome="HOLD", summary=f"HOLD: {why}.", decisive=decisive, others=others)
 
 
 def _rollout(evidence: Evidence, passing: Sequence[Option], everything: Iterable[Reason]) -> Decision:
     chosen, why = _best(evidence, passing)
     waves = evidence.wave_zero_generations
     before = f" Before the move, the rows of {', '.join(waves)} are re-embedded." if waves else ""
+    work = f"re-embed {100 * chosen.fraction:g} % of the gallery in order '{evidence.order}'"
+    if chosen.fraction == 0:
+        work = "leave the gallery as it is"
     return _decision(
         evidence,
         outcome="COMPATIBLE_ROLLOUT",
-        summary=f"COMPATIBLE_ROLLOUT: serve queries with {evidence.candidate} now and re-embed "
-        f"{chosen.fraction:.0%} of the gallery in order '{evidence.order}': every guard passes on the whole way "
-        f"({why}).{before}",
+        summary=f"COMPATIBLE_ROLLOUT: serve queries with {evidence.candidate} now and {work}: every guard passes in "
+        f"every state on the way ({why}).{before}",
         fraction=chosen.fraction,
         order=evidence.order,
         wave_zero_generations=waves,
         certificates=_certificates(evidence),
-        reasons=(*chosen.reasons, *everything),
+        decisive=chosen.reasons,
+        others=everything,
     )
 
 
@@ -214,7 +218,8 @@ def _full_backfill(
         fraction=1.0,
         order=evidence.order,
         certificates=_certificates(evidence),
-        reasons=(*full.reasons, blocking, *everything),
+        decisive=(*full.reasons, blocking),
+        others=everything,
     )
 
 
@@ -234,10 +239,11 @@ def _inconclusive(
         evidence,
         outcome="INCONCLUSIVE",
         summary=f"INCONCLUSIVE: {amount} would settle the cheapest option that could still pass, {what}, if what was "
-        f"observed holds (power {policy.power:.0%}).",
+        f"observed holds (power {100 * policy.power:g} %).",
         queries_needed=None if unreachable else number,
         queries_needed_for=what,
-        reasons=(*open_reasons, *everything),
+        decisive=open_reasons,
+        others=everything,
     )
 
 
@@ -314,8 +320,9 @@ def _certificates(evidence: Evidence) -> tuple[CertificateToIssue, ...]:
     )
 
 
-def _decision(evidence: Evidence, *, reasons: Iterable[Reason], **fields: object) -> Decision:
-    unique = tuple(dict.fromkeys(reasons))
-    return Decision.model_validate(
-        {"candidate": evidence.candidate, "champion": evidence.champion, "reasons": unique, **fields}
-    )
+def _decision(
+    evidence: Evidence, *, decisive: Sequence[Reason], others: Iterable[Reason] = (), **fields: object
+) -> Decision:
+    reasons = tuple(dict.fromkeys((*decisive, *others)))
+    common = {"candidate": evidence.candidate, "champion": evidence.champion, "reasons": reasons}
+    return Decision.model_validate({**common, "num_decisive": len(set(decisive)), **fields})

@@ -33,9 +33,9 @@ ICC_FLOOR = 0.2
 # upper alike.
 FEW_CHANGED_CLUSTERS = 10
 
-# Resamples are drawn in blocks of at most this many counts: one matrix product for up to 10,000 clusters, and flat
+# Resamples are drawn in blocks of at most this many counts: one matrix product for up to 4,000 clusters, and flat
 # memory for any number of them.
-MAX_COUNTS_PER_BLOCK = 20_000_000
+MAX_COUNTS_PER_BLOCK = 8_000_000
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ measurable", which is not the same as wrong; `compare` says what follows from it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -107,6 +107,17 @@ class Comparison(NamedTuple):
     right_before: NDArray[np.bool_]
     right_after: NDArray[np.bool_]
     num_lost: int  # measurable before, not after: counted as wrong after
+
+
+def add_states(outcomes: Outcomes, states: Mapping[str, tuple[NDArray[np.int32], NDArray[np.float32]]]) -> Outcomes:
+    """Outcomes with further (or replaced) states: name -> (first_rank, average_precision) over the same queries."""
+    ranks = {name: rank for name, (rank, _) in states.items()}
+    precisions = {name: precision for name, (_, precision) in states.items()}
+    return replace(
+        outcomes,
+        first_rank={**outcomes.first_rank, **ranks},
+        average_precision={**outcomes.average_precision, **precisions},
+    )
 
 
 def fraction_state(fraction: float) -> str:
@@ -292,7 +303,7 @@ def from_columns(columns: Mapping[str, NDArray[Any] | Sequence[Any]]) -> Outcome
         if (ordered < 0).any():
             raise ValueError(
                 f"reading outcomes: expected every query once in state {name!r}, found "
-                f"{query_ids[ordered < 0][0]!r} missing and another one repeated"
+                f"{str(query_ids[ordered < 0][0])!r} missing and another one repeated"
             )
         rows[name] = ordered
     first = rows[states[0]] if states else np.zeros(0, np.int64)

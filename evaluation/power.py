@@ -8,13 +8,14 @@ approximation.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
 from scipy import special, stats
 
 MAX_QUERIES = 10_000_000  # more than this is answered with None: "no number of queries that anyone could collect"
-MAX_EXACT_QUERIES = 300_000  # above it the normal approximation is within a per cent, and the exact search slow
+MAX_EXACT_QUERIES = 50_000  # above it the normal approximation is within a few per cent, and the exact search slow
 
 
 def minimal_detectable_difference(
@@ -35,9 +36,10 @@ def nfr_power(n: int, max_nfr: float, true_nfr: float, *, alpha: float = 0.05) -
     >>> round(nfr_power(2000, 0.01, 0.005), 3)
     0.792
     """
-    return float(_nfr_power(np.array([n], np.float64), max_nfr, true_nfr, alpha)[0])
+    return float(_nfr_power(np.array([n]), max_nfr, true_nfr, alpha)[0])
 
 
+@functools.lru_cache(maxsize=1024)  # many states share their numbers
 def queries_for_nfr(
     max_nfr: float,
     true_nfr: float,
@@ -58,7 +60,7 @@ def queries_for_nfr(
     if true_nfr > max_nfr or approximate > MAX_EXACT_QUERIES:
         return _ceil(approximate * design_effect)
     limit = int(2 * approximate + 20 / max_nfr)
-    sizes = np.arange(1, limit + 1, dtype=np.float64)
+    sizes = np.arange(1, limit + 1)
     enough = _nfr_power(sizes, max_nfr, true_nfr, alpha) >= power
     if stable:
         short = np.flatnonzero(~enough)

@@ -110,16 +110,24 @@ class Registry:
 
     # Lineage ----------------------------------------------------------------------------------------------------------
 
-    def record(self, kind: EventKind, *, update_key: str = "", generation: str = "", **payload: Any) -> bool:
+    def record(
+        self,
+        kind: EventKind,
+        *,
+        update_key: str = "",
+        generation: str = "",
+        occurrence: int = 1,
+        payload: dict[str, Any] | None = None,
+    ) -> bool:
         """Append an event. Within an update each kind happens once per generation: a repetition writes nothing."""
-        event_id = f"{update_key}/{kind}/{generation}" if update_key else uuid.uuid4().hex
+        event_id = f"{update_key}/{kind}/{generation}/{occurrence}" if update_key else uuid.uuid4().hex
         row = {
             "event_id": event_id,
             "kind": kind,
             "update_key": update_key,
             "generation": generation,
             "at": time.time(),
-            "payload": json.dumps(payload, sort_keys=True, default=str),
+            "payload": json.dumps(payload or {}, sort_keys=True, default=str),
         }
         return _append(self._lineage, [row], unit=event_id)
 

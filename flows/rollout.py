@@ -182,12 +182,14 @@ def rollback(workspace: Workspace, *, reason: str = "rollback") -> ServingState:
     state = workspace.registry.move_serving(
         serving, champion=serving.previous, previous=None, active_plan=None, moved_by=reason
     )
-    workspace.registry.record("rolled_back", generation=serving.champion or "", to=serving.previous, reason=reason)
+    workspace.registry.record(
+        "rolled_back", generation=serving.champion or "", payload={"to": serving.previous, "reason": reason}
+    )
     return state
 
 
 def release_previous(workspace: Workspace) -> ServingState:
-    """End the probation: ingest no longer writes the previous generation's vectors, a rollback is no longer possible."""
+    """End the probation: ingest writes the champion's vectors only, and a rollback is no longer possible."""
     serving = workspace.registry.serving()
     if serving.previous is None:
         return serving
@@ -254,4 +256,4 @@ def _end_plan(workspace: Workspace, plan: Plan) -> None:
     serving = workspace.registry.serving()
     if serving.active_plan == plan.plan_id:
         workspace.registry.move_serving(serving, active_plan=None)
-    workspace.registry.record("plan_completed", generation=plan.generation, plan=plan.plan_id)
+    workspace.registry.record("plan_completed", generation=plan.generation, payload={"plan": plan.plan_id})

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from indexing.embed import EmbeddedUnit, EmbedUnit, read_embeddings
+from indexing.embed import EmbeddedUnit, EmbedUnit
+from indexing.embedding_files import read_embeddings
 from indexing.reindex import EmbedFunction
 from indexing.storage import join, move, size_bytes
 from indexing.tables import DataFile, TableConflictError, VersionedTable

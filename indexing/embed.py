@@ -10,46 +10,50 @@ Invariants:
 * A worker that dies is replaced and its unit runs again, `max_attempts` times at most; an exception of the encoder is
   not tried again, because the same images would raise it again.
 
-The column `embedding` is fixed-size binary: D little-endian float32 values, plain, neither compressed nor
-dictionary-coded, so that reading is near the speed of a memory copy. Width and dtype stand in the schema metadata too.
-Compaction of a Delta table turns fixed-size binary into binary and drops that metadata; `read_embeddings` reads both.
-
 Shapes: n rows, D width.
 """
 
 from __future__ import annotations
 
-import os
 import time
-import uuid
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs
 
-EMBEDDING_COLUMN = "embedding"
-EMBEDDING_FORMAT_VERSION = "1"
-ROW_GROUP_ROWS = 65_536
+from indexing.embedding_files import EMBEDDING_COLUMN, EmbeddingFileError, read_embeddings, write_embedding_file
+
+__all__ = [
+    "EMBEDDING_COLUMN",
+    "EmbedUnit",
+    "EmbeddedUnit",
+    "EmbeddingFailedError",
+    "EmbeddingFileError",
+    "EmbeddingInterruptedError",
+    "EncodeSources",
+    "embed_unit",
+    "embed_units",
+    "read_embeddings",
+    "write_embedding_file",
+]
+
+# The longest silent wait for workers; the deadline is looked at in between.
+POLL_S = 5.0
 NORM_TOLERANCE = 1e-5
 
 EncodeSources = Callable[[Sequence[str]], tuple[NDArray[np.float32], dict[int, str]]]
 
 
-class EmbeddingFileError(Exception):
-    """A Parquet file does not hold embeddings of the expected width and form."""
-
-
-class EmbeddingFailedError(Exception):
+class EmbeddingFailedError(RuntimeError):
     """The encoder raised, or returned vectors that cannot be stored; not tried again."""
 
 
-class EmbeddingInterruptedError(Exception):
+class EmbeddingInterruptedError(RuntimeError):
     """Workers died too often or the deadline passed; the finished units' files are complete."""
 
 
@@ -96,14 +100,15 @@ def embed_units(
     """Embed every unit and return the results in the order of `units`.
 
     `open_encoder` runs once in each worker. `on_unit` runs in the calling process as soon as a unit's file is complete,
-    in order of completion, once per unit. `num_workers=0` works in this process without Ray.
+    in order of completion, once per unit. `num_workers=0` works in this process without Ray and looks at the deadline
+    between units; otherwise Ray must have been initialised, and the workers end with the call. Each is given
+    `cpus_per_worker` and as many threads.
 
     Raises:
         EmbeddingFailedError: the encoder raised or returned vectors that cannot be stored; names the unit.
         EmbeddingInterruptedError: workers died too often, or `deadline_s` passed.
     """
     _check_units(units, num_workers, max_attempts)
-    deadline = time.monotonic() + deadline_s
     results: dict[str, EmbeddedUnit] = {}
 
     def finished(result: EmbeddedUnit) -> None:
@@ -111,13 +116,16 @@ def embed_units(
         if on_unit is not None:
             on_unit(result)
 
-    if not units:
-        return []
-    encode = open_encoder()
-    for unit in units:
-        if time.monotonic() > deadline:
-            raise _deadline_error(deadline_s, len(results), len(units))
-        finished(embed_unit(unit, encode, filesystem))
+    if units and num_workers:
+        pool = _RayPool(open_encoder, filesystem, num_workers, cpus_per_worker, gpus_per_worker, max_attempts)
+        pool.run(units, finished, deadline_s)
+    elif units:
+        deadline = time.monotonic() + deadline_s
+        encode = open_encoder()
+        for unit in units:
+            if time.monotonic() > deadline:
+                raise _deadline_error(deadline_s, len(results), len(units))
+            finished(embed_unit(unit, encode, filesystem))
     return [results[unit.unit_id] for unit in units]
 
 
@@ -153,159 +161,126 @@ def embed_unit(unit: EmbedUnit, encode: EncodeSources, filesystem: fs.FileSystem
     )
 
 
-def write_embedding_file(
-    path: str | Path, keys: pa.Table, vectors: NDArray[np.float32], *, filesystem: fs.FileSystem | None = None
-) -> int:
-    """Write key columns and vectors (n, D) as one Parquet file and return its size in bytes.
+class _Worker:
+    """The actor: one encoder, opened by the first `ping` so that its errors are answers and not a dead actor."""
 
-    A local file is written beside its place, synced and renamed. Elsewhere the object is sent in one piece after it is
-    complete in memory: closing a half-written upload would publish it.
+    def __init__(self, open_encoder: Callable[[], EncodeSources], filesystem: fs.FileSystem | None) -> None:
+        self._open_encoder = open_encoder
+        self._filesystem = filesystem
+        self._encode: EncodeSources | None = None
+
+    def ping(self) -> None:
+        try:
+            self._encode = self._open_encoder()
+        except Exception as error:
+            raise EmbeddingFailedError(
+                f"embedding: opening the encoder in a worker raised {type(error).__name__}: {error}"
+            ) from error
+
+    def embed(self, unit: EmbedUnit) -> EmbeddedUnit:
+        assert self._encode is not None
+        return embed_unit(unit, self._encode, self._filesystem)
+
+
+class _RayPool:
+    """Workers that each do one unit at a time. A replacement gets its first unit when it has answered.
+
+    Work given to an actor that has not started yet would wait with it, for ever if the cluster has no room for it.
     """
-    if vectors.ndim != 2 or vectors.shape[1] == 0:
-        raise ValueError(f"writing {path}: expected vectors (n, D) with D > 0, found shape {vectors.shape}")
-    if keys.num_columns and keys.num_rows != len(vectors):
-        raise ValueError(f"writing {path}: expected one vector per key row, found {keys.num_rows} keys, {len(vectors)}")
-    width = vectors.shape[1]
-    packed = np.ascontiguousarray(vectors, dtype="<f4")
-    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * width), len(packed), [None, pa.py_buffer(packed)])
-    metadata = {
-        "embedding_format_version": EMBEDDING_FORMAT_VERSION,
-        "embedding_width": str(width),
-        "embedding_dtype": "float32",
-    }
-    field = pa.field(EMBEDDING_COLUMN, column.type, nullable=False)
-    table = keys.append_column(field, column) if keys.num_columns else pa.table([column], schema=pa.schema([field]))
-    table = table.replace_schema_metadata(metadata)
 
-    remote, target = _locate(str(path), filesystem)
-    if remote is not None:
-        sink = pa.BufferOutputStream()
-        _write_parquet(table, sink, keys.column_names)
-        buffer = sink.getvalue()
-        with remote.open_output_stream(target) as stream:
-            stream.write(buffer)
-        return int(buffer.size)
-    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-    part = f"{target}.{uuid.uuid4().hex}.part"
-    try:
-        with open(part, "wb") as file:
-            _write_parquet(table, file, keys.column_names)
-            file.flush()
-            os.fsync(file.fileno())
-        size_bytes = os.path.getsize(part)
-        os.replace(part, target)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
-    return size_bytes
+    def __init__(
+        self,
+        open_encoder: Callable[[], EncodeSources],
+        filesystem: fs.FileSystem | None,
+        num_workers: int,
+        cpus_per_worker: float,
+        gpus_per_worker: float,
+        max_attempts: int,
+    ) -> None:
+        # The only lazy import: the in-process path and readers of embeddings must not pay seconds for Ray.
+        import ray
 
+        if not ray.is_initialized():
+            raise RuntimeError(
+                f"embedding with {num_workers} workers: expected a Ray cluster, found none; "
+                "call ray.init(...) first or use num_workers=0"
+            )
+        self._ray: Any = ray
+        threads = str(max(1, int(cpus_per_worker)))
+        self._actor_class: Any = ray.remote(_Worker).options(
+            num_cpus=cpus_per_worker,
+            num_gpus=gpus_per_worker,
+            max_restarts=0,
+            max_task_retries=0,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+        )
+        self._arguments = (open_encoder, filesystem)
+        self._num_workers = num_workers
+        self._max_attempts = max_attempts
+        self._busy: dict[Any, tuple[EmbedUnit | None, Any]] = {}
+        self._idle: list[Any] = []
+        self._todo: deque[EmbedUnit] = deque()
 
-def read_embeddings(
-    paths: Sequence[str | Path],
-    columns: Sequence[str] | None = None,
-    *,
-    width: int | None = None,
-    filesystem: fs.FileSystem | None = None,
-) -> tuple[pa.Table, NDArray[np.float32]]:
-    """Read files of `write_embedding_file`, or what compaction made of them, in the order of `paths`.
+    def run(self, units: Sequence[EmbedUnit], finished: Callable[[EmbeddedUnit], None], deadline_s: float) -> None:
+        deadline = time.monotonic() + deadline_s
+        deaths: Counter[str | None] = Counter()
+        self._todo.extend(units)
+        num_done = 0
+        try:
+            for _ in range(min(self._num_workers, len(units))):
+                self._spawn()
+            while num_done < len(units):
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise _deadline_error(deadline_s, num_done, len(units))
+                ready, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=min(POLL_S, left_s))
+                for reference in ready:
+                    result = self._collect(reference, deaths)
+                    self._give_work()
+                    # After the worker has its next unit: committing this one must not keep it waiting.
+                    if result is not None:
+                        num_done += 1
+                        finished(result)
+        finally:
+            for actor in [*self._idle, *(actor for _, actor in self._busy.values())]:
+                self._ray.kill(actor)
 
-    `columns` are the key columns to read (None: all; empty: none). `width` is what the caller's own metadata says;
-    needed only when no file has a row or states its width. The vectors (n, D) are not to be written to: they may be a
-    view of the decoded file.
+    def _spawn(self) -> None:
+        actor = self._actor_class.remote(*self._arguments)
+        self._busy[actor.ping.remote()] = (None, actor)
 
-    Raises:
-        EmbeddingFileError: a width that differs, a null, or rows of several lengths; names the file.
-    """
-    tables: list[pa.Table] = []
-    vectors: NDArray[np.float32] | None = None
-    with ExitStack() as stack:
-        files = [(str(path), stack.enter_context(_open_parquet(str(path), filesystem))) for path in paths]
-        for path, file in files:
-            stated = _stated_width(path, file.schema_arrow, columns)
-            if width is not None and stated is not None and stated != width:
-                raise EmbeddingFileError(f"reading {path}: expected width {width}, found {stated}; wrong file?")
-            width = width if width is not None else stated
-        num_rows = sum(file.metadata.num_rows for _, file in files)
-        start = 0
-        for path, file in files:
-            # One row group at a time: besides the result, no more than one group is in memory.
-            for group in range(file.metadata.num_row_groups):
-                table = file.read_row_group(group, columns=None if columns is None else [*columns, EMBEDDING_COLUMN])
-                position = table.schema.get_field_index(EMBEDDING_COLUMN)
-                for chunk in table.column(position).chunks:
-                    part = _vectors_of(chunk, path, width)
-                    width = part.shape[1]
-                    if len(part) == num_rows:
-                        vectors = part
-                        break
-                    if vectors is None:
-                        vectors = np.empty((num_rows, width), dtype=np.float32)
-                    vectors[start : start + len(part)] = part
-                    start += len(part)
-                tables.append(table.remove_column(position).replace_schema_metadata(None))
-            if not file.metadata.num_row_groups:
-                empty = file.schema_arrow.empty_table()
-                keep = [name for name in empty.column_names if name != EMBEDDING_COLUMN]
-                tables.append(empty.select(keep if columns is None else list(columns)).replace_schema_metadata(None))
-    keys = pa.concat_tables(tables) if tables else pa.table({})
-    return keys, np.zeros((0, width or 0), dtype=np.float32) if vectors is None else vectors
+    def _give_work(self) -> None:
+        while self._todo and self._idle:
+            unit, actor = self._todo.popleft(), self._idle.pop()
+            self._busy[actor.embed.remote(unit)] = (unit, actor)
 
-
-def _write_parquet(table: pa.Table, sink: object, key_columns: list[str]) -> None:
-    pq.write_table(
-        table,
-        sink,
-        row_group_size=ROW_GROUP_ROWS,
-        use_dictionary=False,
-        compression="none",
-        # Statistics of the embedding column would cost a pass over it and help nobody.
-        write_statistics=key_columns,
-    )
-
-
-def _open_parquet(path: str, filesystem: fs.FileSystem | None) -> pq.ParquetFile:
-    remote, target = _locate(path, filesystem)
-    return pq.ParquetFile(target, memory_map=remote is None, filesystem=remote)
-
-
-def _stated_width(path: str, schema: pa.Schema, columns: Sequence[str] | None) -> int | None:
-    """Return the width that the file's type or metadata states, once its columns are known to be there."""
-    missing = [name for name in [*(columns or ()), EMBEDDING_COLUMN] if name not in schema.names]
-    if missing:
-        raise EmbeddingFileError(f"reading {path}: expected columns {missing}, found {schema.names}; wrong file?")
-    column_type = schema.field(EMBEDDING_COLUMN).type
-    if pa.types.is_fixed_size_binary(column_type):
-        return int(column_type.byte_width) // 4
-    stated = (schema.metadata or {}).get(b"embedding_width")
-    return None if stated is None else int(stated)
-
-
-def _vectors_of(chunk: pa.Array, path: str, width: int | None) -> NDArray[np.float32]:
-    """View one chunk of (fixed-size) binary values as (n, D) float32 without a copy."""
-    if chunk.null_count:
-        raise EmbeddingFileError(f"reading {path}: expected an embedding in every row, found {chunk.null_count} nulls")
-    if pa.types.is_fixed_size_binary(chunk.type):
-        size, data, first = chunk.type.byte_width, chunk.buffers()[1], chunk.offset * chunk.type.byte_width
-    elif pa.types.is_binary(chunk.type) or pa.types.is_large_binary(chunk.type):
-        kind = np.int32 if pa.types.is_binary(chunk.type) else np.int64
-        offsets = np.frombuffer(chunk.buffers()[1], dtype=kind)[chunk.offset : chunk.offset + len(chunk) + 1]
-        sizes = np.diff(offsets)
-        size, data, first = int(sizes[0]), chunk.buffers()[2], int(offsets[0])
-        if not (sizes == size).all():
-            raise EmbeddingFileError(f"reading {path}: expected rows of one width, found {np.unique(sizes)[:3]} bytes")
-    else:
-        raise EmbeddingFileError(f"reading {path}: expected binary embeddings, found {chunk.type}; wrong file?")
-    if size == 0 or size % 4 or (width is not None and size != 4 * width):
-        raise EmbeddingFileError(f"reading {path}: expected width {width}, found {size} bytes a row; wrong file?")
-    values = np.frombuffer(data, dtype="<f4", count=len(chunk) * size // 4, offset=first)
-    return values.reshape(len(chunk), size // 4)
-
-
-def _locate(path: str, filesystem: fs.FileSystem | None) -> tuple[fs.FileSystem | None, str]:
-    """Return (None, local path) or (file system, path in it)."""
-    if filesystem is None and "://" in path:
-        filesystem, path = fs.FileSystem.from_uri(path)
-    return (None, path) if isinstance(filesystem, fs.LocalFileSystem) else (filesystem, path)
+    def _collect(self, reference: Any, deaths: Counter[str | None]) -> EmbeddedUnit | None:
+        """Take one answer: a finished unit, or None from a worker that has started or died."""
+        unit, actor = self._busy.pop(reference)
+        try:
+            result: EmbeddedUnit | None = self._ray.get(reference, timeout=POLL_S)
+        except self._ray.exceptions.RayTaskError as error:
+            self._ray.kill(actor)
+            # What the worker raised, without the remote traceback in its message.
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except self._ray.exceptions.RayError as error:
+            # Dead, or unreachable, which is treated alike: its unit may run twice, and the same file is written twice.
+            self._ray.kill(actor)
+            name = unit.unit_id if unit else None
+            deaths[name] += 1
+            allowed = self._max_attempts * (1 if unit else self._num_workers)
+            if deaths[name] >= allowed:
+                raise EmbeddingInterruptedError(
+                    f"embedding {f'unit {name}' if unit else 'before the first unit'}: expected a worker to survive, "
+                    f"found {deaths[name]} dead ones ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                    "look at the memory of the workers and at Ray's logs"
+                ) from error
+            if unit is not None:
+                self._todo.appendleft(unit)
+            self._spawn()
+            return None
+        self._idle.append(actor)
+        return result
 
 
 def _checked_vectors(unit: EmbedUnit, vectors: NDArray[np.float32], failures: dict[int, str]) -> NDArray[np.float32]:

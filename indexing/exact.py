@@ -43,11 +43,11 @@ TIE_TOLERANCE = np.float32(2**-21)
 CHUNK = 64
 
 
-class WidthMismatchError(Exception):
+class WidthMismatchError(RuntimeError):
     """Query and gallery widths differ and no declared prefix allows it."""
 
 
-class NonFiniteEmbeddingError(Exception):
+class NonFiniteEmbeddingError(RuntimeError):
     """An embedding holds NaN or infinity."""
 
 

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from indexing.embed import read_embeddings, write_embedding_file
+from indexing.embedding_files import read_embeddings, write_embedding_file
 from indexing.storage import crash_point, exists, join, move, remove, resolve, size_bytes
 from indexing.tables import DataFile, TableConflictError, TableSnapshot, VersionedTable
 

@@ -206,6 +206,13 @@ def growing_classes(
     return [np.unique(label_array[np.isin(group_array, names[:count])]).tolist() for count in counts]
 
 
+def column_values(config: DatasetConfig, column: str) -> list[Any]:
+    """Return the distinct values of a column among the rows that pass `where`, sorted; no image is read."""
+    wanted = config.model_copy(update={"attributes": (*config.attributes, column)})
+    candidates = _folder_rows(wanted) if config.source == "folder" else _parquet_rows(wanted)
+    return sorted(set(candidates.columns[column][_where_mask(config, candidates.columns)].tolist()))
+
+
 def check_trainable(images: LabelledImages) -> None:
     """Refuse a set that cannot be trained on: fewer than two classes, or a class with a single image.
 

@@ -81,10 +81,13 @@ def sum_by_class(
     preprocessing: Preprocessing,
     device: torch.device,
     dtype: torch.dtype | None,
-    rank: int = 0,
-    world_size: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """Return the sums (C, d) of the unit embeddings of every class over this rank's share of the clean images."""
+    """Return the sums (C, d) of the unit embeddings of every class over one rank's share of the clean images.
+
+    share: rank and world size; the sums of all ranks add up to those of all images.
+    """
+    rank, world_size = share
     network.eval()
     sums: Tensor | None = None
     for rows in _blocks(len(pixels), rank, world_size):

@@ -31,7 +31,7 @@ class Head(nn.Module):
     @property
     def rows(self) -> Tensor:
         """Classifier rows (C, d), as stored in a generation's folder."""
-        return self.loss.W.t()
+        return self._weight.t()
 
     def set_rows(self, rows: Tensor) -> None:
         """Replace all rows by `rows` (C, d)."""
@@ -40,7 +40,12 @@ class Head(nn.Module):
                 f"setting classifier rows: expected {(self.num_classes, self.width)}, found {tuple(rows.shape)}"
             )
         with torch.no_grad():
-            self.loss.W.copy_(rows.t())
+            self._weight.copy_(rows.t())
+
+    @property
+    def _weight(self) -> Tensor:
+        weight: Tensor = self.get_parameter("loss.W")  # (d, C), as pytorch-metric-learning stores it
+        return weight
 
 
 def cosine_softmax(num_classes: int, width: int, scale: float, margin: float) -> Head:  # noqa: ARG001

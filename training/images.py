@@ -21,6 +21,7 @@ from training.generation import Preprocessing, join_uri, read_bytes, resolve
 
 _CACHED_GROUPS_BYTES = 256 * 2**20
 _MAX_PIXELS = 2**28
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
 class UnreadableImageError(RuntimeError):
@@ -146,6 +147,8 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 def _open(payload: bytes) -> Image.Image:
     if not payload:
         raise UnreadableImageError("empty")
+    if payload.startswith(_PNG_START) and b"IEND" not in payload:  # PIL accepts a file that lost only its end
+        raise UnreadableImageError("truncated: the file has no end")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # size is checked below; EXIF warnings say nothing about pixels

@@ -4,6 +4,7 @@ The defaults are recipe R: fine-tune from the parent with classifier rows starte
 cross-contrast term and one RACT term against every predecessor, interpolate with the parent, then calibrate batch norm.
 """
 
+import os
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -111,6 +112,21 @@ class TrainingConfig(BaseModel):
         default=2048, ge=1, description="Decoded images above this go to a memory-mapped scratch file."
     )
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainingConfig":
+        if self.start == "scratch" and self.interpolation > 0:
+            raise ValueError(
+                "training config: interpolation needs weights that started at the parent's; set interpolation = 0 with "
+                'start = "scratch"'
+            )
+        if any(not 0 < prefix < self.width for prefix in self.prefix_widths):
+            raise ValueError(f"training config: expected prefix widths below {self.width}, found {self.prefix_widths}")
+        return self
+
+    def without_constraints(self) -> "TrainingConfig":
+        """Return the paragon's recipe: the same training, tied to no predecessor."""
+        return self.model_copy(update={"constraints": (), "interpolation": 0.0})
+
 
 class TrainingJob(BaseModel):
     """The order to train one generation."""
@@ -134,6 +150,13 @@ class TrainingJob(BaseModel):
     resources: dict[str, float] = Field(default_factory=dict, description="Further Ray resources per worker.")
     max_failures: int = Field(default=2, ge=1, description="Worker failures that are recovered from.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints kept while training.")
+
+    @field_validator("manifest_uri", "output_uri", "storage_uri", "parent_uri")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return (
+            value if value is None or "://" in value else os.path.abspath(value)
+        )  # workers have other working directories
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingJob":

@@ -1,21 +1,263 @@
-"""TrainingJob -> Generation."""
+"""TrainingJob -> Generation, on Ray Train (several workers) or in this process (num_workers = 0).
 
-from collections.abc import Callable
+A job's name stands for everything that went into it. A training that has ended is found and returned; one that was killed
+goes on from its last complete checkpoint. The trail (progress.py) is what is resumed from, never Ray's own run folder:
+every attempt gets a fresh one, because Ray rewrites its snapshot in place and a kill can leave it unreadable.
+
+Run as `python -m training.launch --spec job.json` it is the entry point of a Ray job.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from training.generation import GenerationCard
-from training.job import TrainingJob
-from training.loop import train_worker
+import pyarrow.fs as pafs
+import ray
+import ray.train
+import ray.train.torch
+import torch
+
+from training.datasets import DatasetNotFoundError, EmptyDatasetError, SingleImageClassError
+from training.encoder import CorruptedWeightsError
+from training.generation import GenerationCard, GenerationNotFoundError, UnknownFormatError, join_uri, resolve
+from training.images import UnreadableImageError
+from training.job import AugmentationConfig, ConstraintConfig, HeadConfig, TrainingConfig, TrainingJob
+from training.loop import IncompatibleParentError, TrainingDeadlineError, TrainingDivergedError, train_worker
+from training.pixels import ChangedImagesError
+from training.predecessors import MisalignedCacheError
 from training.progress import TrailReporter
+
+__all__ = [
+    "AugmentationConfig",
+    "ConstraintConfig",
+    "HeadConfig",
+    "TrainingConfig",
+    "TrainingJob",
+    "run_training",
+]
+
+CONTROLLER_FAILURES = 3  # Ray's default is to retry for ever
+POLL_INTERVAL_S = 0.25
+DEADLINE_GRACE_S = 30.0
+Progress = Callable[[dict[str, Any]], None]
+# The same on every rank and after every restart: handed back instead of raised, so that Ray does not try again.
+REFUSALS = (
+    ChangedImagesError,
+    CorruptedWeightsError,
+    DatasetNotFoundError,
+    EmptyDatasetError,
+    GenerationNotFoundError,
+    IncompatibleParentError,
+    MisalignedCacheError,
+    SingleImageClassError,
+    TrainingDeadlineError,
+    TrainingDivergedError,
+    UnknownFormatError,
+    UnreadableImageError,
+    ValueError,
+)
+
+
+class ClusterNotStartedError(RuntimeError):
+    """Workers were asked for, but this process is not connected to a Ray cluster."""
+
+
+class TrainingFailedError(RuntimeError):
+    """The workers failed more often than allowed, or could not be started."""
 
 
 def run_training(
-    job: TrainingJob, on_progress: Callable[[dict[str, Any]], None] | None = None, deadline_s: float | None = None
+    job: TrainingJob, on_progress: Progress | None = None, deadline_s: float | None = None
 ) -> GenerationCard:
+    """Train the generation that `job` describes, or find it finished; return its card.
+
+    on_progress is called in this thread with one dict per finished epoch (on resuming, first with the earlier ones).
+    With workers, Ray must have been started or joined by the caller.
+
+    Raises: the errors named in REFUSALS, TrainingFailedError, ClusterNotStartedError.
+    """
     trail = TrailReporter(job.storage_uri, job.name, job.keep_checkpoints)
-    done = trail.result()
-    if done is not None:
-        return done[1]
-    card = train_worker(job, trail)
-    assert card is not None
-    return card
+    tail = _Tail(trail, on_progress)
+    finished = trail.result()
+    if finished is None:
+        deadline = None if deadline_s is None else time.time() + deadline_s
+        if job.num_workers == 0:
+            train_worker(job, _LocalReporter(trail, tail), deadline=deadline)
+        else:
+            _fit(job, trail, tail, deadline)
+        finished = trail.result()
+    tail.advance()
+    if finished is None:
+        raise TrainingFailedError(f"training {job.name}: expected a result at {trail.uri}, found none; run it again")
+    return finished[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out the job in a JSON file; return the exit code."""
+    parser = argparse.ArgumentParser(prog="training.launch", description="Train one generation.")
+    parser.add_argument("--spec", required=True, help="JSON file with a TrainingJob")
+    parser.add_argument("--deadline-s", type=float, default=None, help="give up after so many seconds")
+    options = parser.parse_args(arguments)
+    started = False
+    try:
+        job = TrainingJob.model_validate_json(Path(options.spec).read_text())
+        if job.num_workers and not ray.is_initialized():
+            ray.init(
+                logging_level=logging.WARNING, log_to_driver=False
+            )  # RAY_ADDRESS, which Ray jobs set, joins a cluster
+            started = True
+        card = run_training(job, on_progress=lambda line: print(line, flush=True), deadline_s=options.deadline_s)
+    except Exception as error:
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    finally:
+        if started:
+            ray.shutdown()
+    print(join_uri(job.output_uri, card.generation_id), flush=True)
+    return 0
+
+
+class _Tail:
+    """Hands every progress line on exactly once, in the caller's thread."""
+
+    def __init__(self, trail: TrailReporter, on_progress: Progress | None) -> None:
+        self._trail = trail
+        self._on_progress = on_progress
+        self._next_epoch = 0
+
+    def advance(self) -> None:
+        if self._on_progress is None:
+            return
+        for line in self._trail.metrics():
+            if line["epoch"] >= self._next_epoch:
+                self._next_epoch = line["epoch"] + 1
+                self._on_progress(line)
+
+
+class _LocalReporter:
+    """The trail for a training in this process."""
+
+    def __init__(self, trail: TrailReporter, tail: _Tail) -> None:
+        self._trail, self._tail = trail, tail
+        self.latest = trail.latest
+        self.finish = trail.finish
+
+    def report(self, metrics: dict[str, Any], state: dict[str, Any] | None) -> None:
+        self._trail.report(metrics, state)
+        self._tail.advance()
+
+
+class _RayReporter:
+    """The trail inside a Ray Train worker: rank 0 writes, then all ranks meet in Ray's report."""
+
+    def __init__(self, trail: TrailReporter) -> None:
+        self._trail = trail
+        self.latest = trail.latest
+        self.finish = trail.finish
+
+    def report(self, metrics: dict[str, Any], state: dict[str, Any] | None) -> None:
+        self._trail.report(metrics, state)
+        ray.train.report(metrics)
+
+
+def _fit(job: TrainingJob, trail: TrailReporter, tail: _Tail, deadline: float | None) -> None:
+    """Run one TorchTrainer in a thread, pass progress on meanwhile, keep the deadline."""
+    if not ray.is_initialized():
+        raise ClusterNotStartedError(
+            f"training {job.name}: expected a running Ray cluster for {job.num_workers} workers, found none; call "
+            "ray.init() first or set num_workers = 0"
+        )
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    run_folder = join_uri(trail.uri, "ray")
+    _remove_folder(run_folder)
+    trainer = ray.train.torch.TorchTrainer(
+        _train_on_ray,
+        train_loop_config={"job": job.model_dump(mode="json"), "deadline": deadline},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job.num_workers,
+            use_gpu=job.use_gpu,
+            resources_per_worker={"CPU": job.cpus_per_worker, **({"GPU": 1} if job.use_gpu else {}), **job.resources},
+        ),
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
+            name=f"{job.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=run_folder,
+            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]
+                max_failures=job.max_failures, controller_failure_limit=CONTROLLER_FAILURES
+            ),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(job.cpus_per_worker)}},
+        ),
+    )
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["value"] = trainer.fit().return_value  # type: ignore[attr-defined]
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=fit, name=f"fit-{job.name}", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_INTERVAL_S)
+        tail.advance()
+        # The workers keep the deadline too; the grace is for one that hangs and cannot.
+        if deadline is not None and time.time() > deadline + DEADLINE_GRACE_S:
+            raise TrainingDeadlineError(
+                f"training {job.name}: expected to end before its deadline, found workers that hang; shut the cluster "
+                "down, then run the same job again to go on from the last checkpoint"
+            )
+    if isinstance(outcome.get("value"), BaseException):
+        raise outcome["value"]
+    if "error" in outcome:
+        if trail.result() is not None:  # the generation is complete: what failed afterwards does not matter
+            return
+        raise TrainingFailedError(
+            f"training {job.name}: expected {job.num_workers} workers to finish, found {_first_line(outcome['error'])}; run "
+            "the same job again to go on from the last checkpoint"
+        ) from outcome["error"]
+    _remove_folder(run_folder)
+
+
+def _train_on_ray(config: dict[str, Any]) -> Any:
+    """Run one Ray Train worker; return a refusal instead of raising it."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    job = TrainingJob.model_validate(config["job"])
+    context = ray.train.get_context()
+    reporter = _RayReporter(TrailReporter(job.storage_uri, job.name, job.keep_checkpoints))
+    try:
+        train_worker(
+            job,
+            reporter,
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+            device=ray.train.torch.get_device(),
+            deadline=config["deadline"],
+        )
+    except REFUSALS as error:
+        return error
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None) or {}
+    first = next(iter(failures.values()), error)
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
+    return f"{type(first).__name__}: {lines[-1] if lines else ''}"
+
+
+def _remove_folder(uri: str) -> None:
+    file_system, path = resolve(uri)
+    if file_system.get_file_info(path).type == pafs.FileType.Directory:
+        file_system.delete_dir(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -40,6 +40,10 @@ class TrainingDivergedError(RuntimeError):
     """The loss is no longer finite."""
 
 
+class TrainingDeadlineError(RuntimeError):
+    """The training did not end in time; the same job goes on from its last checkpoint."""
+
+
 class IncompatibleParentError(RuntimeError):
     """The parent cannot give what the recipe takes from it."""
 
@@ -72,6 +76,19 @@ class _Material:
 
 
 @dataclass(frozen=True)
+class _Run:
+    """One worker's part in one training."""
+
+    job: TrainingJob
+    report: Reporter
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype | None  # 16-bit type of the network's arithmetic
+    material: _Material
+
+
+@dataclass(frozen=True)
 class _Parent:
     card: GenerationCard
     state: dict[str, Tensor]
@@ -85,26 +102,28 @@ def train_worker(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | None = None,
+    deadline: float | None = None,
 ) -> GenerationCard | None:
     """Train one generation; rank 0 stores it and returns its card, the other ranks return None.
 
+    deadline: seconds since the epoch, looked at after every epoch, when its checkpoint is complete.
     With world_size > 1 the caller has set up torch's process group. Resumes from `report.latest()`.
 
     Raises: SingleImageClassError, ChangedImagesError, MisalignedCacheError, IncompatibleParentError,
-    TrainingDivergedError.
+    TrainingDivergedError, TrainingDeadlineError.
     """
     device = device or torch.device("cpu")
     config = job.config
     dtype = sixteen_bit_type(device) if config.precision == "auto" else named_dtype(config.precision)
     with tempfile.TemporaryDirectory(prefix="graceful-training-") as scratch:
         material = _load_material(job, device, Path(scratch))
+        run = _Run(job, report, rank, world_size, device, dtype, material)
         torch.manual_seed(config.seed)
-        parent = _load_parent(job, material, device, dtype)
-        trainee = _build_trainee(config, material, parent).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        seconds = _run_epochs(
-            job, report, material, trainee, rank, world_size, device, dtype, from_parent=parent is not None
-        )
-        return _finish(job, report, material, trainee, parent, rank, world_size, device, dtype, seconds)
+        parent = _load_parent(run)
+        trainee = _build_trainee(config, material, parent)
+        trainee.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        seconds = _run_epochs(run, trainee, parent is not None, deadline)
+        return _finish(run, trainee, parent, seconds)
 
 
 def _load_material(job: TrainingJob, device: torch.device, scratch: Path) -> _Material:
@@ -125,37 +144,35 @@ def _load_material(job: TrainingJob, device: torch.device, scratch: Path) -> _Ma
     return _Material(images, classes, torch.from_numpy(labels), pixels, predecessors)
 
 
-def _load_parent(
-    job: TrainingJob, material: _Material, device: torch.device, dtype: torch.dtype | None
-) -> _Parent | None:
-    """Read what the recipe takes from the parent; its class means come from its cache if that is among the predecessors'."""
-    config = job.config
-    if job.parent_uri is None or not (config.start == "parent" or config.rows_from_parent or config.interpolation):
+def _load_parent(run: _Run) -> _Parent | None:
+    """Read what the recipe takes from the parent; class means from its cache, or in one pass over the clean images."""
+    job, config, material = run.job, run.job.config, run.material
+    takes_weights = config.start == "parent"
+    if job.parent_uri is None or not (takes_weights or config.rows_from_parent):
         return None
-    card, network = open_network(job.parent_uri, device)
-    takes_weights = config.start == "parent" or config.interpolation > 0
+    card, network = open_network(job.parent_uri, run.device)
     same_network = card.backbone == config.backbone and card.preprocessing == config.preprocessing
     if card.width != config.width or (takes_weights and not same_network):
         raise IncompatibleParentError(
             f"training {job.name}: expected a parent with the same backbone, preprocessing and width, found "
-            f'{card.backbone.name}, width {card.width} (in {job.parent_uri}); set start = "scratch", interpolation = 0 and, '
-            "for another width, rows_from_parent = false"
+            f"{card.backbone.name}, {card.width} wide (in {job.parent_uri}); set start = 'scratch', interpolation = 0 "
+            "and, for another width, rows_from_parent = false"
         )
     means = material.predecessors.class_means_of(card.generation_id)
     if means is None:
-        sums = (
-            sum_by_class(
-                network, material.pixels, material.labels, len(material.classes), card.preprocessing, device, dtype
+        pixels = material.pixels
+        if card.preprocessing != config.preprocessing:
+            raise IncompatibleParentError(
+                f"training {job.name}: expected the parent {card.generation_id} among the predecessors, because its "
+                "preprocessing differs from this training's, found it missing; add it or set rows_from_parent = false"
             )
-            if same_network
-            else None
+        means = sum_by_class(
+            network, pixels, material.labels, len(material.classes), card.preprocessing, run.device, run.dtype
         )
-        means = torch.randn(len(material.classes), card.width) if sums is None else sums
     means = functional.normalize(means.float(), dim=1).cpu()
     stored = read_classifier(job.parent_uri)
     rows = means if stored is None else synthesise_rows(stored[0].classes, stored[1], material.classes, means)
-    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    return _Parent(card, state, means, rows)
+    return _Parent(card, {name: tensor.clone() for name, tensor in network.state_dict().items()}, means, rows)
 
 
 def _build_trainee(config: TrainingConfig, material: _Material, parent: _Parent | None) -> Trainee:
@@ -173,54 +190,35 @@ def _build_trainee(config: TrainingConfig, material: _Material, parent: _Parent 
     return Trainee(network, head)
 
 
-def _run_epochs(
-    job: TrainingJob,
-    report: Reporter,
-    material: _Material,
-    trainee: Trainee,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    from_parent: bool,
-) -> float:
+def _run_epochs(run: _Run, trainee: Trainee, from_parent: bool, deadline: float | None) -> float:
     """Train all epochs that the latest checkpoint has not seen; return the seconds of all of them."""
-    config = job.config
+    config, material = run.job.config, run.material
     steps = math.ceil(len(material.images) / config.batch_size)
     max_lr = config.max_lr if from_parent and config.start == "parent" else config.first_max_lr
     optimizer = torch.optim.AdamW(_parameter_groups(trainee, config.weight_decay), lr=max_lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=max_lr, total_steps=steps * config.epochs)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    stateful: dict[str, Any] = {"trainee": trainee, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     first_epoch, seconds = 0, 0.0
-    saved = report.latest()
+    saved = run.report.latest()
     if saved is not None:
-        trainee.load_state_dict(saved["trainee"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        scaler.load_state_dict(saved["scaler"])
+        for name, part in stateful.items():
+            part.load_state_dict(saved[name])
         first_epoch, seconds = saved["epoch"] + 1, saved["seconds"]
     model: nn.Module = trainee
-    if world_size > 1:
-        model = DistributedDataParallel(trainee, device_ids=[device] if device.type == "cuda" else None)
+    if run.world_size > 1:
+        model = DistributedDataParallel(trainee, device_ids=[run.device] if run.device.type == "cuda" else None)
     constraints = [(entry, CONSTRAINTS[entry.name](**entry.parameters)) for entry in config.constraints]
     for epoch in range(first_epoch, config.epochs):
         started = time.perf_counter()
-        # Any dropout draws from torch's own generator, everything here from this one.
-        epoch_seed = int(np.random.SeedSequence([config.seed, epoch, rank]).generate_state(1)[0])
-        torch.manual_seed(epoch_seed)
-        generator = torch.Generator().manual_seed(epoch_seed)
-        order = torch.randperm(
-            len(material.images), generator=torch.Generator().manual_seed(config.seed * 100_003 + epoch)
-        )
         model.train()
-        totals: dict[str, Tensor] = {}
-        for batch in order.tensor_split(steps):
-            rows = batch[rank::world_size]
-            images = training_batch(
-                material.pixels.index_select(0, rows), config.preprocessing, config.augmentation, generator, device
-            )
-            labels = material.labels[rows].to(device)
-            embeddings, task = model(images, labels, dtype)
+        sums: dict[str, Tensor] = {}
+        generator, batches = _epoch_draws(run, epoch, steps)
+        for rows in batches:
+            pixels = material.pixels.index_select(0, rows)
+            images = training_batch(pixels, config.preprocessing, config.augmentation, generator, run.device)
+            labels = material.labels[rows].to(run.device)
+            embeddings, task = model(images, labels, run.dtype)
             terms = {"task": task, **_constraint_terms(constraints, material, embeddings, labels, rows, generator)}
             loss = torch.stack(list(terms.values())).sum()
             optimizer.zero_grad(set_to_none=True)
@@ -229,31 +227,45 @@ def _run_epochs(
             scaler.update()
             schedule.step()
             for name, value in {"loss": loss, **terms}.items():
-                totals[name] = totals.get(name, torch.zeros((), device=device)) + value.detach()
-        means = {name: float(value) / steps for name, value in totals.items()}
-        if not math.isfinite(means["loss"]):
+                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        is_late = deadline is not None and time.time() > deadline and epoch + 1 < config.epochs
+        means, any_late = _agree(run, {name: value / steps for name, value in sums.items()}, is_late)
+        if not all(math.isfinite(value) for value in means.values()):
             raise TrainingDivergedError(
-                f"training {job.name}: expected a finite loss, found {means} (epoch {epoch}); lower max_lr or use float32"
+                f"training {run.job.name}: expected a finite loss, found {means} (epoch {epoch}); lower max_lr or use "
+                "float32"
             )
         elapsed = time.perf_counter() - started
         seconds += elapsed
-        metrics: dict[str, Any] = {
-            "epoch": epoch,
-            "epochs": config.epochs,
-            **means,
-            "seconds": round(elapsed, 3),
-            "images_per_s": round(len(material.images) / elapsed, 1),
-        }
-        state = {
-            "epoch": epoch,
-            "seconds": seconds,
-            "trainee": trainee.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "scaler": scaler.state_dict(),
-        }
-        report.report(metrics, state if rank == 0 else None)
+        metrics = {"epoch": epoch, "epochs": config.epochs, **means, "seconds": round(elapsed, 3)}
+        metrics["images_per_s"] = round(len(material.images) / elapsed, 1)
+        state = {name: part.state_dict() for name, part in stateful.items()}
+        run.report.report(metrics, {"epoch": epoch, "seconds": seconds, **state} if run.rank == 0 else None)
+        if any_late:
+            raise TrainingDeadlineError(
+                f"training {run.job.name}: expected to end before its deadline, found it at epoch {epoch + 1} of "
+                f"{config.epochs}; run the same job again to go on from there"
+            )
     return seconds
+
+
+def _epoch_draws(run: _Run, epoch: int, steps: int) -> tuple[torch.Generator, list[Tensor]]:
+    """Return this rank's generator and its rows of every global batch; the batches are the same for any world size."""
+    seed = run.job.config.seed
+    own, shared = (int(np.random.SeedSequence([seed, epoch, who]).generate_state(1)[0]) for who in (run.rank + 1, 0))
+    torch.manual_seed(own)  # dropout, if the network has any, draws from torch's own generator
+    order = torch.randperm(len(run.material.images), generator=torch.Generator().manual_seed(shared))
+    batches = [batch[run.rank :: run.world_size] for batch in order.tensor_split(steps)]
+    return torch.Generator().manual_seed(own), batches
+
+
+def _agree(run: _Run, means: dict[str, Tensor], is_late: bool) -> tuple[dict[str, float], bool]:
+    """Average the epoch's losses over the ranks; late is what any rank finds late, so that all stop together."""
+    values = torch.stack([*means.values(), torch.tensor(float(is_late), device=run.device)])
+    if run.world_size > 1:
+        dist.all_reduce(values)
+    numbers = (values / run.world_size).tolist()
+    return dict(zip(means, numbers, strict=False)), numbers[-1] > 0
 
 
 def _constraint_terms(
@@ -287,51 +299,35 @@ def _constraint_terms(
     return terms
 
 
-def _finish(
-    job: TrainingJob,
-    report: Reporter,
-    material: _Material,
-    trainee: Trainee,
-    parent: _Parent | None,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    seconds: float,
-) -> GenerationCard | None:
+def _finish(run: _Run, trainee: Trainee, parent: _Parent | None, seconds: float) -> GenerationCard | None:
     """Interpolate with the parent, calibrate, compute class means, store: every rank computes, rank 0 writes."""
-    config, network = job.config, trainee.network
+    job, config, material, network = run.job, run.job.config, run.material, trainee.network
+    preprocessing, device, dtype = config.preprocessing, run.device, run.dtype
     rows = trainee.head.rows.detach()
     if parent is not None and config.interpolation > 0:
         interpolate(network, parent.state, config.interpolation)
         rows = interpolate_rows(rows, parent.rows, config.interpolation)
     calibrated = calibrate(
-        network, material.pixels, config.preprocessing, device, dtype, config.calibration_images, config.seed
+        network, material.pixels, preprocessing, device, dtype, config.calibration_images, config.seed
     )
+    share = (run.rank, run.world_size)
     means = sum_by_class(
-        network,
-        material.pixels,
-        material.labels,
-        len(material.classes),
-        config.preprocessing,
-        device,
-        dtype,
-        rank,
-        world_size,
+        network, material.pixels, material.labels, len(material.classes), preprocessing, device, dtype, share
     )
-    if world_size > 1:
+    if run.world_size > 1:
         dist.all_reduce(means)
-    if rank != 0:
+    if run.rank != 0:
         return None
+    narrower = {group.width for group in material.predecessors.groups if group.width < config.width}
     uri, card = save_generation(
         job.output_uri,
         network,
         ordinal=job.ordinal,
         backbone=config.backbone,
-        preprocessing=config.preprocessing,
+        preprocessing=preprocessing,
         width=config.width,
         classifier=(material.classes, rows, means),
-        prefix_widths=config.prefix_widths,
+        prefix_widths=tuple(sorted({*config.prefix_widths, *narrower})),
         parent=parent.card.generation_id if parent is not None else None,
         predecessors=tuple(reference.generation_id for reference in job.predecessors if config.constraints),
         calibrated_images=calibrated,
@@ -342,13 +338,13 @@ def _finish(
             "epochs": config.epochs,
             "seed": config.seed,
             "seconds": round(seconds, 2),
-            "workers": max(1, job.num_workers),
+            "workers": run.world_size,
             "precision": str(dtype or torch.float32).removeprefix("torch."),
             "interpolation": config.interpolation if parent is not None else 0.0,
             "constraints": [entry.name for entry in config.constraints] if len(material.predecessors) else [],
         },
     )
-    report.finish(uri, card)
+    run.report.finish(uri, card)
     return card
 
 

@@ -87,7 +87,9 @@ class TrailReporter:
         """Write the result, then drop the checkpoints."""
         record = {"format_version": FORMAT_VERSION, "generation_uri": generation_uri, "digest": card.digest}
         self._write_json("result.json", record)
-        for entry in self._checkpoints():
+        entries = self._checkpoints()
+        self._write_json("checkpoints.json", {"format_version": FORMAT_VERSION, "checkpoints": []})
+        for entry in entries:
             self._remove(entry["file"])
 
     def result(self) -> tuple[str, GenerationCard] | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation.outcomes import (
     SERVED,
     Outcomes,
     State,
+    add_states,
     classify_state,
     compare,
     fraction_state,
@@ -63,11 +64,12 @@ def test_other_state_names_are_refused(name: str) -> None:
         parse_state(name)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.sets(st.integers(1, 30), max_size=6), max_size=12))
 def test_outcome_from_ranks_agrees_with_a_loop(rank_sets: list[set[int]]) -> None:
     per_query = [sorted(ranks) for ranks in rank_sets]
     offsets = np.cumsum([0, *map(len, per_query)])
-    first, precision = outcome_from_ranks(offsets, np.array(sum(per_query, []), np.int32))
+    first, precision = outcome_from_ranks(offsets, np.array([rank for ranks in per_query for rank in ranks], np.int32))
     for ranks, got_first, got_precision in zip(per_query, first, precision, strict=True):
         if ranks:
             assert got_first == ranks[0]
@@ -77,7 +79,9 @@ def test_outcome_from_ranks_agrees_with_a_loop(rank_sets: list[set[int]]) -> Non
             assert np.isnan(got_precision)
 
 
-@pytest.mark.parametrize("offsets, ranks", [([0, 2], [1]), ([], []), ([0, 2], [2, 1]), ([0, 1], [0]), ([0, 2], [3, 3])])
+@pytest.mark.parametrize(
+    ("offsets", "ranks"), [([0, 2], [1]), ([], []), ([0, 2], [2, 1]), ([0, 1], [0]), ([0, 2], [3, 3])]
+)
 def test_ranks_that_are_not_ranks_are_refused(offsets: list[int], ranks: list[int]) -> None:
     with pytest.raises(ValueError, match="reading ranks"):
         outcome_from_ranks(np.array(offsets, np.int64), np.array(ranks, np.int64))
@@ -125,6 +129,14 @@ def test_columns_with_a_missing_or_repeated_query_are_refused() -> None:
     columns["query_id"] = np.array(["q0", "q1", "q0", "q0"])
     with pytest.raises(ValueError, match="'q1' missing"):
         from_columns(columns)
+
+
+def test_states_can_be_added_later() -> None:
+    outcomes = add_states(small({SERVED: [1, 2]}), {"fraction/0": (np.array([0, 3]), np.array([np.nan, 0.5]))})
+    assert outcomes.states == (SERVED, "fraction/0")
+    assert outcomes.first_rank["fraction/0"].dtype == np.int32
+    with pytest.raises(ValueError, match="expected served"):
+        add_states(outcomes, {"later": (np.array([1, 1]), np.array([1.0, 1.0]))})
 
 
 def test_no_queries_round_trip() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -210,3 +212,103 @@ class TestInProcess:
             raise AssertionError
 
         assert embed_units([], never, num_workers=2) == []
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        import ray
+
+        ray.init(num_cpus=4, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+class DyingEncoder:
+    """Kills its process the first `times` times that it sees the source `victim`; opened anew in every worker."""
+
+    def __init__(self, folder: Path, victim: str, times: int) -> None:
+        self.folder, self.victim, self.times = folder, victim, times
+
+    def __call__(self) -> EncodeSources:
+        return self.encode
+
+    def encode(self, sources: Sequence[str]) -> tuple[NDArray[np.float32], dict[int, str]]:
+        with (self.folder / "runs").open("a") as log:
+            log.write(f"{sources[0]}\n")
+        if self.victim in sources:
+            deaths = len(list(self.folder.glob("death*")))
+            if deaths < self.times:
+                (self.folder / f"death{deaths}").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return encode(sources)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+class TestRayPool:
+    @pytest.mark.timeout(180)
+    def test_results_equal_those_in_process(self, tmp_path: Path) -> None:
+        alone = embed_units(make_units(tmp_path / "alone", 6), open_encoder, num_workers=0)
+        seen: list[str] = []
+        pooled = embed_units(
+            make_units(tmp_path / "pooled", 6),
+            open_encoder,
+            num_workers=2,
+            deadline_s=150,
+            on_unit=lambda result: seen.append(result.unit_id),
+        )
+        assert [result.unit_id for result in pooled] == [result.unit_id for result in alone]
+        assert sorted(seen) == [f"u{unit}" for unit in range(6)]
+        for one, other in zip(alone, pooled, strict=True):
+            assert Path(one.path).read_bytes() == Path(other.path).read_bytes()
+
+    @pytest.mark.timeout(180)
+    def test_killed_worker_loses_no_unit_and_doubles_no_row(self, tmp_path: Path) -> None:
+        encoder = DyingEncoder(tmp_path, "ok#27", times=1)
+        seen: list[str] = []
+        results = embed_units(
+            make_units(tmp_path / "out", 12),
+            encoder,
+            num_workers=3,
+            deadline_s=150,
+            on_unit=lambda result: seen.append(result.unit_id),
+        )
+        assert len(list(tmp_path.glob("death*"))) == 1
+        assert sorted(seen) == sorted(f"u{unit}" for unit in range(12))
+        keys, vectors = read_embeddings([result.path for result in results])
+        assert keys["item_id"].to_pylist() == [f"i{row}" for row in range(60)]
+        assert len(vectors) == 60
+        assert len(list((tmp_path / "out").iterdir())) == 12
+        runs = (tmp_path / "runs").read_text().split()
+        assert runs.count("ok#25") == 2
+
+    @pytest.mark.timeout(180)
+    def test_a_unit_that_always_kills_its_worker_is_given_up_by_name(self, tmp_path: Path) -> None:
+        encoder = DyingEncoder(tmp_path, "ok#7", times=99)
+        with pytest.raises(EmbeddingInterruptedError, match=r"unit u1: .* found 2 dead ones"):
+            embed_units(make_units(tmp_path / "out", 3), encoder, num_workers=1, max_attempts=2, deadline_s=150)
+
+    @pytest.mark.timeout(180)
+    def test_encoder_errors_are_not_tried_again(self, tmp_path: Path) -> None:
+        with pytest.raises(EmbeddingFailedError, match=r"^embedding unit u0: the encoder raised RuntimeError: cannot"):
+            embed_units(make_units(tmp_path, 1, kind="raise"), open_encoder, num_workers=1, deadline_s=150)
+
+        def broken() -> EncodeSources:
+            raise FileNotFoundError("no weights")
+
+        with pytest.raises(EmbeddingFailedError, match=r"^embedding: opening the encoder in a worker raised FileNot"):
+            embed_units(make_units(tmp_path, 1), broken, num_workers=1, deadline_s=150)
+
+    @pytest.mark.timeout(60)
+    def test_deadline_ends_a_wait_for_workers_that_cannot_start(self, tmp_path: Path) -> None:
+        with pytest.raises(EmbeddingInterruptedError, match="0 done"):
+            embed_units(make_units(tmp_path, 1), open_encoder, num_workers=1, cpus_per_worker=64, deadline_s=1)
+
+
+def test_workers_without_a_cluster_are_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(RuntimeError, match=r"expected a Ray cluster, found none; call ray.init"):
+        embed_units(make_units(tmp_path, 1), open_encoder, num_workers=1)

@@ -1,0 +1,89 @@
+"""One Ray cluster for a whole update: started or joined when the first work needs it, and ended by whoever started it.
+
+`local` starts a cluster inside this process; it dies with the process. `auto` (or `host:port`) joins a running one and
+leaves it running. `http://head:8265` never joins: the work is submitted as Ray jobs (see `flows.jobs`), so that it
+survives the process that asked for it. Nodes of a real cluster get this code through the runtime environment made here.
+"""
+
+import logging
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ray
+
+from flows.config import ClusterConfig
+
+_PACKAGES = ("training", "indexing", "evaluation", "flows")
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_SINGLE_BOX = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+class RaySession:
+    """A cluster for one update. Entering costs nothing; `ensure` starts or joins."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+        self._started = False
+
+    @property
+    def submits_jobs(self) -> bool:
+        """Whether work goes to a head's job server instead of a driver in this process."""
+        return self.config.address.startswith("http")
+
+    def __enter__(self) -> "RaySession":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._started:
+            ray.shutdown()
+            self._started = False
+
+    def ensure(self) -> None:
+        """Start or join the cluster unless this process is connected to one already."""
+        if self.submits_jobs or ray.is_initialized():
+            return
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        if self.config.address == "local":
+            for name, value in _SINGLE_BOX.items():
+                os.environ.setdefault(name, value)
+            # A cluster that lives and dies with this process on this machine needs no token.
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, self.config.num_workers * self.config.cpus_per_worker + 1),
+                include_dashboard=False,
+                object_store_memory=self.config.object_store_mib * 2**20,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=True,
+            )
+        else:
+            ray.init(
+                address=self.config.address,
+                runtime_env=runtime_environment(),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        self._started = True
+
+
+def runtime_environment() -> dict[str, Any]:
+    """What workers on other nodes need: this code (when it runs from a checkout) and the store's credentials."""
+    root = Path(__file__).resolve().parent.parent
+    names = [name for name in os.environ if name.startswith(("AWS_", "GRACEFUL_"))]
+    environment: dict[str, Any] = {"env_vars": {name: os.environ[name] for name in names}}
+    if (root / "pyproject.toml").exists():
+        environment["py_modules"] = [str(root / package) for package in _PACKAGES]
+    return environment

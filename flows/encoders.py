@@ -1,0 +1,76 @@
+"""How a generation's encoder is put to work: in this process, by Ray actors, or as a Ray job."""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from flows.cluster import RaySession
+from flows.jobs import submit_embedding
+from flows.judgement import Classifier
+from indexing.embed import EmbeddedUnit, EmbedUnit, embed_units
+from indexing.reindex import EmbedFunction
+from indexing.storage import join
+from training.encoder import open_encoder, read_classifier
+
+
+class GenerationEncoders:
+    """Embeds with stored generations: the `embed_with` of a workspace.
+
+    `rows_per_s` holds the last measured throughput of one worker, for pricing a backfill.
+    """
+
+    def __init__(self, root: str, session: RaySession) -> None:
+        self.root = root
+        self.session = session
+        self.rows_per_s: float | None = None
+
+    def __call__(self, generation: str) -> EmbedFunction:
+        return functools.partial(self._embed, join(self.root, "generations", generation))
+
+    def _embed(self, uri: str, units: Sequence[EmbedUnit], on_unit: Callable[[EmbeddedUnit], None]) -> None:
+        config = self.session.config
+        num_sources = sum(len(unit.sources) for unit in units)
+        deadline_s = config.deadline_hours * 3600
+        started = time.monotonic()
+        if config.embed_workers == 0 or num_sources < config.in_process_below:
+            num_workers = 0
+            done = embed_units(units, functools.partial(open_encoder, uri), deadline_s=deadline_s, on_unit=on_unit)
+        elif self.session.submits_jobs:
+            num_workers = config.embed_workers
+            done = submit_embedding(config, join(self.root, "jobs"), uri, units)
+            for unit in done:
+                on_unit(unit)
+        else:
+            self.session.ensure()
+            num_workers = min(config.embed_workers, len(units))
+            done = embed_units(
+                units,
+                functools.partial(open_encoder, uri),
+                num_workers=num_workers,
+                gpus_per_worker=config.embed_gpus_per_worker,
+                deadline_s=deadline_s,
+                on_unit=on_unit,
+            )
+        seconds = max(time.monotonic() - started, 1e-6)
+        self.rows_per_s = sum(unit.num_rows for unit in done) / seconds / max(num_workers, 1)
+
+
+def load_classifier(generation_uri: str) -> Classifier | None:
+    """Read a generation's classifier rows and class means; None for an adopted encoder."""
+    found = read_classifier(generation_uri)
+    if found is None:
+        return None
+    card, rows, means = found
+    return Classifier(card.classes, _unit(rows.numpy()), _unit(means.numpy()))
+
+
+def limit_threads(threads: int | None = None) -> None:
+    """Let encoders in this process use the cores that it has, unless the environment says otherwise."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads or os.cpu_count() or 1))
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)).astype(np.float32)

@@ -1,0 +1,139 @@
+"""Work on a cluster that this process is no part of: Ray jobs with specifications and results on shared storage.
+
+A job's id comes from what it does. A flow that died and runs again finds its job by that id and waits for it instead
+of submitting it twice; cancelling the flow stops the job.
+
+    python -m flows.jobs train <specification>     trains one generation
+    python -m flows.jobs embed <specification>     embeds units with one generation
+"""
+
+import functools
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flows.config import ClusterConfig
+from indexing.embed import EmbeddedUnit, EmbedUnit, embed_units
+from indexing.storage import exists, join, read_json, write_json
+from training.generation import GenerationCard, read_card
+from training.job import TrainingJob
+
+_POLL_S = 1.0
+
+
+class JobFailedError(RuntimeError):
+    """A Ray job ended without its result."""
+
+
+def submit_training(config: ClusterConfig, jobs_location: str, job: TrainingJob) -> GenerationCard:
+    """Train on the cluster behind a job server; returns the card of the new generation."""
+    specification = {"job": job.model_dump(mode="json"), "deadline_s": config.deadline_hours * 3600}
+    result = _run(config, jobs_location, "train", specification)
+    return read_card(result["generation_uri"])
+
+
+def submit_embedding(
+    config: ClusterConfig, jobs_location: str, generation_uri: str, units: Sequence[EmbedUnit]
+) -> list[EmbeddedUnit]:
+    """Embed units on the cluster behind a job server."""
+    specification = {
+        "generation_uri": generation_uri,
+        "num_workers": config.embed_workers,
+        "gpus_per_worker": config.embed_gpus_per_worker,
+        "deadline_s": config.deadline_hours * 3600,
+        "units": [
+            {
+                "unit_id": unit.unit_id,
+                "sources": list(unit.sources),
+                "keys": {name: list(values) for name, values in dict(unit.keys).items()},
+                "path": unit.path,
+            }
+            for unit in units
+        ],
+    }
+    result = _run(config, jobs_location, "embed", specification)
+    return [EmbeddedUnit(**{**unit, "failures": tuple(map(tuple, unit["failures"]))}) for unit in result["units"]]
+
+
+def _run(config: ClusterConfig, jobs_location: str, kind: str, specification: dict[str, Any]) -> dict[str, Any]:
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    from flows.cluster import runtime_environment
+
+    digest = hashlib.sha256(json.dumps(specification, sort_keys=True).encode()).hexdigest()[:20]
+    location = join(jobs_location, f"{kind}-{digest}")
+    result = join(location, "result.json")
+    if exists(result):
+        return dict(read_json(result))
+    write_json(join(location, "specification.json"), specification)
+    client = JobSubmissionClient(config.address)
+    job_id = f"graceful-{kind}-{digest}"
+    _ensure_submitted(client, job_id, f"python -m flows.jobs {kind} {location}", runtime_environment())
+    deadline = time.monotonic() + config.deadline_hours * 3600
+    try:
+        while not (status := client.get_job_status(job_id)).is_terminal():
+            if time.monotonic() > deadline:
+                raise JobFailedError(f"waiting for Ray job {job_id}: not done after {config.deadline_hours:g} hours")
+            time.sleep(_POLL_S)
+    except BaseException:
+        client.stop_job(job_id)
+        raise
+    if status != JobStatus.SUCCEEDED or not exists(result):
+        tail = client.get_job_logs(job_id)[-600:]
+        raise JobFailedError(f"Ray job {job_id} ended as {status.value}: {' '.join(tail.split())}")
+    return dict(read_json(result))
+
+
+def _ensure_submitted(client: Any, job_id: str, entrypoint: str, runtime_env: dict[str, Any]) -> None:
+    """Submit a job unless it runs already; one that failed is submitted again under the same id."""
+    try:
+        status = client.get_job_status(job_id)
+    except RuntimeError:  # unknown id
+        status = None
+    if status is not None and not status.is_terminal():
+        return
+    if status is not None:
+        client.delete_job(job_id)
+    client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=runtime_env)
+
+
+def _train(specification: dict[str, Any]) -> dict[str, Any]:
+    from training.launch import run_training
+
+    job = TrainingJob.model_validate(specification["job"])
+    card = run_training(job, deadline_s=specification["deadline_s"])
+    return {"generation_uri": join(job.output_uri, card.generation_id)}
+
+
+def _embed(specification: dict[str, Any]) -> dict[str, Any]:
+    from training.encoder import open_encoder
+
+    units = [EmbedUnit(**{**unit, "sources": tuple(unit["sources"])}) for unit in specification["units"]]
+    done = embed_units(
+        units,
+        functools.partial(open_encoder, specification["generation_uri"]),
+        num_workers=specification["num_workers"],
+        gpus_per_worker=specification["gpus_per_worker"],
+        deadline_s=specification["deadline_s"],
+    )
+    return {"units": [vars(unit) for unit in done]}
+
+
+_KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"train": _train, "embed": _embed}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Carry out one job on the cluster that this process runs in."""
+    from flows.cluster import RaySession
+
+    kind, location = arguments
+    with RaySession(ClusterConfig(address="auto")) as session:
+        session.ensure()
+        write_json(join(location, "result.json"), _KINDS[kind](read_json(join(location, "specification.json"))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

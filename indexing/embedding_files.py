@@ -1,0 +1,187 @@
+"""Embedding files: key columns and one vector a row, read and written near the speed of a memory copy.
+
+The column `embedding` is fixed-size binary: D little-endian float32 values, plain, neither compressed nor
+dictionary-coded, in row groups of 65,536. Width and dtype stand in the schema metadata too. Compaction of a Delta table
+turns fixed-size binary into binary and drops that metadata; `read_embeddings` reads both forms.
+
+Invariant: a file appears whole or not at all.
+
+Shapes: n rows, D width.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pyarrow import fs
+
+EMBEDDING_COLUMN = "embedding"
+EMBEDDING_FORMAT_VERSION = "1"
+ROW_GROUP_ROWS = 65_536
+
+
+class EmbeddingFileError(RuntimeError):
+    """A Parquet file does not hold embeddings of the expected width and form."""
+
+
+def write_embedding_file(
+    path: str | Path, keys: pa.Table, vectors: NDArray[np.float32], *, filesystem: fs.FileSystem | None = None
+) -> int:
+    """Write key columns and vectors (n, D) as one Parquet file and return its size in bytes.
+
+    A local file is written beside its place, synced and renamed. Elsewhere the object is sent in one piece after it is
+    complete in memory: closing a half-written upload would publish it.
+    """
+    if vectors.ndim != 2 or vectors.shape[1] == 0:
+        raise ValueError(f"writing {path}: expected vectors (n, D) with D > 0, found shape {vectors.shape}")
+    if keys.num_columns and keys.num_rows != len(vectors):
+        raise ValueError(f"writing {path}: expected one vector per key row, found {keys.num_rows} keys, {len(vectors)}")
+    width = vectors.shape[1]
+    packed = np.ascontiguousarray(vectors, dtype="<f4")
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(4 * width), len(packed), [None, pa.py_buffer(packed)])
+    metadata = {
+        "embedding_format_version": EMBEDDING_FORMAT_VERSION,
+        "embedding_width": str(width),
+        "embedding_dtype": "float32",
+    }
+    field = pa.field(EMBEDDING_COLUMN, column.type, nullable=False)
+    table = keys.append_column(field, column) if keys.num_columns else pa.table([column], schema=pa.schema([field]))
+    table = table.replace_schema_metadata(metadata)
+
+    remote, target = _locate(str(path), filesystem)
+    if remote is not None:
+        sink = pa.BufferOutputStream()
+        _write_parquet(table, sink, keys.column_names)
+        buffer = sink.getvalue()
+        with remote.open_output_stream(target) as stream:
+            stream.write(buffer)
+        return int(buffer.size)
+    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+    part = f"{target}.{uuid.uuid4().hex}.part"
+    try:
+        with open(part, "wb") as file:
+            _write_parquet(table, file, keys.column_names)
+            file.flush()
+            os.fsync(file.fileno())
+        size_bytes = os.path.getsize(part)
+        os.replace(part, target)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+    return size_bytes
+
+
+def read_embeddings(
+    paths: Sequence[str | Path],
+    columns: Sequence[str] | None = None,
+    *,
+    width: int | None = None,
+    filesystem: fs.FileSystem | None = None,
+) -> tuple[pa.Table, NDArray[np.float32]]:
+    """Read files of `write_embedding_file`, or what compaction made of them, in the order of `paths`.
+
+    `columns` are the key columns to read (None: all; empty: none). `width` is what the caller's own metadata says;
+    needed only when no file has a row or states its width. The vectors (n, D) are not to be written to: they may be a
+    view of the decoded file.
+
+    Raises:
+        EmbeddingFileError: a width that differs, a null, or rows of several lengths; names the file.
+    """
+    tables: list[pa.Table] = []
+    vectors: NDArray[np.float32] | None = None
+    with ExitStack() as stack:
+        files = [(str(path), stack.enter_context(_open_parquet(str(path), filesystem))) for path in paths]
+        for path, file in files:
+            stated = _stated_width(path, file.schema_arrow, columns)
+            if width is not None and stated is not None and stated != width:
+                raise EmbeddingFileError(f"reading {path}: expected width {width}, found {stated}; wrong file?")
+            width = width if width is not None else stated
+        num_rows = sum(file.metadata.num_rows for _, file in files)
+        start = 0
+        for path, file in files:
+            # One row group at a time: besides the result, no more than one group is in memory.
+            for group in range(file.metadata.num_row_groups):
+                table = file.read_row_group(group, columns=None if columns is None else [*columns, EMBEDDING_COLUMN])
+                position = table.schema.get_field_index(EMBEDDING_COLUMN)
+                for chunk in table.column(position).chunks:
+                    part = _vectors_of(chunk, path, width)
+                    width = part.shape[1]
+                    if len(part) == num_rows:
+                        vectors = part
+                        break
+                    if vectors is None:
+                        vectors = np.empty((num_rows, width), dtype=np.float32)
+                    vectors[start : start + len(part)] = part
+                    start += len(part)
+                tables.append(table.remove_column(position).replace_schema_metadata(None))
+            if not file.metadata.num_row_groups:
+                empty = file.schema_arrow.empty_table()
+                keep = [name for name in empty.column_names if name != EMBEDDING_COLUMN]
+                tables.append(empty.select(keep if columns is None else list(columns)).replace_schema_metadata(None))
+    keys = pa.concat_tables(tables) if tables else pa.table({})
+    return keys, np.zeros((0, width or 0), dtype=np.float32) if vectors is None else vectors
+
+
+def _write_parquet(table: pa.Table, sink: object, key_columns: list[str]) -> None:
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=ROW_GROUP_ROWS,
+        use_dictionary=False,
+        compression="none",
+        # Statistics of the embedding column would cost a pass over it and help nobody.
+        write_statistics=key_columns,
+    )
+
+
+def _open_parquet(path: str, filesystem: fs.FileSystem | None) -> pq.ParquetFile:
+    remote, target = _locate(path, filesystem)
+    return pq.ParquetFile(target, memory_map=remote is None, filesystem=remote)
+
+
+def _stated_width(path: str, schema: pa.Schema, columns: Sequence[str] | None) -> int | None:
+    """Return the width that the file's type or metadata states, once its columns are known to be there."""
+    missing = [name for name in [*(columns or ()), EMBEDDING_COLUMN] if name not in schema.names]
+    if missing:
+        raise EmbeddingFileError(f"reading {path}: expected columns {missing}, found {schema.names}; wrong file?")
+    column_type = schema.field(EMBEDDING_COLUMN).type
+    if pa.types.is_fixed_size_binary(column_type):
+        return int(column_type.byte_width) // 4
+    stated = (schema.metadata or {}).get(b"embedding_width")
+    return None if stated is None else int(stated)
+
+
+def _vectors_of(chunk: pa.Array, path: str, width: int | None) -> NDArray[np.float32]:
+    """View one chunk of (fixed-size) binary values as (n, D) float32 without a copy."""
+    if chunk.null_count:
+        raise EmbeddingFileError(f"reading {path}: expected an embedding in every row, found {chunk.null_count} nulls")
+    if pa.types.is_fixed_size_binary(chunk.type):
+        size, data, first = chunk.type.byte_width, chunk.buffers()[1], chunk.offset * chunk.type.byte_width
+    elif pa.types.is_binary(chunk.type) or pa.types.is_large_binary(chunk.type):
+        kind = np.int32 if pa.types.is_binary(chunk.type) else np.int64
+        offsets = np.frombuffer(chunk.buffers()[1], dtype=kind)[chunk.offset : chunk.offset + len(chunk) + 1]
+        sizes = np.diff(offsets)
+        size, data, first = int(sizes[0]), chunk.buffers()[2], int(offsets[0])
+        if not (sizes == size).all():
+            raise EmbeddingFileError(f"reading {path}: expected rows of one width, found {np.unique(sizes)[:3]} bytes")
+    else:
+        raise EmbeddingFileError(f"reading {path}: expected binary embeddings, found {chunk.type}; wrong file?")
+    if size == 0 or size % 4 or (width is not None and size != 4 * width):
+        raise EmbeddingFileError(f"reading {path}: expected width {width}, found {size} bytes a row; wrong file?")
+    values = np.frombuffer(data, dtype="<f4", count=len(chunk) * size // 4, offset=first)
+    return values.reshape(len(chunk), size // 4)
+
+
+def _locate(path: str, filesystem: fs.FileSystem | None) -> tuple[fs.FileSystem | None, str]:
+    """Return (None, local path) or (file system, path in it)."""
+    if filesystem is None and "://" in path:
+        filesystem, path = fs.FileSystem.from_uri(path)
+    return (None, path) if isinstance(filesystem, fs.LocalFileSystem) else (filesystem, path)

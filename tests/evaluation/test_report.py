@@ -1,0 +1,158 @@
+"""The report: one page that needs nothing else, for every outcome."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from evaluation import report
+from evaluation.cost import CostInputs
+from evaluation.decision import Decision, RolloutPolicy, decide, gather_evidence
+from evaluation.evidence import Evidence
+from evaluation.flips import nfr_matrix
+from evaluation.matrix import CompatibilityMatrix, matrix_from_outcomes
+from evaluation.outcomes import Outcomes
+
+Plant = Callable[..., Outcomes]
+POLICY = RolloutPolicy(num_resamples=200, required_slices=("camera=night",))
+MATRIX = CompatibilityMatrix(("g1", "g2"), np.array([[0.6, np.nan], [0.58, 0.7]]))
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def judged(outcomes: Outcomes, policy: RolloutPolicy = POLICY, **kwargs: object) -> tuple[Evidence, Decision]:
+    fields: dict[str, object] = {
+        "order": "farthest",
+        "live_owners": {"g1": 1.0},
+        "candidate": "g2",
+        "champion": "g1",
+        "is_first": False,
+    }
+    evidence = gather_evidence(outcomes, policy, **{**fields, **kwargs})  # type: ignore[arg-type]
+    return evidence, decide(evidence, policy)
+
+
+@pytest.fixture
+def outcomes(planted: Plant) -> Outcomes:
+    return planted(losses=5, wins=100, slices={"camera": np.resize(["day", "night"], 4000)})
+
+
+class Tags(HTMLParser):
+    """Collects what a browser would fetch, and checks that tags close."""
+
+    VOID = frozenset({"meta", "br", "link", "img", "input", "hr"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.names: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.fetched += [value for name, value in attrs if name in ("src", "href") and value and value[0] != "#"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed_and_fetches_nothing(outcomes: Outcomes) -> None:
+    evidence, decision = judged(outcomes, cost=CostInputs(rows_per_s=100, num_rows=1000))
+    page = report.render_report(
+        evidence,
+        decision,
+        POLICY,
+        matrix=MATRIX,
+        nfr=nfr_matrix(outcomes, ["served", "fraction/1"]),
+        outcomes=outcomes,
+        lineage=[{"generation": "g1", "event": "BOOTSTRAP"}, {"generation": "g2", "seconds": 1.5}],
+        extras={"Training": "Six <epochs>.", "Throughput": [{"stage": "decode", "rows_per_s": 5200}]},
+    )
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert tags.fetched == []
+    assert not {"script", "link", "img", "iframe"} & tags.names
+    assert "@import" not in page
+    assert "url(http" not in page
+    for text in (
+        "COMPATIBLE ROLLOUT 0 %", "camera=night", "guarded", "unavailable", "Six &lt;epochs&gt;.", "5,200", "BOOTSTRAP",
+        "quality_margin_points",
+    ):  # fmt: skip
+        assert text in page
+
+
+def test_decision_and_reasons_come_before_plots(outcomes: Outcomes) -> None:
+    evidence, decision = judged(outcomes)
+    page = report.render_report(evidence, decision, POLICY, matrix=MATRIX)
+    places = [page.index(text) for text in ("<h1>", "<h2>Why", "-0.50 points", "<svg", "<h2>Lineage")]
+    assert places == sorted(places)
+
+
+def test_the_same_evidence_gives_the_same_page(outcomes: Outcomes) -> None:
+    evidence, decision = judged(outcomes)
+    pages = {report.render_report(evidence, decision, POLICY, matrix=MATRIX, outcomes=outcomes) for _ in range(2)}
+    assert len(pages) == 1
+
+
+def test_every_outcome_has_a_page(planted: Plant) -> None:
+    policy = RolloutPolicy(num_resamples=200)
+    mixed = dict.fromkeys((0.0, 0.05, 0.1, 0.25, 0.5, 0.75), 300)
+    cases: dict[str, tuple[Outcomes, dict[str, object]]] = {
+        "BOOTSTRAP": (planted(num_queries=20), {"is_first": True, "champion": None, "live_owners": {}}),
+        "FULL_BACKFILL": (planted(losses=mixed, wins=100), {}),
+        "HOLD": (planted(losses=300), {}),
+        "INCONCLUSIVE": (planted(num_queries=100), {}),
+    }
+    for outcome, (outcomes, fields) in cases.items():
+        evidence, decision = judged(outcomes, policy, **fields)
+        assert decision.outcome == outcome
+        matrix = matrix_from_outcomes(outcomes, ["g2"] if outcome == "BOOTSTRAP" else ["g1", "g2"])
+        page = report.render_report(evidence, decision, policy, matrix=matrix, outcomes=outcomes)
+        assert outcome.replace("_", " ") in page
+        assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL).lower()
+
+
+def test_missing_evidence_has_a_page(planted: Plant) -> None:
+    outcomes = planted(num_queries=10)
+    bare = Outcomes(outcomes.query_ids, outcomes.identities, outcomes.clusters, {}, {}, {})
+    evidence, decision = judged(bare)
+    page = report.render_report(evidence, decision, POLICY, matrix=matrix_from_outcomes(bare, ["g1", "g2"]))
+    assert "missing" in page
+    assert "not measured" not in page.split("<h2>Why")[0]
+
+
+def test_pictures_for_a_flow_are_png(outcomes: Outcomes) -> None:
+    evidence, decision = judged(outcomes)
+    assert report.matrix_png(MATRIX).startswith(PNG)
+    assert report.heatmap_png(np.array([[0.1, np.nan]]), ["a"], ["b", "c"], colours="Reds").startswith(PNG)
+    assert report.heatmap_png(np.full((1, 1), np.nan), ["a"], ["b"]).startswith(PNG)
+    assert report.evidence_curve_png(evidence, decision).startswith(PNG)
+    assert report.curve_png([0, 1], [0.5, 0.6], [0.4, 0.5], [0.6, 0.7], served=0.5, chosen=0.5).startswith(PNG)
+
+
+def test_markdown_tables_hold_the_matrix_and_the_decisive_guards(outcomes: Outcomes) -> None:
+    text = report.matrix_markdown(MATRIX)
+    assert "| g2 | 58.0 (x) | 70.0 |" in text
+    assert "AC 0.00" in text
+    text = report.decision_markdown(judged(outcomes)[1])
+    assert text.startswith("## COMPATIBLE_ROLLOUT")
+    assert "| quality | overall, fraction/0 | -0.50 points | +2.38 points |" in text
+
+
+def test_captions_name_the_worst_pair_and_the_worst_update() -> None:
+    assert "g2 on the gallery of g1 (-2.0 points)" in report.matrix_caption(MATRIX)
+    pairs = report.nfr_caption(np.array([[0, 0.03, 0.05], [0, 0, 0.01], [0, 0, 0]]), ["a", "b", "c"])
+    assert "from a to b broke the most: 3.0 %" in pairs
+    one = CompatibilityMatrix(("g1",), np.array([[0.5]]))
+    assert "undefined" in report.matrix_caption(one)

@@ -1,0 +1,203 @@
+"""The whole of an update without Ray and Prefect: synthetic encoders through tables, gate, waves, promotion, rollback."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from evaluation.policy import RolloutPolicy
+from flows.assess import Candidacy, assess, mix_drift
+from flows.evaluation_set import EvaluationSet
+from flows.evidence import read_evaluation, recompute, write_evaluation
+from flows.rollout import Rollout, continue_plan, embed_before_move, ingest, prepare, promote, rollback
+from flows.workspace import Workspace
+from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row
+from training.datasets import LabelledImages
+
+IDENTITIES, PER_IDENTITY, QUERIES_EACH = 200, 3, 6
+POLICY = RolloutPolicy(num_resamples=400)
+FIRST = SyntheticGeneration("g001-aaaaaa", noise=0.5)
+
+
+def images(first, count):
+    rows = [
+        item_row(f"id{identity:03d}-{image}", f"id{identity:03d}", f"g{image}")
+        for identity in range(IDENTITIES)
+        for image in range(first, first + count)
+    ]
+    return LabelledImages(
+        sources=[row["source"] for row in rows],
+        labels=np.array([row["label"] for row in rows]),
+        content_sha256=[row["content_sha256"] for row in rows],
+    ), pa.Table.from_pylist(rows)
+
+
+@pytest.fixture(scope="module")
+def evaluation_set():
+    gallery, _ = images(0, PER_IDENTITY)
+    queries, _ = images(PER_IDENTITY, QUERIES_EACH)
+    return EvaluationSet("synthetic", queries, gallery, queries.labels, {})
+
+
+@pytest.fixture
+def world(tmp_path, evaluation_set):
+    """A gallery served by the first generation."""
+    models = SyntheticModels(FIRST)
+    workspace = Workspace(str(tmp_path / "workspace"), models)
+    ingest(workspace, images(0, PER_IDENTITY)[1], unit="first")
+    evaluation = judge_candidate(workspace, models, evaluation_set, FIRST.generation_id, None)
+    assert evaluation.decision.outcome == "BOOTSTRAP"
+    carry_out(workspace, evaluation, "bootstrap")
+    return workspace, models
+
+
+def judge_candidate(workspace, models, evaluation_set, candidate, champion, policy=POLICY, order="random"):
+    source_of = dict(zip(*reversed(evaluation_set.images), strict=True))
+    by_hash = {digest: source for source, digest in source_of.items()}
+
+    def vectors(generation, hashes):
+        return models.generations[generation].encode([by_hash[digest] for digest in hashes])[0]
+
+    served = tuple(workspace.registry.served_generations())
+    return assess(workspace, evaluation_set, Candidacy(candidate, champion, served, policy, order), vectors)
+
+
+def carry_out(workspace, evaluation, key):
+    decision = evaluation.decision
+    whole = decision.outcome in ("BOOTSTRAP", "FULL_BACKFILL")
+    rollout = Rollout(
+        key, decision.candidate, f"decision-{key}", 1.0 if whole else decision.fraction, decision.order or "random",
+        "all" if whole else "wave_zero",
+        tuple((c.query_generation, c.gallery_generation) for c in decision.certificates), wave_rows=100,
+    )  # fmt: skip
+    plan = prepare(workspace, rollout)
+    embed_before_move(workspace, rollout, plan)
+    promote(workspace, rollout, plan, champion=decision.champion)
+    return continue_plan(workspace)
+
+
+def candidate(models, **geometry):
+    generation = SyntheticGeneration("g002-bbbbbb", **geometry)
+    models.add(generation)
+    return generation.generation_id
+
+
+def verdicts(evaluation):
+    return {c.gallery_generation: c.verdict for c in evaluation.evidence.certificates}
+
+
+def test_less_noisy_copy_gets_a_certificate_and_rolls_out_without_a_backfill(world, evaluation_set):
+    workspace, models = world
+    better = candidate(models, noise=0.2)
+    evaluation = judge_candidate(workspace, models, evaluation_set, better, FIRST.generation_id)
+    assert verdicts(evaluation) == {FIRST.generation_id: "PASS"}
+    assert evaluation.decision.outcome == "COMPATIBLE_ROLLOUT", evaluation.decision.summary
+    assert evaluation.decision.wave_zero_generations == ()
+    carry_out(workspace, evaluation, "second")
+    assert workspace.registry.serving().champion == better
+    rows = workspace.view(better).rows_by_generation()
+    assert rows[better] == int(np.ceil(evaluation.decision.fraction * IDENTITIES * PER_IDENTITY))
+    assert rollback(workspace).champion == FIRST.generation_id
+
+
+def test_rotated_space_gets_no_certificate_and_its_gallery_would_have_to_be_reembedded(world, evaluation_set):
+    workspace, models = world
+    rotated = candidate(models, noise=0.1, rotation_seed=7)
+    evaluation = judge_candidate(workspace, models, evaluation_set, rotated, FIRST.generation_id)
+    assert verdicts(evaluation) == {FIRST.generation_id: "FAIL"}
+    assert evaluation.decision.outcome == "FULL_BACKFILL", evaluation.decision.summary
+    assert all(c.gallery_generation != FIRST.generation_id for c in evaluation.decision.certificates)
+    carry_out(workspace, evaluation, "second")
+    assert set(workspace.view(rotated).rows_by_generation()) == {rotated}
+    assert len(workspace.view(rotated).unreadable()) == 0
+
+
+def test_planted_flips_are_counted_and_hold_the_candidate(world, evaluation_set):
+    workspace, models = world
+    lost = frozenset(f"id{number:03d}" for number in range(15))
+    broken = candidate(models, noise=0.5, lost=lost)
+    evaluation = judge_candidate(workspace, models, evaluation_set, broken, FIRST.generation_id)
+    assert evaluation.decision.outcome == "HOLD", evaluation.decision.summary
+    full = next(s for s in evaluation.evidence.states if s.fraction == 1.0)
+    assert full.nfr >= 0.08
+    assert full.nfr_lower > POLICY.max_nfr
+
+
+def test_too_few_queries_are_inconclusive_and_say_how_many_would_do(world, evaluation_set):
+    workspace, models = world
+    few = np.arange(0, len(evaluation_set.queries), 12)
+    small = EvaluationSet(
+        "small", evaluation_set.queries.take(few), evaluation_set.gallery, evaluation_set.clusters[few], {}
+    )
+    better = candidate(models, noise=0.45)
+    models.add(SyntheticGeneration("g002-bbbbbb", noise=0.2))
+    evaluation = judge_candidate(workspace, models, small, better, FIRST.generation_id)
+    assert evaluation.decision.outcome in ("INCONCLUSIVE", "HOLD")
+    if evaluation.decision.outcome == "INCONCLUSIVE":
+        assert evaluation.decision.queries_needed is None or evaluation.decision.queries_needed > 0
+    assert workspace.registry.serving().champion == FIRST.generation_id
+
+
+def test_missing_slice_never_yields_a_rollout(world, evaluation_set):
+    workspace, models = world
+    better = candidate(models, noise=0.2)
+    policy = POLICY.model_copy(update={"required_slices": ("country",)})
+    evaluation = judge_candidate(workspace, models, evaluation_set, better, FIRST.generation_id, policy)
+    assert evaluation.decision.outcome == "HOLD"
+    assert "country" in evaluation.decision.summary
+
+
+def test_states_that_are_judged_are_those_that_production_serves(world, evaluation_set):
+    """The quality of the evidence's states equals what the real mixed gallery gives after the waves."""
+    workspace, models = world
+    better = candidate(models, noise=0.2)
+    policy = POLICY.model_copy(update={"fractions": (0.0, 0.5, 1.0), "max_dip_points": 20.0})
+    evaluation = judge_candidate(workspace, models, evaluation_set, better, FIRST.generation_id, policy)
+    decision = evaluation.decision.model_copy(update={"outcome": "COMPATIBLE_ROLLOUT", "fraction": 0.5})
+    from dataclasses import replace
+
+    carry_out(workspace, replace(evaluation, decision=decision), "second")
+    after = judge_candidate(workspace, models, evaluation_set, candidate(models, noise=0.2), better, policy)
+    expected = evaluation.outcomes.first_rank["fraction/0.5"]
+    # The plan ranks by item id and the evidence by source: two random halves, equal up to sampling.
+    served = after.outcomes.first_rank["served"]
+    assert abs((served == 1).mean() - (expected == 1).mean()) < 0.04
+    assert mix_drift(workspace, after) == 0.0
+    assert mix_drift(workspace, evaluation) == pytest.approx(0.5, abs=0.51)
+
+
+def test_decision_is_recomputed_from_the_stored_outcomes(world, evaluation_set, tmp_path):
+    workspace, models = world
+    better = candidate(models, noise=0.2)
+    evaluation = judge_candidate(workspace, models, evaluation_set, better, FIRST.generation_id)
+    location = str(tmp_path / "evaluation")
+    write_evaluation(location, evaluation)
+    stored, again = recompute(location)
+    assert stored.decision == evaluation.decision == again.decision
+    assert again.evidence == evaluation.evidence
+    strict = evaluation.policy.model_copy(update={"max_nfr": 1e-4})
+    assert recompute(location, strict)[1].decision.outcome != evaluation.decision.outcome
+    np.testing.assert_array_equal(
+        read_evaluation(location).outcomes.first_rank["served"], evaluation.outcomes.first_rank["served"]
+    )
+
+
+@pytest.mark.parametrize("order", ["random", "oldest_generation"])
+def test_a_chain_of_generations_over_a_mixed_gallery(world, evaluation_set, order):
+    workspace, models = world
+    champion = FIRST.generation_id
+    for ordinal, noise in ((2, 0.25), (3, 0.15), (4, 0.1)):
+        generation = SyntheticGeneration(f"g{ordinal:03d}-{ordinal * 111111:06d}"[:11], noise=noise)
+        models.add(generation)
+        policy = POLICY.model_copy(update={"max_nfr": 0.08, "max_wave_zero_share": 1.0})
+        evaluation = judge_candidate(
+            workspace, models, evaluation_set, generation.generation_id, champion, policy, order
+        )
+        assert evaluation.decision.outcome == "COMPATIBLE_ROLLOUT", evaluation.decision.summary
+        decision = evaluation.decision.model_copy(update={"fraction": 0.3})
+        from dataclasses import replace
+
+        carry_out(workspace, replace(evaluation, decision=decision), f"u{ordinal}")
+        champion = generation.generation_id
+    rows = workspace.view(champion).rows_by_generation()
+    assert len([count for count in rows.values() if count]) >= 3
+    assert len(workspace.view(champion).unreadable()) == 0
