@@ -48,8 +48,8 @@ def claim(root: str, purpose: str, *, wait_s: float = 0.0) -> Iterator[None]:
         holder = _newest(table)[2]
         if time.monotonic() >= deadline:
             raise UpdateInProgressError(
-                f"starting {purpose}: another update of this workspace is in progress ({holder.get('purpose')}, process "
-                f"{holder.get('pid')} on {holder.get('host')}); wait for it to end"
+                f"starting {purpose}: another update of this workspace is in progress ({holder.get('purpose')}, "
+                f"process {holder.get('pid')} on {holder.get('host')}); wait for it to end"
             )
         time.sleep(min(1.0, max(0.05, deadline - time.monotonic())))
     stop = threading.Event()

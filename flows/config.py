@@ -105,6 +105,11 @@ class ReplayConfig(BaseModel):
     gallery: DatasetConfig | None = Field(
         default=None, description="Images of the production gallery; by default the evaluation gallery."
     )
+    when_not_served: Literal["keep_champion", "order_backfill"] = Field(
+        default="keep_champion",
+        description="After HOLD or INCONCLUSIVE: keep the champion, or order a full backfill all the same, as "
+        "published chains do, so that every generation becomes a predecessor. The decision is reported as it was made.",
+    )
     controls: tuple[Literal["from_scratch", "fine_tuned", "fine_tuned_initialised"], ...] = Field(
         default=(), description="Unconstrained chains that are trained and measured beside the history."
     )

@@ -1,4 +1,4 @@
-"""What an update leaves in the flow UI: log lines, a progress artifact per long step, and artifacts with stable keys."""
+"""What a running update shows in the flow UI: log lines, and a progress artifact for each long step."""
 
 import time
 from collections.abc import Iterator

@@ -114,7 +114,7 @@ def lineage_rows(registry: Registry) -> list[dict[str, str]]:
         "promoted",
         "rolled_back",
         "plan_completed",
-        "previous_released",
+        "overridden",
         "retired",
     }
     return [

@@ -44,7 +44,7 @@ SERVING_SCHEMA = pa.schema([("sequence", pa.int64()), ("at", pa.float64()), ("st
 
 EventKind = Literal[
     "update_started", "trained", "adopted", "decided", "promoted", "held", "pending", "rolled_back",
-    "plan_completed", "previous_released", "retired", "update_completed",
+    "overridden", "plan_completed", "previous_released", "retired", "update_completed",
 ]  # fmt: skip
 
 

@@ -49,6 +49,7 @@ class GenerationLine(BaseModel):
     outcome: str
     summary: str
     fraction: float | None
+    overridden: bool
     num_classes: int
     num_training_images: int
     self_test: float
@@ -136,9 +137,9 @@ def run_replay(config: PipelineConfig, root: str, progress: Progress) -> ReplayR
         for count, values in zip(config.replay.counts, growing_values(config), strict=True):
             at = time.monotonic()
             grown = session.with_config(_restricted(config, values))
-            result = run_update(grown, claimed=True)
+            result = run_update(grown, claimed=True, serve_anyway=config.replay.when_not_served == "order_backfill")
             results.append(result)
-            lines.append(_line(grown, result, time.monotonic() - at))
+            lines.append(_line(session, result, time.monotonic() - at))
             progress.say(line_text(lines[-1], count, config.replay.grow_by))
         controls = [control_chain(session, results, control) for control in config.replay.controls]
         return _result(session, results, lines, controls, time.monotonic() - started)
@@ -175,7 +176,9 @@ def line_text(line: GenerationLine, count: int, column: str) -> str:
     parts = [
         f"{line.candidate}  {count} x {column}, {line.num_training_images:,} images",
         f"self-test {100 * line.self_test:.1f} %",
-        f"[bold]{line.outcome}[/bold]" + (f" {line.fraction:.0%}" if line.outcome == "COMPATIBLE_ROLLOUT" else ""),
+        f"[bold]{line.outcome}[/bold]"
+        + (f" {line.fraction:.0%}" if line.outcome == "COMPATIBLE_ROLLOUT" else "")
+        + (", backfill ordered all the same" if line.overridden else ""),
     ]
     if line.nfr is not None:
         parts.append(f"NFR {100 * line.nfr:.2f} %")
@@ -259,6 +262,7 @@ def _line(session: Session, result: UpdateResult, seconds: float) -> GenerationL
         outcome=result.outcome,
         summary=result.summary,
         fraction=result.fraction,
+        overridden=bool(session.workspace.registry.events("overridden", result.update_key)),
         num_classes=result.num_classes,
         num_training_images=result.num_training_images,
         self_test=own,

@@ -5,6 +5,7 @@ same without Prefect.
 """
 
 import time
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -138,6 +139,25 @@ class UpdateRun:
             seed=gallery.seed,
             wave_rows=gallery.wave_rows,
             unit_rows=gallery.unit_rows,
+        )
+
+    def ordered_backfill(self, evaluation: Evaluation) -> Rollout:
+        """A full backfill that the operator orders although the decision is to hold or to wait."""
+        registry, candidate = self.registry, evaluation.decision.candidate
+        registry.record(
+            "overridden",
+            update_key=self.frozen.update_key,
+            generation=candidate,
+            payload={"decided": evaluation.decision.outcome, "ordered": "FULL_BACKFILL"},
+        )
+        passed = [c.gallery_generation for c in evaluation.evidence.certificates if c.verdict == "PASS"]
+        return replace(
+            self.rollout(evaluation),
+            decision=f"{self.evaluation_id()}, overridden by the operator",
+            fraction=1.0,
+            order="random",
+            before_move="all",
+            certificates=tuple((candidate, name) for name in (candidate, *passed)),
         )
 
     def embed_before_move(self, rollout: Rollout) -> ReindexReport:

@@ -1,8 +1,8 @@
 """The update flow: train a candidate, judge it against what is served, decide, and carry the decision out.
 
-Each task is one step of `flows.steps` without a branch; the flow's body reads as the order of events. A decision to hold
-is a completed run. The claim of the workspace is held from training to decision and move; the re-index that follows
-excludes nobody.
+Each task is one step of `flows.steps` without a branch; the flow's body reads as the order of events. A decision to
+hold is a completed run. The claim of the workspace is held from training to decision and move; the re-index that
+follows excludes nobody.
 """
 
 from contextlib import nullcontext
@@ -129,9 +129,19 @@ def update(workspace: str, again: bool = False, train_paragon: bool | None = Non
 
 
 def run_update(
-    session: Session, *, again: bool = False, adopted: str | None = None, wait_s: float = 0.0, claimed: bool = False
+    session: Session,
+    *,
+    again: bool = False,
+    adopted: str | None = None,
+    wait_s: float = 0.0,
+    claimed: bool = False,
+    serve_anyway: bool = False,
 ) -> UpdateResult:
-    """The body of an update, within a flow. `claimed`: the caller holds the workspace's claim already."""
+    """The body of an update, within a flow.
+
+    `claimed`: the caller holds the workspace's claim already. `serve_anyway`: where the decision serves nothing new,
+    the operator orders a full backfill; decision and order both stand in the lineage.
+    """
     root = session.workspace.root
     with nullcontext() if claimed else claim(root, "an update", wait_s=wait_s):
         release_when_due(session)
@@ -149,6 +159,10 @@ def run_update(
         report = ReindexReport()
         if run.acts_on(evaluation):
             rollout = run.rollout(evaluation)
+            report = embed_before_move(run, rollout)
+            move_serving_state(run, rollout)
+        elif serve_anyway:
+            rollout = run.ordered_backfill(evaluation)
             report = embed_before_move(run, rollout)
             move_serving_state(run, rollout)
     report = report.plus(reindex(run))

@@ -98,8 +98,8 @@ def load_initial_weights(module: nn.Module, spec: BackboneSpec, weights: str) ->
         return
     if not isinstance(module, ProjectedBackbone):
         raise ValueError(
-            f"loading initial weights: expected a file for {spec.name}, found {weights!r}; only torchvision models have "
-            "named weights"
+            f"loading initial weights: expected a file for {spec.name}, found {weights!r}; only torchvision models "
+            "have named weights"
         )
     enum = torchvision.models.get_model_weights(spec.name)
     names = [entry.name for entry in enum]
@@ -112,8 +112,8 @@ def load_initial_weights(module: nn.Module, spec: BackboneSpec, weights: str) ->
     stem = {key for key in missing if key.startswith("conv1.")}
     if set(missing) - stem:
         raise ValueError(
-            f"loading initial weights: expected {weights} of {spec.name} to fit, found {len(missing)} tensors that do not "
-            f"(first {missing[0]}); use weights of the same model"
+            f"loading initial weights: expected {weights} of {spec.name} to fit, found {len(missing)} tensors that do "
+            f"not (first {missing[0]}); use weights of the same model"
         )
     module.features.load_state_dict({**own, **fitting}, strict=True)
 

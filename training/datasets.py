@@ -5,9 +5,8 @@ file that every worker reads. Images that cannot be decoded are left out, listed
 """
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -17,18 +16,22 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from training.generation import UnknownFormatError, resolve
-from training.images import encode_png, image_column, read_payloads, unreadable_reason
+from training.generation import resolve
+from training.images import image_column, read_payloads, unreadable_reason
+from training.manifest import DatasetNotFoundError, LabelledImages, read_manifest, write_manifest
 from training.materialise import materialise_digits, materialise_torchvision
 
-MANIFEST_FORMAT_VERSION = 1
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
-__all__ = ["encode_png", "materialise_digits", "materialise_torchvision", "read_payloads"]
-
-
-class DatasetNotFoundError(FileNotFoundError):
-    """The file or folder of a data set is not there."""
+__all__ = [
+    "DatasetNotFoundError",
+    "LabelledImages",
+    "materialise_digits",
+    "materialise_torchvision",
+    "read_manifest",
+    "read_payloads",
+    "write_manifest",
+]
 
 
 class EmptyDatasetError(RuntimeError):
@@ -73,13 +76,15 @@ class DatasetConfig(BaseModel):
 
     source: Literal["parquet", "folder", "torchvision", "digits"] = Field(description="Kind of data set.")
     path: str | tuple[str, ...] = Field(
-        description="Parquet file or files; image folder (its sub-folders are the labels); torchvision's root folder; the "
-        "Parquet file that the bundled digits are written to once."
+        description="Parquet file or files; image folder (its sub-folders are the labels); torchvision's root folder; "
+        "the Parquet file that the bundled digits are written to once."
     )
     torchvision_name: str | None = Field(default=None, description="Class in torchvision.datasets, such as CIFAR100.")
     torchvision_train: bool = Field(default=True, description="Its training part; false takes the test part.")
     image_column: str | None = Field(default=None, description="Image column; by default image, or the only one.")
-    label_columns: tuple[str, ...] = Field(default=("label",), min_length=1, description="Joined with / to the label.")
+    label_columns: tuple[str, ...] = Field(
+        default=("label",), description="Joined with / to the label; none for images without labels."
+    )
     where: dict[str, tuple[str | int | float | bool, ...] | ValueRange] = Field(
         default_factory=dict, description="Column to its allowed values, or to {min, max}."
     )
@@ -103,36 +108,11 @@ class DatasetConfig(BaseModel):
         return (self.path,) if isinstance(self.path, str) else self.path
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """The rows of a training set; all fields are aligned, `unreadable` lists what was left out."""
-
-    sources: list[str]
-    labels: NDArray[np.str_]
-    content_sha256: list[str]
-    attributes: dict[str, NDArray[np.str_]] = field(default_factory=dict)
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def take(self, rows: NDArray[Any]) -> "LabelledImages":
-        """Return the given rows (indices or a mask)."""
-        chosen = np.arange(len(self))[rows]
-        return LabelledImages(
-            sources=[self.sources[i] for i in chosen],
-            labels=self.labels[chosen],
-            content_sha256=[self.content_sha256[i] for i in chosen],
-            attributes={name: values[chosen] for name, values in self.attributes.items()},
-            unreadable=self.unreadable,
-        )
-
-
 def load_images(config: DatasetConfig) -> LabelledImages:
     """Find the images of a data set, decode each once to see that it can be, and hash its bytes.
 
-    Order: by file, then by row (or by name in a folder). The split and `max_per_label` are drawn from the rows that pass
-    `where`, before any image is read; so they do not depend on which images are broken.
+    Order: by file, then by row (or by name in a folder). The split and `max_per_label` are drawn from the rows that
+    pass `where`, before any image is read; so they do not depend on which images are broken.
 
     Raises: DatasetNotFoundError, EmptyDatasetError, UnreadableImagesError.
     """
@@ -156,8 +136,9 @@ def load_images(config: DatasetConfig) -> LabelledImages:
     unreadable = [(sources[i], reason) for i, reason in sorted(reasons.items())]
     if len(unreadable) > config.max_unreadable_share * len(sources):
         raise UnreadableImagesError(
-            f"loading images: expected at most {config.max_unreadable_share:.2%} unreadable, found {len(unreadable)} of "
-            f"{len(sources)} (first {unreadable[0][0]}: {unreadable[0][1]}); repair them or raise max_unreadable_share"
+            f"loading images: expected at most {config.max_unreadable_share:.2%} unreadable, found {len(unreadable)} "
+            f"of {len(sources)} (first {unreadable[0][0]}: {unreadable[0][1]}); repair them or raise "
+            "max_unreadable_share"
         )
     readable = np.array([i for i in range(len(sources)) if i not in reasons], dtype=np.int64)
     if not len(readable):
@@ -224,8 +205,8 @@ def check_trainable(images: LabelledImages) -> None:
     lonely = names[counts == 1].tolist()
     if lonely:
         raise SingleImageClassError(
-            f"checking the training set: expected at least 2 images of each class, found {len(lonely)} classes with one "
-            f"(such as {', '.join(lonely[:3])}); add images or exclude these classes with where"
+            f"checking the training set: expected at least 2 images of each class, found {len(lonely)} classes with "
+            f"one (such as {', '.join(lonely[:3])}); add images or exclude these classes with where"
         )
 
 
@@ -245,47 +226,9 @@ def assert_disjoint(
     if shared:
         noun = "identities" if by == "identity" else "images"
         raise OverlapError(
-            f"checking that training and evaluation are disjoint: expected no common {noun}, found {len(shared)} (such as "
-            f"{'; '.join(shared[:3])}); remove them from one of the two"
+            f"checking that training and evaluation are disjoint: expected no common {noun}, found {len(shared)} (such "
+            f"as {'; '.join(shared[:3])}); remove them from one of the two"
         )
-
-
-def write_manifest(uri: str, images: LabelledImages) -> None:
-    """Write the rows as a Parquet file (source, label, content_sha256)."""
-    table = pa.table(
-        {
-            "source": pa.array(images.sources, pa.string()),
-            "label": pa.array(images.labels.tolist(), pa.string()),
-            "content_sha256": pa.array(images.content_sha256, pa.string()),
-        }
-    ).replace_schema_metadata({"format_version": str(MANIFEST_FORMAT_VERSION)})
-    file_system, path = resolve(uri)
-    file_system.create_dir(path.rpartition("/")[0], recursive=True)
-    if isinstance(file_system, pafs.LocalFileSystem):
-        partial = f"{path}.tmp{os.getpid()}"
-        pq.write_table(table, partial)
-        os.replace(partial, path)
-    else:
-        pq.write_table(table, path, filesystem=file_system)
-
-
-def read_manifest(uri: str) -> LabelledImages:
-    """Read what `write_manifest` wrote. Raises UnknownFormatError, DatasetNotFoundError."""
-    file_system, path = resolve(uri)
-    if file_system.get_file_info(path).type != pafs.FileType.File:
-        raise DatasetNotFoundError(f"reading a manifest: expected a file, found none (at {uri})")
-    table = pq.read_table(path, filesystem=file_system)
-    version = (table.schema.metadata or {}).get(b"format_version", b"none").decode()
-    if version != str(MANIFEST_FORMAT_VERSION):
-        raise UnknownFormatError(
-            f"reading a manifest: expected format {MANIFEST_FORMAT_VERSION}, found {version} (at {uri}); use the program "
-            "version that wrote it"
-        )
-    return LabelledImages(
-        sources=table["source"].to_pylist(),
-        labels=np.array(table["label"].to_pylist(), dtype=np.str_),
-        content_sha256=table["content_sha256"].to_pylist(),
-    )
 
 
 @dataclass(frozen=True)
@@ -337,13 +280,15 @@ def _parquet_rows(config: DatasetConfig) -> _Candidates:
     table = pa.concat_tables(tables, promote_options="default")
     columns = {name: np.array(table[name].to_pylist(), dtype=object) for name in needed}
     label_parts = [_as_text(columns[name]) for name in config.label_columns]
+    if not label_parts:
+        return _Candidates(sources, np.full(len(sources), "", dtype=np.str_), columns)
     labels = np.array(["/".join(parts) for parts in zip(*label_parts, strict=True)], dtype=np.str_)
     unlabelled = np.logical_or.reduce([columns[name] == None for name in config.label_columns])  # noqa: E711
     if unlabelled.any():
         first = sources[int(np.argmax(unlabelled))]
         raise ValueError(
-            f"loading images: expected a label in every row, found {int(unlabelled.sum())} without (first {first}); fill "
-            "or remove them"
+            f"loading images: expected a label in every row, found {int(unlabelled.sum())} without (first {first}); "
+            "fill or remove them"
         )
     return _Candidates(sources, labels, columns)
 
@@ -358,12 +303,18 @@ def _folder_rows(config: DatasetConfig) -> _Candidates:
     labels: list[str] = []
     for place in config.paths:
         file_system, root = resolve(place)
-        if file_system.get_file_info(root).type != pafs.FileType.Directory:
+        kind = file_system.get_file_info(root).type
+        if kind == pafs.FileType.File and not config.label_columns:
+            sources.append(place if "://" in place else root)
+            labels.append("")
+            continue
+        if kind != pafs.FileType.Directory:
             raise DatasetNotFoundError(f"loading images: expected a folder, found none (at {place}); check the path")
         prefix = place[: len(place) - len(root)] if "://" in place and place.endswith(root) else ""
         for info in sorted(file_system.get_file_info(pafs.FileSelector(root, recursive=True)), key=lambda i: i.path):
             label = info.path[len(root) :].strip("/").rpartition("/")[0]
-            if info.type == pafs.FileType.File and label and info.path.lower().endswith(IMAGE_SUFFIXES):
+            wanted = bool(label) or not config.label_columns
+            if info.type == pafs.FileType.File and wanted and info.path.lower().endswith(IMAGE_SUFFIXES):
                 sources.append(f"{prefix}{info.path}")
                 labels.append(label)
     label_array = np.array(labels, dtype=np.str_)

@@ -157,7 +157,7 @@ def read_classifier(generation_uri: str) -> tuple[GenerationCard, Tensor, Tensor
 def embed(
     network: nn.Module, pixels: Tensor, preprocessing: Preprocessing, device: torch.device, dtype: torch.dtype | None
 ) -> Tensor:
-    """Return unit vectors (n, d) float32 of uint8 pixels (n, channels, size, size); NaN rows where there is no direction."""
+    """Return unit vectors (n, d) float32 of uint8 pixels (n, channels, size, size); NaN rows for no direction."""
     with torch.inference_mode(), autocast(device, dtype):
         outputs = network(normalise(pixels.to(device), preprocessing))
     vectors = outputs.float()

@@ -17,8 +17,8 @@ from training.generation import Preprocessing
 def interpolate(network: nn.Module, parent_state: Mapping[str, Tensor], share: float) -> None:
     """theta <- share theta_parent + (1 - share) theta, in place, for every floating-point tensor of the network.
 
-    Weight interpolation after training (BCWI, Schumann et al., 2023): fewer flips against the parent, a little less gain.
-    Batch norm statistics are averaged too but mean nothing until `calibrate`.
+    Weight interpolation after training (BCWI, Schumann et al., 2023): fewer flips against the parent, a little less
+    gain. Batch norm statistics are averaged too but mean nothing until `calibrate`.
     """
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
@@ -49,8 +49,8 @@ def calibrate(
     """Replace the running statistics of every batch norm by those of clean training images; return how many were used.
 
     Statistics collected on augmented batches do not fit the clean images that are stored and searched. A random
-    `num_images` (all if there are fewer) go through in equal batches, without augmentation; the stored mean and variance
-    are the plain averages over these batches. Returns 0 for a network without batch norm.
+    `num_images` (all if there are fewer) go through in equal batches, without augmentation; the stored mean and
+    variance are the plain averages over these batches. Returns 0 for a network without batch norm.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.track_running_stats]

@@ -37,7 +37,7 @@ class UnknownFormatError(RuntimeError):
 
 
 class Preprocessing(BaseModel):
-    """How an image becomes the network's input: decode, resize (bilinear), divide by 255, subtract mean, divide by std."""
+    """How an image becomes the network's input: decode, resize (bilinear), divide by 255, subtract mean, over std."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

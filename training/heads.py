@@ -1,7 +1,7 @@
 """Task heads: classifier rows and the loss of the class labels, from pytorch-metric-learning.
 
-A head holds rows (C classes, d) and returns the mean loss of embeddings (n, d) with labels (n,). Rows and embeddings are
-normalised inside the loss; only the rows' direction counts, but their length sets how fast an optimiser turns them.
+A head holds rows (C classes, d) and returns the mean loss of embeddings (n, d) with labels (n,). Rows and embeddings
+are normalised inside the loss; only the rows' direction counts, but their length sets how fast an optimiser turns them.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """TrainingJob -> Generation, on Ray Train (several workers) or in this process (num_workers = 0).
 
-A job's name stands for everything that went into it. A training that has ended is found and returned; one that was killed
-goes on from its last complete checkpoint. The trail (progress.py) is what is resumed from, never Ray's own run folder:
-every attempt gets a fresh one, because Ray rewrites its snapshot in place and a kill can leave it unreadable.
+A job's name stands for everything that went into it. A training that has ended is found and returned; one that was
+killed goes on from its last complete checkpoint. The trail (progress.py) is what is resumed from, never Ray's own run
+folder: every attempt gets a fresh one, because Ray rewrites its snapshot in place and a kill can leave it unreadable.
 
 Run as `python -m training.launch --spec job.json` it is the entry point of a Ray job.
 """
@@ -220,8 +220,8 @@ def _fit(job: TrainingJob, trail: TrailReporter, tail: _Tail, deadline: float | 
         if trail.result() is not None:  # the generation is complete: what failed afterwards does not matter
             return
         raise TrainingFailedError(
-            f"training {job.name}: expected {job.num_workers} workers to finish, found {_first_line(outcome['error'])}; run "
-            "the same job again to go on from the last checkpoint"
+            f"training {job.name}: expected {job.num_workers} workers to finish, found "
+            f"{_first_line(outcome['error'])}; run the same job again to go on from the last checkpoint"
         ) from outcome["error"]
     _remove_folder(run_folder)
 

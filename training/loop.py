@@ -1,8 +1,8 @@
 """The per-worker training loop in plain PyTorch: one process, or one of several under a process group.
 
 The same function runs in this process, under Ray Train and in tests. Everything random in epoch e comes from
-(seed, epoch, rank), so a run that is killed and resumed from an epoch's checkpoint ends with the same weights as one that
-was not (on the same hardware with the same number of workers).
+(seed, epoch, rank), so a run that is killed and resumed from an epoch's checkpoint ends with the same weights as one
+that was not (on the same hardware with the same number of workers).
 
 Loss: task + sum over constraints of weight x (sum or mean over predecessors k of weight_k C_k). Predecessors take part
 through stored embeddings and rows only.

@@ -38,7 +38,7 @@ def materialise_digits(path: str) -> str:
 
 
 def materialise_torchvision(name: str, root: str, train: bool) -> str:
-    """Write one of torchvision's labelled sets, already downloaded to `root`, to a Parquet file there; return its path."""
+    """Write a labelled torchvision set, downloaded to `root` before, to a Parquet file there; return its path."""
     path = os.path.join(os.path.abspath(root), f"{name.lower()}-{'train' if train else 'test'}.parquet")
     if Path(path).exists():
         return path

@@ -110,7 +110,7 @@ def load_predecessors(
     scratch: Path,
     memory_limit_mib: int = 2048,
 ) -> Predecessors:
-    """Load all predecessors. `labels` (N,) index `classes`; embeddings above the limit go to float16 files in `scratch`.
+    """Load all predecessors. `labels` (N,) index `classes`; large caches become float16 files in `scratch`.
 
     Raises: MisalignedCacheError.
     """
@@ -158,7 +158,7 @@ def class_means(
 
 
 def synthesise_rows(own_classes: Sequence[str], own_rows: Tensor, classes: Sequence[str], means: Tensor) -> Tensor:
-    """Return rows (C, d) for `classes`: the predecessor's own row where it knows the class, its class mean elsewhere."""
+    """Return rows (C, d) for `classes`: the predecessor's own row for a class it knows, else its class mean."""
     rows = functional.normalize(means.float(), dim=1)
     position = {name: index for index, name in enumerate(own_classes)}
     for index, name in enumerate(classes):
@@ -180,15 +180,15 @@ def _read_embeddings(reference: PredecessorRef, width: int, target: NDArray[np.f
                     norms = np.linalg.norm(block, axis=1, keepdims=True)
                     if not (np.isfinite(norms).all() and (norms > 0).all()):
                         raise MisalignedCacheError(
-                            f"loading predecessor {reference.generation_id}: expected finite embeddings, found a row that "
-                            f"is not (in {uri}); embed that image again or drop it from the manifest"
+                            f"loading predecessor {reference.generation_id}: expected finite embeddings, found a row "
+                            f"that is not (in {uri}); embed that image again or drop it from the manifest"
                         )
                     target[filled : filled + len(block)] = block / norms
                 filled += len(block)
     if filled != len(target):
         raise MisalignedCacheError(
-            f"loading predecessor {reference.generation_id}: expected {len(target)} embeddings, one per training image, "
-            f"found {filled} (in {', '.join(uris)}); extend the cache over the current manifest"
+            f"loading predecessor {reference.generation_id}: expected {len(target)} embeddings, one per training "
+            f"image, found {filled} (in {', '.join(uris)}); extend the cache over the current manifest"
         )
 
 

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
-    """What the loop needs of the world around it: Ray Train's workers meet in `barrier`, a lone process does nothing."""
+    """What the loop needs of the world around it."""
 
     def latest(self) -> dict[str, Any] | None:
         """Return the newest complete checkpoint's state, or None; the same on every rank."""
@@ -123,8 +123,8 @@ class TrailReporter:
         record: dict[str, Any] = json.loads(read_bytes(place))
         if record.get("format_version") != FORMAT_VERSION:
             raise UnknownFormatError(
-                f"resuming a training: expected format {FORMAT_VERSION}, found {record.get('format_version')} (at {place}); "
-                "use the program version that wrote it, or another run name"
+                f"resuming a training: expected format {FORMAT_VERSION}, found {record.get('format_version')} (at "
+                f"{place}); use the program version that wrote it, or another run name"
             )
         return record
 

@@ -43,7 +43,9 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("width", [WIDTH, WIDTH - 2])
-def test_influence_loss_is_cross_entropy_against_the_predecessors_rows(batch: tuple[Tensor, Tensor], width: int) -> None:
+def test_influence_loss_is_cross_entropy_against_the_predecessors_rows(
+    batch: tuple[Tensor, Tensor], width: int
+) -> None:
     f, y = batch
     rows = normalize(torch.randn(PREDECESSORS, CLASSES, width), dim=2)
     losses = CONSTRAINTS["bct"](scale=7.0)(f, y, rows, torch.arange(CLASSES))

@@ -63,7 +63,9 @@ def test_parquet_rows_become_sources_with_labels_hashes_and_attributes(write_par
     assert images.unreadable == []
 
 
-def test_payloads_are_read_by_row_across_row_groups_and_files(write_parquet: Callable[..., str], tmp_path: Path) -> None:
+def test_payloads_are_read_by_row_across_row_groups_and_files(
+    write_parquet: Callable[..., str], tmp_path: Path
+) -> None:
     first, second = write_parquet("first"), write_parquet("second", PNGS[::-1])
     (tmp_path / "one.png").write_bytes(PNGS[3])
     sources = [f"{second}#11", f"{first}#7", str(tmp_path / "one.png"), f"{first}#0", f"{first}#7"]

@@ -53,7 +53,8 @@ def test_card_survives_the_disk(tmp_path: Path, preprocessing: Preprocessing, as
 
 
 def test_ids_order_by_ordinal_not_by_text() -> None:
-    assert lineage_order(["g1000-aaaaaa", "g002-bbbbbb", "g010-cccccc"]) == ["g002-bbbbbb", "g010-cccccc", "g1000-aaaaaa"]
+    ordered = ["g002-bbbbbb", "g010-cccccc", "g1000-aaaaaa"]
+    assert lineage_order(ordered[::-1]) == ordered
     assert ordinal_of("g1000-aaaaaa") == 1000
     with pytest.raises(ValueError, match="found 'model-3'"):
         ordinal_of("model-3")

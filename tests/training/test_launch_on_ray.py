@@ -92,7 +92,7 @@ def test_two_workers_train_together_and_report_progress(make_job: MakeJob, digit
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("ray_cluster")
-def test_bad_input_comes_back_by_name_without_retries(make_job: MakeJob, digits: LabelledImages, tmp_path: Path) -> None:
+def test_bad_input_comes_back_by_name_without_retries(make_job: MakeJob, digits: LabelledImages) -> None:
     broken = LabelledImages(digits.sources, digits.labels, ["0" * 64] * len(digits))
     with pytest.raises(ChangedImagesError, match="write the manifest again"):
         run_training(make_job(images=broken, num_workers=2))
@@ -133,7 +133,8 @@ from training.launch import run_training
 if __name__ == "__main__":
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False)
     job = TrainingJob.model_validate_json(open(sys.argv[1]).read())
-    print(run_training(job, on_progress=lambda line: print("epoch", line["epoch"], flush=True)).generation_id, flush=True)
+    card = run_training(job, on_progress=lambda line: print("epoch", line["epoch"], flush=True))
+    print(card.generation_id, flush=True)
 """
 
 
@@ -150,9 +151,7 @@ def test_a_killed_driver_leaves_a_training_that_the_next_run_goes_on_with(
     trail = TrailReporter(job.storage_uri, job.name)
 
     with (tmp_path / "first.log").open("w") as log:
-        first = subprocess.Popen(
-            command, env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
-        )
+        first = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
         watchdog = threading.Timer(200, first.kill)
         watchdog.start()
         while first.poll() is None and len(trail.metrics()) < 3:

@@ -64,7 +64,7 @@ def test_known_classes_keep_their_row_and_unseen_ones_get_the_class_mean(
 ) -> None:
     reference, vectors, own_rows = store(1, 6, ["c", "a"])
     (group,) = load([reference], tmp_path).groups
-    means = torch.stack([normalize(vectors[LABELS == c].mean(dim=0), dim=0) for c in range(3)])
+    means = torch.stack([normalize(vectors[c == LABELS].mean(dim=0), dim=0) for c in range(3)])
     torch.testing.assert_close(group.class_means[0], means)
     torch.testing.assert_close(group.rows[0], torch.stack([own_rows[1], means[1], own_rows[0]]))
 

@@ -7,9 +7,10 @@ A constraint is called as in pytorch-metric-learning, `constraint(embeddings, la
     ref_emb     (K, M, d_k) unit vectors of K predecessors of one width (or (M, d_k) of one), no gradient
     ref_labels  (M,)        their class indices
 
-and returns one loss per predecessor, (K,) (or a scalar). Where d_k < d the first d_k coordinates are compared, normalised
-again. Its attribute `reference` says what the loop hands over as ref_emb: "rows" (classifier rows, M = C), "instances"
-(one random cached embedding of each class, M = C) or "batch" (the cached embeddings of the batch's own images, M = B).
+and returns one loss per predecessor, (K,) (or a scalar). Where d_k < d the first d_k coordinates are compared,
+normalised again. Its attribute `reference` says what the loop hands over as ref_emb: "rows" (classifier rows, M = C),
+"instances" (one random cached embedding of each class, M = C) or "batch" (the cached embeddings of the batch's own
+images, M = B).
 
 To add one: a file with a class, an entry in CONSTRAINTS, a test against its formula.
 """

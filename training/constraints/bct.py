@@ -1,6 +1,6 @@
 """Backward-compatible training: the new embedding must be classified correctly by the predecessor's frozen rows.
 
-Shen et al., CVPR 2020, 2003.11942, equation 5 (influence loss), with normalised rows and features.
+Shen et al., CVPR 2020, 2003.11942 (influence loss), with normalised rows and features.
 """
 
 from typing import ClassVar

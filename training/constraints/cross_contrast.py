@@ -1,6 +1,7 @@
 """Cross contrast: the predecessor's classifier is one random stored embedding per class, drawn anew at every step.
 
-Stored vectors, not class means, are what a query will meet in the gallery, so the new embedding is trained against them.
+Stored vectors, not class means, are what a query will meet in the gallery, so the new embedding is trained against
+them.
 """
 
 from typing import ClassVar

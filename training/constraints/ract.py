@@ -1,7 +1,8 @@
 """Contrastive loss with regression alleviation (RACT): stale positives must beat stale and fresh negatives.
 
-Zhang et al., "Hot-Refresh Model Upgrades with Regression-Alleviating Compatible Training in Image Retrieval", ICLR 2022,
-2201.09724, equation 6. In a gallery that is half re-embedded, a fresh negative must not overtake a stale positive.
+Zhang et al., "Hot-Refresh Model Upgrades with Regression-Alleviating Compatible Training in Image Retrieval", ICLR
+2022, 2201.09724; formula as in the class. In a gallery that is half re-embedded, a fresh negative
+must not overtake a stale positive.
 """
 
 from typing import ClassVar

@@ -1,0 +1,305 @@
+"""The command line `graceful`: parse, call, print. Nothing heavy is imported before a command runs.
+
+Exit codes: 0 done, 1 failed, 2 wrong use, 3 the decision is to hold, 4 the decision is inconclusive.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+FAILED, WRONG_USE, HELD, UNDECIDED = 1, 2, 3, 4
+
+app = typer.Typer(
+    name="graceful",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Update embedding models without breaking the gallery: train each generation compatible with all its "
+    "predecessors, measure what an update would win and break, decide, roll out, roll back.",
+    epilog="Start with 'graceful replay examples/digits.toml', or with 'graceful init' in a folder of your own.",
+)
+
+RootOption = Annotated[
+    str,
+    typer.Option("--root", "-r", envvar="GRACEFUL_ROOT", help="Workspace: a folder or an object-store URI."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+
+@app.command()
+def init(
+    root: Annotated[str, typer.Argument(help="Folder of the new workspace.")] = ".",
+    config: Annotated[Path | None, typer.Option(help="Configuration to start from; by default a template.")] = None,
+) -> None:
+    """Create a workspace: the folder, its empty tables and a [bold]graceful.toml[/bold] to edit."""
+    with reported_errors():
+        from flows.operations import create_workspace
+
+        path = create_workspace(os.path.abspath(root), config)
+        Console().print(f"Created {path}. Edit it, then run 'graceful ingest' and 'graceful update'.", soft_wrap=True)
+
+
+@app.command()
+def update(
+    root: RootOption = ".",
+    again: Annotated[bool, typer.Option(help="Judge anew what was decided about before.")] = False,
+    adopt: Annotated[
+        str | None, typer.Option(help="Judge an encoder from elsewhere, 'package.module:factory', instead of training.")
+    ] = None,
+    paragon: Annotated[
+        bool | None, typer.Option("--paragon/--no-paragon", help="Also train without constraints, to measure the tax.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a candidate, judge it against what is served, decide, and carry the decision out.
+
+    Run again, it goes on where it was killed; decided before, it does nothing. Exit code 3: hold, 4: inconclusive.
+    """
+    with reported_errors(as_json):
+        from flows.environment import prepare_environment
+
+        prepare_environment(_root(root))
+        from flows.operations import run_update_flow
+
+        result = run_update_flow(_root(root), _console(as_json), again=again, adopt=adopt, paragon=paragon)
+        _print(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result))
+        raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))
+
+
+@app.command()
+def replay(
+    config: Annotated[
+        Path, typer.Argument(help="Configuration with a \\[replay] table, such as examples/digits.toml.")
+    ],
+    root: Annotated[str | None, typer.Option("--root", "-r", help="Workspace; by default workspaces/<name>.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Replay a whole history of generations on growing data, each trained, judged and rolled out.
+
+    Run again, it goes on where it stopped. Exit code 0 whatever was decided, as long as the history completed.
+    """
+    with reported_errors(as_json):
+        from flows.environment import prepare_environment
+
+        prepare_environment(root or "workspaces")
+        from flows.operations import run_replay_flow
+        from flows.terminal import print_replay
+
+        result = run_replay_flow(config, root, _console(as_json))
+        _print(as_json, result.model_dump(mode="json"), lambda console: print_replay(console, result))
+
+
+@app.command()
+def status(root: RootOption = ".", as_json: JsonOption = False) -> None:
+    """Show who serves, who owns the gallery's rows, what is unreadable, and what is under way."""
+    with reported_errors(as_json):
+        from flows.operations import workspace_status
+        from flows.terminal import print_status
+
+        found = workspace_status(_root(root))
+        _print(as_json, found, lambda console: print_status(console, found))
+
+
+@app.command()
+def ingest(
+    images: Annotated[Path, typer.Argument(help="Image, folder of images, or Parquet file with an image column.")],
+    root: RootOption = ".",
+    label: Annotated[str | None, typer.Option(help="Parquet column with labels, if there is one.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Add images to the gallery, or new revisions of changed ones, with vectors for whoever must find them."""
+    with reported_errors(as_json):
+        from flows.operations import ingest_images
+
+        found = ingest_images(_root(root), images, label, _console(as_json))
+        _print(as_json, found, lambda console: _print_counts(console, found))
+
+
+@app.command()
+def delete(
+    item_ids: Annotated[list[str], typer.Argument(help="Ids of the items.")],
+    root: RootOption = ".",
+    forget: Annotated[bool, typer.Option(help="Also remove them physically, with their history.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete items from every view, after a rollback too. With --forget nothing of them stays."""
+    with reported_errors(as_json):
+        from flows.operations import delete_items
+
+        found = delete_items(_root(root), item_ids, forget=forget)
+        _print(as_json, found, lambda console: _print_counts(console, found))
+
+
+@app.command()
+def search(
+    image: Annotated[Path, typer.Argument(help="Image to search with.")],
+    root: RootOption = ".",
+    k: Annotated[int, typer.Option("-k", min=1, help="How many items to return.")] = 10,
+    generation: Annotated[str | None, typer.Option(help="Query as this generation instead of the champion.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Search the gallery with an image, as production would."""
+    with reported_errors(as_json):
+        from flows.operations import search_image
+
+        found = search_image(_root(root), image, k, generation)
+        _print(as_json, found, lambda console: _print_hits(console, found))
+
+
+@app.command()
+def decide(
+    evaluation: Annotated[Path, typer.Option("--from", help="Folder of an evaluation (evaluations/<id>).")],
+    policy: Annotated[
+        Path | None, typer.Option(help="Judge under the \\[policy] of this TOML file instead of the stored one.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge the stored per-query outcomes of an evaluation again, and compare with the decision that was recorded.
+
+    Changes nothing. Exit code 1 if the same policy does not give the recorded decision.
+    """
+    with reported_errors(as_json):
+        from flows.operations import decide_again
+        from flows.terminal import print_decision
+
+        decision, agrees = decide_again(evaluation, policy)
+        document = {"agrees_with_recorded": agrees, "decision": decision.model_dump(mode="json")}
+
+        def text(console: Console) -> None:
+            print_decision(console, decision)
+            if policy is None:
+                console.print("The recorded decision is the same." if agrees else "The recorded decision DIFFERS.")
+
+        _print(as_json, document, text)
+        if policy is None and not agrees:
+            raise typer.Exit(FAILED)
+        raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(decision.outcome, 0))
+
+
+@app.command()
+def rollback(
+    root: RootOption = ".",
+    reason: Annotated[str, typer.Option(help="Why; it stands in the lineage.")] = "rollback",
+    as_json: JsonOption = False,
+) -> None:
+    """Return to the previous generation: one move of a pointer, no data touched."""
+    with reported_errors(as_json):
+        from flows.operations import roll_back
+
+        state = roll_back(_root(root), reason)
+        _print(as_json, state, lambda console: console.print(f"Serving {state['champion']} again.", highlight=False))
+
+
+@app.command()
+def report(
+    root: RootOption = ".",
+    evaluation: Annotated[str | None, typer.Argument(help="Id of an evaluation; by default the newest.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the newest decision with its reasons, and where its report lies."""
+    with reported_errors(as_json):
+        from flows.operations import read_report
+        from flows.terminal import print_decision
+
+        location, decision = read_report(_root(root), evaluation)
+        document = {"report": location, "decision": decision.model_dump(mode="json")}
+
+        def text(console: Console) -> None:
+            print_decision(console, decision)
+            console.print(f"Report: {location}", highlight=False, soft_wrap=True)
+
+        _print(as_json, document, text)
+
+
+@app.command()
+def serve(
+    root: RootOption = ".",
+    http: Annotated[bool, typer.Option(help="Answer searches over HTTP instead of scheduling updates.")] = False,
+    host: Annotated[str, typer.Option(help="Address that the HTTP endpoint listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the HTTP endpoint.")] = 8080,
+) -> None:
+    """Run updates on the schedule of the configuration, shown in the flow UI; or, with --http, answer searches."""
+    with reported_errors():
+        if http:
+            from flows.search_service import serve_searches
+
+            serve_searches(_root(root), host, port)
+        else:
+            from flows.environment import prepare_environment
+
+            prepare_environment(_root(root), log_level="INFO")
+            from flows.service import serve_updates
+
+            serve_updates(_root(root))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+@contextmanager
+def reported_errors(as_json: bool = False) -> Iterator[None]:
+    """Turn an expected failure into one line and an exit code; GRACEFUL_DEBUG=1 shows the traceback."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if os.environ.get("GRACEFUL_DEBUG"):
+            raise
+        line = " ".join(str(error).split()) or type(error).__name__
+        config = sys.modules.get("flows.config")
+        wrong_use = config is not None and isinstance(error, config.ConfigError)
+        if as_json:
+            print(json.dumps({"error": line, "kind": type(error).__name__}))
+        print(f"graceful: {line}", file=sys.stderr)
+        raise typer.Exit(WRONG_USE if wrong_use else FAILED) from None
+
+
+def _root(root: str) -> str:
+    return root if "://" in root else os.path.abspath(root)
+
+
+def _console(as_json: bool) -> Console:
+    """Where progress goes: with --json standard output belongs to the document."""
+    return Console(stderr=as_json)
+
+
+def _print(as_json: bool, document: Any, text: Callable[[Console], None]) -> None:
+    if as_json:
+        print(json.dumps(document, indent=2, default=str))
+    else:
+        text(Console())
+
+
+def _print_update(console: Console, result: Any) -> None:
+    again = " (decided before; --again judges anew)" if result.repeated else ""
+    console.print(f"[bold]{result.candidate}: {result.outcome}[/bold]{again}", highlight=False)
+    console.print(result.summary, highlight=False)
+    console.print(f"Serving {result.champion}.  Report: {result.report}", highlight=False, soft_wrap=True)
+
+
+def _print_counts(console: Console, found: dict[str, Any]) -> None:
+    for name, value in found.items():
+        console.print(f"{name.replace('_', ' ')}: {value}", highlight=False)
+
+
+def _print_hits(console: Console, found: dict[str, Any]) -> None:
+    for place, hit in enumerate(found["hits"], 1):
+        label = f"  {hit['label']}" if hit["label"] else ""
+        console.print(f"{place:3}  {hit['score']:.4f}  {hit['item_id']}{label}  ({hit['generation']})", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
