@@ -224,6 +224,8 @@ def serve(
     http: Annotated[bool, typer.Option(help="Answer searches over HTTP instead of scheduling updates.")] = False,
     host: Annotated[str, typer.Option(help="Address that the HTTP endpoint listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the HTTP endpoint.")] = 8080,
+    ui_host: Annotated[str, typer.Option(help="Address that the flow UI listens on.")] = "127.0.0.1",
+    ui_port: Annotated[int, typer.Option(help="Port of the flow UI.")] = 4200,
 ) -> None:
     """Run updates on the schedule of the configuration, shown in the flow UI; or, with --http, answer searches."""
     with reported_errors():
@@ -237,7 +239,7 @@ def serve(
             prepare_environment(_root(root), log_level="INFO")
             from flows.service import serve_updates
 
-            serve_updates(_root(root))
+            serve_updates(_root(root), ui_host, ui_port)
 
 
 def main() -> None:

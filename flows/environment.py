@@ -3,7 +3,14 @@
 Everything is a default: what the caller has set stays. Call before the first import of prefect or ray.
 """
 
+import json
 import os
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+SERVER_FILE = "server.json"
 
 _DEFAULTS = {
     "DO_NOT_TRACK": "1",
@@ -19,9 +26,36 @@ _DEFAULTS = {
 
 
 def prepare_environment(root: str, *, log_level: str = "WARNING") -> None:
-    """Set the defaults; the flow server's database lies in the workspace when that is a local folder."""
+    """Set the defaults; the flow server's database lies in the workspace when that is a local folder.
+
+    A server that `graceful serve` runs for this workspace is used, so that its UI shows what is started by hand too.
+    """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", log_level)
-    if "://" not in root:
-        os.environ.setdefault("PREFECT_HOME", os.path.join(os.path.abspath(root), ".prefect"))
+    if "://" in root:
+        return
+    server = running_server(root)
+    if server is not None:
+        os.environ.setdefault("PREFECT_API_URL", server)
+    os.environ.setdefault("PREFECT_HOME", os.path.join(os.path.abspath(root), ".prefect"))
+
+
+def running_server(root: str) -> str | None:
+    """API address of the flow server that runs for a workspace on this machine, if one does and answers."""
+    try:
+        state = json.loads(Path(root, ".prefect", SERVER_FILE).read_text())
+        if state["host"] != socket.gethostname() or process_start(state["pid"]) != state["process_start"]:
+            return None
+        with urllib.request.urlopen(f"{state['api_url']}/health", timeout=5):
+            return str(state["api_url"])
+    except (OSError, ValueError, KeyError, urllib.error.URLError):
+        return None
+
+
+def process_start(pid: int) -> str:
+    """When a process of this machine started, in the kernel's own count; empty when there is none (or no /proc)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""

@@ -152,7 +152,9 @@ def run_update(
         for predecessor in run.frozen.predecessors:
             extend_cache(run, predecessor)
         candidate = train_candidate(run)
-        paragon = train_paragon(run) if session.config.train_paragon else None
+        paragon = None
+        if session.config.train_paragon and run.frozen.predecessors:  # the first generation is its own paragon
+            paragon = train_paragon(run)
         for generation in (*run.frozen.generations, candidate, *([paragon] if paragon else [])):
             embed_evaluation(run, generation)
         evaluation = judge(run, candidate, paragon)

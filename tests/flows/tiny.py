@@ -1,0 +1,150 @@
+"""A workspace on the bundled digits that trains in about a second, without Ray, for tests of whole updates.
+
+Thirty images of each digit to train on, twenty of each to judge by; resampled by image, and with limits so wide that an
+update is decided to roll out: these tests are about what is carried out, not about statistics.
+"""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from flows.config import PipelineConfig, load_config
+from flows.rollout import ingest
+from flows.workspace import Workspace
+from training.datasets import LabelledImages, load_images
+
+ROOT = Path(__file__).parents[2]
+DIGITS = [str(digit) for digit in range(10)]
+WIDE = {"quality_margin_points": 90.0, "max_nfr": 0.9, "max_dip_points": 90.0, "max_wave_zero_share": 1.0}
+
+BASE: dict[str, Any] = {
+    "name": "tiny",
+    "training_data": {"source": "digits", "where": {"label": DIGITS[:3], "instance": {"max": 29}}},
+    "evaluation": {
+        "protocol": "closed_set",
+        "cluster": "instance",
+        "queries": {"source": "digits", "where": {"label": DIGITS[:5], "instance": {"min": 80, "max": 99}}},
+    },
+    "training": {
+        "width": 16,
+        "epochs": 2,
+        "batch_size": 64,
+        "first_max_lr": 0.01,
+        "max_lr": 0.005,
+        "backbone": {"name": "small_cnn", "kwargs": {"block_widths": [8, 16]}},
+        "preprocessing": {"image_size": 8, "channels": 1, "mean": [0.3], "std": [0.37]},
+    },
+    "policy": {**WIDE, "num_resamples": 200, "fractions": [0.0, 0.5, 1.0]},
+    "gallery": {"wave_rows": 25, "unit_rows": 20},
+    "cluster": {"num_workers": 0, "embed_workers": 0},
+}
+
+
+def settings(digits: Path, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The tables of a configuration; `changes` maps dotted keys to values, None removes a key."""
+    tables = copy.deepcopy(BASE)
+    tables["training_data"]["path"] = tables["evaluation"]["queries"]["path"] = str(digits)
+    for dotted, value in (changes or {}).items():
+        *outer, last = dotted.split(".")
+        inner = tables
+        for name in outer:
+            inner = inner.setdefault(name, {})
+        if value is None:
+            inner.pop(last, None)
+        else:
+            inner[last] = value
+    return tables
+
+
+def write_config(root: Path, digits: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """Write graceful.toml into a workspace's folder."""
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / "graceful.toml"
+    path.write_text("".join(f"{name} = {_inline(value)}\n" for name, value in settings(digits, changes).items()))
+    return path
+
+
+def grown(num_classes: int) -> dict[str, Any]:
+    """Changes that show more digits to the next training."""
+    return {"training_data.where.label": DIGITS[:num_classes]}
+
+
+def fill_gallery(workspace: Workspace, config: PipelineConfig) -> LabelledImages:
+    """Ingest the evaluation's images as the production gallery: 100 items."""
+    images = load_images(config.evaluation.queries)
+    rows = [
+        {
+            "item_id": "digits" + source.rpartition("#")[2],
+            "source": source,
+            "content_sha256": digest,
+            "label": label,
+            "attributes": "{}",
+        }
+        for source, digest, label in zip(
+            images.sources, images.content_sha256, images.labels.tolist(), strict=True
+        )
+    ]
+    ingest(workspace, pa.Table.from_pylist(rows), unit="tiny-gallery")
+    return images
+
+
+def end_state(root: str | Path) -> dict[str, Any]:
+    """What must not depend on how often an update was killed."""
+    workspace = Workspace(str(root), _no_encoder)
+    registry, serving = workspace.registry, workspace.registry.serving()
+    view = workspace.view(serving.champion)
+    names = [view.readable[code] if code >= 0 else "" for code in view.owner]
+    decided = registry.events("decided")
+    return {
+        "champion": serving.champion,
+        "previous": serving.previous,
+        "active_plan": serving.active_plan,
+        "moves": [(s.champion, s.previous, s.active_plan, s.moved_by) for s in registry.serving_history()],
+        "certificates": registry.certificates(),
+        "generations": registry.generations(),
+        "view": dict(zip(view.item_ids.tolist(), names, strict=True)),
+        "rows": workspace.gallery.generations(),
+        "decisions": [(event.update_key, event.generation, event.payload["outcome"]) for event in decided],
+        "decision": json.loads(
+            Path(root, "evaluations", str(decided[-1].payload["evaluation"]), "decision.json").read_text()
+        ),
+        "events": sorted((e.kind, e.generation) for e in registry.events() if e.kind != "plan_completed"),
+    }
+
+
+def graceful(*arguments: str, env: Mapping[str, str], timeout: float = 200, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments], cwd=cwd, env=dict(env), capture_output=True, text=True,
+        timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def copy_workspace(source: Path, target: Path) -> Path:
+    """A workspace of the same state elsewhere."""
+    shutil.copytree(source, target)
+    return target
+
+
+def open_config(root: Path, changes: Mapping[str, Any] | None = None) -> PipelineConfig:
+    """The workspace's configuration."""
+    return load_config(root / "graceful.toml", str(root), dict(changes or {}))
+
+
+def _no_encoder(generation: str) -> Any:
+    raise AssertionError(f"nothing is to be embedded with {generation}")
+
+
+def _inline(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_inline(inner)}" for key, inner in value.items()) + " }"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ", ".join(_inline(inner) for inner in value) + "]"
+    return json.dumps(value)

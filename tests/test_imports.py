@@ -1,0 +1,181 @@
+"""The three stages do not know each other, heavy libraries stay where they belong, and nothing imports in circles."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("training", "indexing", "evaluation", "flows")
+
+# Within a package a module imports only modules before it.
+ORDER = {
+    "training": (
+        "training", "training.generation", "training.manifest", "training.images", "training.materialise",
+        "training.datasets", "training.backbones", "training.heads", "training.encoder", "training.predecessors",
+        "training.constraints.bct", "training.constraints.cross_contrast", "training.constraints.ract",
+        "training.constraints", "training.job", "training.pixels", "training.progress", "training.finishing",
+        "training.loop", "training.launch",
+    ),
+    "indexing": (
+        "indexing", "indexing.storage", "indexing.embedding_files", "indexing.tables", "indexing.matching",
+        "indexing.exact", "indexing.gallery", "indexing.planner", "indexing.embed", "indexing.reindex",
+        "indexing.maintenance", "indexing.cache", "indexing.snapshots", "indexing.search",
+    ),
+    "evaluation": (
+        "evaluation", "evaluation.outcomes", "evaluation.retrieval", "evaluation.flips", "evaluation.matrix",
+        "evaluation.backfill", "evaluation.intervals", "evaluation.power", "evaluation.cost", "evaluation.policy",
+        "evaluation.evidence", "evaluation.guards", "evaluation.decision", "evaluation.captions", "evaluation.report",
+    ),
+    "flows": (
+        "flows", "flows.environment", "flows.template", "flows.evaluation_set", "flows.config", "flows.progress",
+        "flows.registry", "flows.workspace", "flows.claim", "flows.evidence", "flows.judgement", "flows.assess",
+        "flows.rollout", "flows.cluster", "flows.jobs", "flows.encoders", "flows.session", "flows.freeze",
+        "flows.candidate", "flows.steps", "flows.searcher", "flows.search_service", "flows.flow_ui", "flows.publish",
+        "flows.update", "flows.replay", "flows.service", "flows.operations", "flows.terminal", "flows.cli",
+    ),
+}  # fmt: skip
+
+EVERYWHERE = ("numpy", "pydantic")
+# Library -> modules that may import it; a package stands for all its modules.
+ALLOWED = {
+    "prefect": ("flows.flow_ui", "flows.operations", "flows.publish", "flows.replay", "flows.service", "flows.update"),
+    "ray": ("training.launch", "indexing.embed", "flows.cluster", "flows.jobs", "flows.search_service"),
+    "torch": ("training",),
+    "torchvision": ("training",),
+    "safetensors": ("training",),
+    "pytorch_metric_learning": ("training",),
+    "sklearn": ("training.materialise",),
+    "PIL": ("training.images",),
+    "faiss": ("indexing.search", "indexing.snapshots"),
+    "deltalake": ("indexing.tables",),
+    "pyarrow": ("indexing", "training", "flows"),
+    "scipy": ("evaluation", "training", "indexing", "flows"),
+    "matplotlib": ("evaluation.report",),
+    "jinja2": ("evaluation.report",),
+    "rich": ("flows",),
+    "typer": ("flows.cli",),
+    "fastapi": ("flows.search_service",),
+    "starlette": ("flows.search_service",),
+    "uvicorn": ("flows.search_service",),
+    "multipart": ("flows.search_service",),
+    "python_multipart": ("flows.search_service",),
+    "httpx": ("flows.service",),
+}
+FORBIDDEN = {"flows.cli": ("pyarrow", "prefect", "ray", *PACKAGES[:3])}
+# Plain Python: an update, a search and a judgement run the same without Prefect.
+WITHOUT_PREFECT = (
+    "flows.searcher", "flows.search_service", "flows.steps", "flows.assess", "flows.judgement", "flows.rollout",
+    "flows.workspace", "flows.registry",
+)  # fmt: skip
+
+
+def source_of(module: str) -> Path:
+    path = ROOT / Path(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def all_modules() -> list[str]:
+    files = (file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py")))
+    return [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+
+
+MODULES = all_modules()
+
+
+def imports_of(module: str, *, lazy: bool = True) -> Iterator[str]:
+    """Names that a module imports, absolute; without `lazy` only those that importing it imports."""
+    tree = ast.parse(source_of(module).read_text())
+    for node in ast.walk(tree) if lazy else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute, found a relative one in line {node.lineno}"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in MODULES else str(node.module)
+
+
+def may_import(module: str, library: str) -> bool:
+    if library in FORBIDDEN.get(module, ()):
+        return False
+    if library in sys.stdlib_module_names or library in EVERYWHERE:
+        return True
+    if library in PACKAGES:
+        return library == module.split(".")[0] or module.startswith("flows.")
+    return any(module == place or module.startswith(f"{place}.") for place in ALLOWED.get(library, ()))
+
+
+def describe(module: str) -> str:
+    libraries = sorted(name for name in (*PACKAGES, *EVERYWHERE, *ALLOWED) if may_import(module, name))
+    return f"{module} may import only {', '.join(libraries)} and the standard library"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_what_its_stage_may_import(module):
+    lazily_allowed = {*PACKAGES} if module == "flows.cli" else set()
+    at_top = {name.split(".")[0] for name in imports_of(module, lazy=False)}
+    anywhere = {name.split(".")[0] for name in imports_of(module)} - lazily_allowed
+    wrong = sorted(name for name in at_top | anywhere if not may_import(module, name))
+    assert not wrong, f"{module} imports {', '.join(wrong)}; {describe(module)}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_module_imports_only_modules_before_it(package):
+    place = {module: number for number, module in enumerate(ORDER[package])}
+    unknown = [module for module in MODULES if module.split(".")[0] == package and module not in place]
+    assert not unknown, f"{', '.join(unknown)}: say in ORDER where it stands"
+    for module in place:
+        if module not in MODULES:
+            continue  # named in the order, not written yet
+        later = sorted({name for name in imports_of(module) if place.get(name, -1) > place[module]})
+        assert not later, f"{module} imports {', '.join(later)}; it may import only modules before it"
+
+
+def test_plain_modules_reach_prefect_by_no_way():
+    for module in WITHOUT_PREFECT:
+        if module not in MODULES:
+            continue
+        seen, todo = set(), [module]
+        while todo:
+            current = todo.pop()
+            if current in seen:
+                continue
+            seen.add(current)
+            names = set(imports_of(current, lazy=False))
+            assert not any(name.split(".")[0] == "prefect" for name in names), f"{module} reaches prefect by {current}"
+            todo += [name for name in names if name in MODULES]
+
+
+def loaded_after(statement: str, *names: str) -> set[str]:
+    program = f"import sys; {statement}; print(*[name for name in {names!r} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_command_line_imports_nothing_heavy_before_a_command_runs():
+    heavy = ("torch", "ray", "faiss", "prefect", "pyarrow", "deltalake", "numpy", "scipy", "pydantic", *PACKAGES[:3])
+    assert loaded_after("import flows.cli", *heavy) == set()
+
+
+def test_searching_loads_neither_prefect_nor_ray():
+    assert loaded_after("import flows.searcher", "prefect", "ray", "torch") == {"torch"}
+
+
+def test_judging_stored_outcomes_loads_no_framework():
+    assert loaded_after("import evaluation.decision", "torch", "ray", "faiss", "prefect", "pyarrow") == set()
+
+
+def test_rules_catch_what_they_forbid():
+    assert not may_import("training.loop", "indexing")
+    assert not may_import("evaluation.decision", "flows")
+    assert not may_import("flows.searcher", "prefect")
+    assert not may_import("indexing.exact", "torch")
+    assert not may_import("flows.cli", "pyarrow")
+    assert may_import("flows.update", "prefect")
+    assert "prefect" in describe("flows.update").split(", ")
