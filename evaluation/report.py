@@ -41,6 +41,7 @@ from evaluation.policy import RolloutPolicy
 __all__ = [
     "curve_png",
     "decision_markdown",
+    "duration",
     "evidence_curve_png",
     "heatmap_png",
     "matrix_markdown",
@@ -90,7 +91,7 @@ def render_report(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters |= {"points": points, "percent": percent, "number": number}
+    environment.filters |= {"points": points, "percent": percent, "number": number, "duration": duration}
     metric = metric_name(evidence)
     shown = shown_state(evidence, decision)
     plots = []
@@ -162,6 +163,18 @@ def evidence_curve_png(evidence: Evidence, decision: Decision, *, dpi: int = 160
     """`curve_png` of the evidence's overall states."""
     overall = [state for state in evidence.states if state.scope == OVERALL]
     return _png(_curve_figure(_curve_of(overall), decision.fraction, metric_name(evidence)), dpi)
+
+
+def duration(hours: float) -> str:
+    """Hours in the unit that reads best.
+
+    >>> duration(0.001), duration(0.05), duration(30)
+    ('3.6 s', '3.0 min', '30.0 h')
+    """
+    seconds = 3600 * hours
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if hours < 1 else f"{hours:.1f} h"
 
 
 def shown_state(evidence: Evidence, decision: Decision) -> StateEvidence | None:

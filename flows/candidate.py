@@ -127,6 +127,11 @@ def embed_evaluation(session: Session, evaluation_set: EvaluationSet, generation
     return embed_images(session, generation, *evaluation_set.images)
 
 
+def training_seconds(session: Session, generation: str) -> float:
+    """Seconds that the epochs of a generation's training took, as its card says."""
+    return float(read_card(session.workspace.generation_uri(generation)).training.get("seconds", 0.0))
+
+
 def prefix_widths(session: Session, generation: str) -> tuple[int, ...]:
     """Widths to which queries of a generation may be cut."""
     return read_card(session.workspace.generation_uri(generation)).prefix_widths

@@ -19,13 +19,15 @@ from training.encoder import open_encoder, read_classifier
 class GenerationEncoders:
     """Embeds with stored generations: the `embed_with` of a workspace.
 
-    `rows_per_s` holds the last measured throughput of one worker, for pricing a backfill.
+    `rows_per_s` holds the last measured throughput of one worker, for pricing a backfill; `busy_s` adds up what the
+    encoders themselves took.
     """
 
     def __init__(self, root: str, session: RaySession) -> None:
         self.root = root
         self.session = session
         self.rows_per_s: float | None = None
+        self.busy_s = 0.0
 
     def __call__(self, generation: str) -> EmbedFunction:
         return functools.partial(self._embed, join(self.root, "generations", generation))
@@ -54,6 +56,7 @@ class GenerationEncoders:
                 deadline_s=deadline_s,
                 on_unit=on_unit,
             )
+        self.busy_s += sum(unit.seconds for unit in done) / max(num_workers, 1)
         seconds = max(time.monotonic() - started, 1e-6)
         self.rows_per_s = sum(unit.num_rows for unit in done) / seconds / max(num_workers, 1)
 

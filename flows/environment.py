@@ -38,7 +38,8 @@ def prepare_environment(root: str, *, log_level: str = "WARNING") -> None:
     server = running_server(root)
     if server is not None:
         os.environ.setdefault("PREFECT_API_URL", server)
-    os.environ.setdefault("PREFECT_HOME", os.path.join(os.path.abspath(root), ".prefect"))
+    home = os.environ.setdefault("PREFECT_HOME", os.path.join(os.path.abspath(root), ".prefect"))
+    os.makedirs(home, exist_ok=True)
 
 
 def running_server(root: str) -> str | None:

@@ -80,7 +80,7 @@ class ServedSnapshot:
             pixels = decode(payload, self.encoder.card.preprocessing)
         except UnreadableImageError as error:
             raise UnreadableQueryError(f"searching: the image {error}; give a readable image") from None
-        vectors = self.encoder.encode_pixels(pixels[None])
+        vectors = self.encoder.encode_pixels(np.stack([pixels]))
         if not np.isfinite(vectors).all():
             raise UnreadableQueryError("searching: the image has no finite embedding; give another image")
         return self.search_vectors(vectors, k)[0]

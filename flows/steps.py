@@ -37,7 +37,7 @@ class UpdateRun:
         self.session = session
         self.workspace = session.workspace
         self.registry = session.workspace.registry
-        self.started = time.monotonic()
+        self.compute_s = 0.0
         self.frozen, self.evaluation_set, self.images = freeze(session, again=again, adopted=adopted)
         self.references: list[PredecessorRef] = []
 
@@ -49,11 +49,15 @@ class UpdateRun:
 
     def train(self) -> str:
         """Train the candidate; returns its id."""
-        return making.train_candidate(self.session, self.frozen, self.references)
+        candidate = making.train_candidate(self.session, self.frozen, self.references)
+        self.compute_s += making.training_seconds(self.session, candidate)
+        return candidate
 
     def train_paragon(self) -> str:
         """Train the unconstrained reference; returns its id."""
-        return making.train_paragon(self.session, self.frozen)
+        paragon = making.train_paragon(self.session, self.frozen)
+        self.compute_s += making.training_seconds(self.session, paragon)
+        return paragon
 
     def embed_evaluation(self, generation: str) -> int:
         """Embed the evaluation set with a generation; returns how many images were new."""
@@ -77,6 +81,7 @@ class UpdateRun:
             moved = self.registry.serving().champion != found.decision.champion
             if moved or mix_drift(self.workspace, found) <= gallery.max_mix_drift:
                 return found
+        started = time.monotonic()
         lineage = [*self.frozen.generations, candidate]
         evaluation = assess(
             self.workspace,
@@ -95,6 +100,7 @@ class UpdateRun:
             ),
             lambda generation, hashes: making.cached_vectors(self.session, generation, hashes),
         )
+        self.compute_s += time.monotonic() - started
         number = len(self.registry.events("decided", self.frozen.update_key)) + 1
         evaluation_id = self.frozen.update_key if number == 1 else f"{self.frozen.update_key}-drift{number}"
         write_evaluation(self.workspace.evaluation_uri(evaluation_id), evaluation)
@@ -191,7 +197,12 @@ class UpdateRun:
         for name in self.registry.served_generations():
             if name not in owners:
                 self.registry.record("retired", update_key=self.frozen.update_key, generation=name)
-        self.registry.record("update_completed", update_key=self.frozen.update_key, generation=decision.candidate)
+        self.registry.record(
+            "update_completed",
+            update_key=self.frozen.update_key,
+            generation=decision.candidate,
+            payload={"compute_s": round(self.compute_s + self.session.encoders.busy_s, 3)},
+        )
 
     def completed(self) -> bool:
         """Whether this update has nothing left to do."""

@@ -56,10 +56,11 @@ def write_workspace(root: Path, **values: Any) -> Path:
 
 def fill_gallery(root: Path) -> int:
     """Ingest the evaluation images as the gallery."""
+    import pyarrow as pa
+
     from flows.replay import item_id_of
     from flows.rollout import ingest
     from training.datasets import load_images
-    import pyarrow as pa
 
     config = load_config(root / CONFIG_FILE, str(root))
     images = load_images(config.evaluation.queries)

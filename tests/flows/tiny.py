@@ -43,6 +43,14 @@ BASE: dict[str, Any] = {
     },
     "policy": {**WIDE, "num_resamples": 200, "fractions": [0.0, 0.5, 1.0]},
     "gallery": {"wave_rows": 25, "unit_rows": 20},
+    # A gain is worth all that a re-index costs: not the smallest fraction is decided, but the best.
+    "prices": {
+        "fixed_worker_hours": 0.0,
+        "price_per_worker_hour": 0.0,
+        "price_per_gib_month": 0.0,
+        "value_per_point_day": 1.0,
+        "days_until_next_generation": 100.0,
+    },
     "cluster": {"num_workers": 0, "embed_workers": 0},
 }
 
@@ -67,7 +75,7 @@ def write_config(root: Path, digits: Path, changes: Mapping[str, Any] | None = N
     """Write graceful.toml into a workspace's folder."""
     root.mkdir(parents=True, exist_ok=True)
     path = root / "graceful.toml"
-    path.write_text("".join(f"{name} = {_inline(value)}\n" for name, value in settings(digits, changes).items()))
+    path.write_text("".join(f"{name} = {inline(value)}\n" for name, value in settings(digits, changes).items()))
     return path
 
 
@@ -142,9 +150,9 @@ def _no_encoder(generation: str) -> Any:
     raise AssertionError(f"nothing is to be embedded with {generation}")
 
 
-def _inline(value: Any) -> str:
+def inline(value: Any) -> str:
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_inline(inner)}" for key, inner in value.items()) + " }"
+        return "{ " + ", ".join(f"{key} = {inline(inner)}" for key, inner in value.items()) + " }"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return "[" + ", ".join(_inline(inner) for inner in value) + "]"
+        return "[" + ", ".join(inline(inner) for inner in value) + "]"
     return json.dumps(value)

@@ -1,0 +1,38 @@
+"""Run benchmarks by name (all by default), print one ratio each, and store them in benchmarks/results.json."""
+
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.gallery_cost import evaluate_matrix, reindex_proportional
+from benchmarks.orchestration import orchestration
+from benchmarks.training_cost import step_cost_predecessors, train_overhead
+
+RESULTS = Path(__file__).parent / "results.json"
+BENCHMARKS = {
+    "reindex_proportional": reindex_proportional,
+    "evaluate_matrix": evaluate_matrix,
+    "step_cost_predecessors": step_cost_predecessors,
+    "train_overhead": train_overhead,
+    "orchestration": orchestration,
+}
+
+
+def main(names: list[str]) -> int:
+    """Run the named benchmarks; exit code 2 for an unknown name."""
+    unknown = sorted(set(names) - set(BENCHMARKS))
+    if unknown:
+        print(f"no such benchmark: {', '.join(unknown)}; choose from {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in names or BENCHMARKS:
+        found = BENCHMARKS[name]()
+        stored[name] = found.as_dict()
+        verdict = "meets" if found.meets_target else "misses"
+        print(f"{name}: {found.ratio} ({found.lowest} to {found.highest}), {verdict} {found.target}; {found.note}")
+        RESULTS.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,58 @@
+"""What orchestration costs: (wall time of an update - its compute) / its compute.
+
+Compute is what the stages themselves spent: epochs of training, encoding, judging. Everything else (the flow, Ray's
+start, the tables, reading and writing) is orchestration. One bootstrap and one update on the bundled digits, with as
+many epochs as make about five minutes of compute on two cores.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.harness import Ratio
+from flows.environment import prepare_environment
+
+
+def orchestration(epochs: int = 900) -> Ratio:
+    """Overhead of one update flow under Prefect on a local Ray cluster."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_environment(folder)
+        from prefect import flow
+
+        from flows.config import load_config
+        from flows.session import open_session
+        from flows.update import run_update
+
+        example = Path(__file__).resolve().parent.parent / "examples" / "digits.toml"
+        overrides = {"training.epochs": epochs, "train_paragon": False}
+        config = load_config(example, folder, overrides)
+
+        @flow(persist_result=False)
+        def nothing() -> None:
+            """Bring the flow server up: a scheduled update finds it running."""
+
+        @flow(persist_result=False)
+        def update() -> tuple[float, float]:
+            started = time.monotonic()
+            with open_session(folder, config) as session:
+                result = run_update(session)
+                compute = session.workspace.registry.events("update_completed", result.update_key)[0].payload[
+                    "compute_s"
+                ]
+            return time.monotonic() - started, float(compute)
+
+        nothing()
+        wall, compute = update()
+    ratio = (wall - compute) / compute
+    return Ratio(
+        name="orchestration",
+        ratio=round(ratio, 3),
+        lowest=round(ratio, 3),
+        highest=round(ratio, 3),
+        num_pairs=1,
+        target="<= 0.05",
+        meets_target=ratio <= 0.05,
+        baseline_s=round(compute, 1),
+        candidate_s=round(wall, 1),
+        note=f"digits, {epochs} epochs, one local Ray cluster, flow server up; compute as the stages report it",
+    )

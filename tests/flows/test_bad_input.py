@@ -1,0 +1,407 @@
+"""What users and disks get wrong: one clear line, the right exit code, nothing lost, the serving state untouched."""
+
+import contextlib
+import errno
+import io
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from flows.cli import app, reported_errors
+from flows.operations import adopt_generation
+from flows.searcher import GallerySearcher
+from flows.session import open_session
+from flows.steps import UpdateRun
+from flows.workspace import Workspace
+from indexing.storage import set_crash_hook
+from tests.flows import tiny
+from tests.flows.run_steps import in_child, run_update_steps
+
+FAILED, WRONG_USE = 1, 2
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def command(*arguments) -> tuple[int, str]:
+    """Exit code and the line on standard error of a command."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert "Traceback" not in result.output
+    return result.exit_code, result.stderr.strip()
+
+
+def failing(operation: Callable[[], object]) -> tuple[int, str]:
+    """Exit code and line that the command line makes of what an operation raises."""
+    line = io.StringIO()
+    with contextlib.redirect_stderr(line), contextlib.suppress(typer.Exit):
+        try:
+            with reported_errors():
+                operation()
+        except typer.Exit as end:
+            return end.exit_code, line.getvalue().strip()
+    raise AssertionError("nothing failed")
+
+
+def update(root: Path) -> tuple[int, str]:
+    """A failing update, without the flow server."""
+    return failing(lambda: run_update_steps(str(root)))
+
+
+def one_line(message: str, *parts: str) -> None:
+    assert message.startswith("graceful: ")
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, f"{part!r} is not in {message!r}"
+
+
+@pytest.fixture
+def untouched(workspace_root):
+    """Afterwards the workspace serves exactly what it served before, and can be updated."""
+    before = tiny.end_state(workspace_root)
+    yield
+    after = tiny.end_state(workspace_root)
+    for name in ("moves", "certificates", "view", "rows", "decisions"):
+        assert after[name] == before[name], name
+    assert after["champion"] == before["champion"]
+
+
+def spoil(digits_file: Path, target: Path, change: Callable[[list[dict]], list[dict]]) -> Path:
+    """A copy of the digits with changed rows."""
+    table = pq.read_table(digits_file)
+    pq.write_table(pa.Table.from_pylist(change(table.to_pylist()), schema=table.schema), target)
+    return target
+
+
+def write(root: Path, digits_file: Path, **changes) -> None:
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    tiny.write_config(root, digits_file, {**tiny.grown(5), **dotted})
+
+
+# Configuration --------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_key_names_the_nearest(workspace_root, digits_file, untouched):
+    write(workspace_root, digits_file, training__epoch=3)
+    code, line = command("update", "--root", workspace_root)
+    assert code == WRONG_USE
+    one_line(line, "unknown key training.epoch", "did you mean 'epochs'?", "graceful.toml")
+
+
+def test_unset_variable_is_named(workspace_root, untouched, monkeypatch):
+    monkeypatch.delenv("GRACEFUL_DATA", raising=False)
+    config = workspace_root / "graceful.toml"
+    config.write_text(config.read_text().replace('label_columns = ["label"]', "").replace(
+        'training_data = { source = "digits"', 'training_data = { source = "parquet"'))  # fmt: skip
+    tables = tiny.settings(Path("$GRACEFUL_DATA/train.parquet"))
+    config.write_text("".join(f"{name} = {tiny.inline(value)}\n" for name, value in tables.items()))
+    code, line = command("update", "--root", workspace_root)
+    assert code == WRONG_USE
+    one_line(line, "needs the environment variable GRACEFUL_DATA; set it", "path")
+
+
+def test_configuration_that_is_not_there(workspace_root, untouched):
+    kept = (workspace_root / "graceful.toml").read_text()
+    (workspace_root / "graceful.toml").unlink()
+    code, line = command("update", "--root", workspace_root)
+    assert code == WRONG_USE
+    one_line(line, "expected a file, found none", "graceful init")
+    (workspace_root / "graceful.toml").write_text(kept)
+
+
+def test_workspace_that_is_not_there(tmp_path):
+    for name in ("update", "status", "rollback", "report"):
+        code, line = command(name, "--root", tmp_path / "nowhere")
+        assert code == FAILED
+        one_line(line, "expected one at", "graceful init")
+    assert not (tmp_path / "nowhere").exists() or not list((tmp_path / "nowhere").glob("registry"))
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
+
+
+def test_missing_file_is_named(workspace_root, digits_file, untouched, tmp_path):
+    write(workspace_root, digits_file, training_data__source="parquet", training_data__path=str(tmp_path / "no.parquet"))
+    code, line = update(workspace_root)
+    assert code == FAILED
+    one_line(line, "expected a Parquet file, found none", str(tmp_path / "no.parquet"))
+
+
+def test_absent_label_column_is_named_with_those_that_exist(workspace_root, digits_file, untouched):
+    write(workspace_root, digits_file, training_data__label_columns=["species"])
+    code, line = update(workspace_root)
+    assert code == FAILED
+    one_line(line, "species", "found ['image', 'label', 'instance']", str(digits_file))
+
+
+def test_class_with_one_image_is_named(workspace_root, digits_file, untouched, tmp_path):
+    spoiled = spoil(
+        digits_file, tmp_path / "digits.parquet",
+        lambda rows: [row for row in rows if row["label"] != "4" or row["instance"] in (7, *range(80, 100))],
+    )  # fmt: skip
+    write(workspace_root, spoiled)
+    code, line = update(workspace_root)
+    assert code == FAILED
+    one_line(line, "at least 2 images of each class, found 1 classes with one (such as 4)")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all"])
+def test_unreadable_images_above_the_limit_are_refused_below_it_counted(
+    workspace_root, digits_file, tmp_path, content
+):
+    def change(rows):
+        for row in rows:
+            if row["label"] == "3" and row["instance"] in (5, 6):
+                row["image"] = {"bytes": content, "path": None}
+        return rows
+
+    spoiled = spoil(digits_file, tmp_path / "digits.parquet", change)
+    before = tiny.end_state(workspace_root)
+    write(workspace_root, spoiled)
+    code, line = update(workspace_root)
+    assert code == FAILED
+    one_line(line, "expected at most 1.00% unreadable, found 2 of 150", "max_unreadable_share", "digits.parquet#")
+    assert tiny.end_state(workspace_root) == before
+    write(workspace_root, spoiled, training_data__max_unreadable_share=0.02)
+    assert run_update_steps(str(workspace_root)) == 0
+    started = Workspace(str(workspace_root), None).registry.events("update_started")[-1].payload
+    assert (started["num_unreadable"], started["num_training_images"]) == (2, 148)
+
+
+def test_test_images_in_the_training_set_are_refused(workspace_root, digits_file, untouched):
+    write(workspace_root, digits_file, training_data__where={"label": tiny.DIGITS[:5], "instance": {"max": 81}})
+    code, line = update(workspace_root)
+    assert code == FAILED
+    one_line(line, "expected no common images, found 10", "digits.parquet#")
+
+
+def test_test_identities_in_the_training_set_are_refused(workspace_root, digits_file, untouched):
+    write(workspace_root, digits_file, evaluation__protocol="open_set")
+    code, line = update(workspace_root)
+    assert code == FAILED
+    one_line(line, "expected no common identities, found 5", "0; 1; 2")
+
+
+def test_empty_image_is_not_ingested(workspace_root, untouched, tmp_path):
+    (tmp_path / "empty.png").touch()
+    code, line = command("ingest", tmp_path / "empty.png", "--root", workspace_root)
+    assert code == FAILED
+    one_line(line, "unreadable", "empty.png", "empty")
+    code, line = command("ingest", tmp_path / "missing", "--root", workspace_root)
+    assert code == FAILED
+    one_line(line, "expected a folder, found none", "missing")
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"", "empty"), (b"GIF, almost", "cannot be decoded"), (None, "read")])
+def test_search_with_a_bad_image_says_why(workspace_root, untouched, tmp_path, content, reason):
+    image = tmp_path / "query.png"
+    if content is not None:
+        image.write_bytes(content)
+    code, line = command("search", image, "--root", workspace_root)
+    assert code == FAILED
+    one_line(line, "query.png", reason, "give a readable image")
+
+
+# Encoders and vectors -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foreign_encoders(tmp_path, monkeypatch):
+    """A package of somebody else's encoders."""
+    (tmp_path / "foreign_encoders.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Bright(nn.Module):\n"
+        "    def __init__(self, width):\n"
+        "        super().__init__()\n"
+        "        torch.manual_seed(0)\n"
+        "        self.linear = nn.Linear(64, width)\n"
+        "    def forward(self, images):\n"
+        "        out = self.linear(images.flatten(1))\n"
+        "        return torch.where(images.mean((1, 2, 3))[:, None] > 0.1, torch.nan, out)\n"
+        "def nan_for_some(channels, image_size):\n"
+        "    return Bright(16)\n"
+        "def narrow(channels, image_size):\n"
+        "    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def judge_adopted(root: Path, factory: str) -> UpdateRun:
+    config = tiny.open_config(root)
+    with open_session(str(root), config) as session:
+        run = UpdateRun(session, adopted=adopt_generation(session.workspace, config, factory))
+        for predecessor in run.frozen.predecessors:
+            run.extend_cache(predecessor)
+        candidate = run.train()
+        for generation in (*run.frozen.generations, candidate):
+            run.embed_evaluation(generation)
+        run.judge(candidate)
+        return run
+
+
+def test_nan_in_an_embedding_stops_the_update_and_is_never_stored(workspace_root, untouched, foreign_encoders):
+    code, line = failing(lambda: judge_adopted(workspace_root, "foreign_encoders:nan_for_some"))
+    assert code == FAILED
+    one_line(line, "failures", "non-finite embedding", "remove those images")
+    workspace = Workspace(str(workspace_root), None)
+    adopted = workspace.registry.generations()[-1]
+    stored = [file for file in Path(workspace.root, "caches", adopted).rglob("*.parquet") if "_staging" not in str(file)]
+    for file in stored:
+        vectors = np.frombuffer(b"".join(pq.read_table(file)["embedding"].to_pylist()), np.float32)
+        assert np.isfinite(vectors).all()
+
+
+def test_adopted_encoder_of_another_width_is_refused_with_both_widths(workspace_root, untouched, foreign_encoders):
+    code, line = failing(lambda: judge_adopted(workspace_root, "foreign_encoders:narrow"))
+    assert code == FAILED
+    one_line(line, "12", "16")
+
+
+def test_adopted_encoder_that_does_not_exist(workspace_root, untouched):
+    code, line = failing(lambda: judge_adopted(workspace_root, "no_such_package:encoder"))
+    assert code in (FAILED, WRONG_USE)
+    one_line(line, "no_such_package")
+
+
+def test_width_that_the_champion_does_not_have_is_refused_before_training(workspace_root, digits_file, untouched):
+    write(workspace_root, digits_file, training__width=24)
+    code, line = update(workspace_root)
+    assert code == FAILED
+    one_line(line, "24", "16")
+
+
+@pytest.mark.parametrize(
+    ("vectors", "words"),
+    [
+        (np.ones((1, 15), np.float32), ("15", "16")),
+        (np.full((1, 16), np.nan, np.float32), ("finite",)),
+    ],
+)
+def test_query_vector_of_wrong_width_or_with_nan_is_refused(workspace_root, untouched, vectors, words):
+    searcher = GallerySearcher(Workspace(str(workspace_root), None))
+    code, line = failing(lambda: searcher.search_vectors(vectors, 3))
+    assert code == FAILED
+    one_line(line, *words)
+
+
+def test_corrupted_weights_are_refused_by_their_digest(workspace_root, untouched, tmp_path, digits_file):
+    champion = Workspace(str(workspace_root), None).registry.serving().champion
+    weights = workspace_root / "generations" / champion / "weights.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    image = tmp_path / "query.png"
+    image.write_bytes(pq.read_table(digits_file)["image"][0].as_py()["bytes"])
+    for code, line in (command("search", image, "--root", workspace_root), update(workspace_root)):
+        assert code == FAILED
+        one_line(line, "expected sha256", champion, "restore the file from a copy")
+    weights.write_bytes(kept)
+    assert run_update_steps(str(workspace_root)) == 0
+    tiny.copy_workspace(tmp_path / "workspace", tmp_path / "after")
+    # What failed half-way is finished now; the fixture compares with the state before.
+    for name in ("workspace",):
+        assert Workspace(str(tmp_path / name), None).registry.serving().champion != champion
+
+
+# Machines -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(200)
+def test_of_two_updates_started_at_once_one_is_refused(spawn, bootstrapped, tmp_path):
+    root = tiny.copy_workspace(bootstrapped, tmp_path / "workspace")
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+    processes = [spawn(in_child, str(root), "", str(log)) for log in logs]
+    for process in processes:
+        process.join(150)
+    texts = [log.read_text() for log in logs]
+    assert sorted(process.exitcode for process in processes) == [0, 1], "\n".join(texts)
+    refused = next(text for text, process in zip(texts, processes, strict=True) if process.exitcode == 1)
+    assert "another update of this workspace is in progress" in refused
+    registry = Workspace(str(root), None).registry
+    assert [event.kind for event in registry.events()].count("trained") == 2  # the bootstrap and this one
+    assert len(registry.generations()) == 2
+    assert len(registry.events("promoted")) == 2
+
+
+CRASH_POINTS = [
+    "table-file-written", "evaluation-written", "certified", "plan-saved", "vectors-before-commit",
+    "before-serving-moves",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("point", CRASH_POINTS)
+def test_disk_full_at_a_commit_loses_nothing(workspace_root, point):
+    def no_space(name: str) -> None:
+        if name == point:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(workspace_root))
+
+    before = tiny.end_state(workspace_root)
+    set_crash_hook(no_space)
+    try:
+        code, line = update(workspace_root)
+    finally:
+        set_crash_hook(None)
+    assert code == FAILED
+    one_line(line, "No space left on device")
+    after = tiny.end_state(workspace_root)
+    assert (after["champion"], after["moves"]) == (before["champion"], before["moves"])
+    assert after["view"] == before["view"]
+    assert run_update_steps(str(workspace_root)) == 0
+    assert tiny.end_state(workspace_root)["champion"] != before["champion"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 12 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("mounting a small tmpfs is not allowed here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=False, capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_disk_that_is_really_full_fails_cleanly_and_the_update_ends_when_there_is_room(bootstrapped, small_disk):
+    root = tiny.copy_workspace(bootstrapped, small_disk / "workspace")
+    before = tiny.end_state(root)
+    ballast = small_disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb") as stream:
+        while True:
+            stream.write(bytes(4096))
+            stream.flush()
+    refused = []
+    for _ in range(40):
+        code, line = update(root)
+        assert code == FAILED
+        one_line(line)
+        refused.append(line)
+        state = tiny.end_state(root)
+        assert (state["champion"], state["moves"]) == (before["champion"], before["moves"])
+        assert state["view"] == before["view"]
+        size = ballast.stat().st_size
+        os.truncate(ballast, max(0, size - 48 * 1024))  # a little room, so that it fails a little later each time
+        with contextlib.suppress(Exception):
+            if run_update_steps(str(root)) == 0:
+                break
+    assert any("No space left" in line or "os error 28" in line for line in refused), refused
+    ballast.unlink()
+    assert run_update_steps(str(root)) in (0, 10)
+    after = tiny.end_state(root)
+    assert after["champion"] != before["champion"]
+    assert set(after["view"]) == set(before["view"])
+    assert "" not in after["view"].values()

@@ -1,0 +1,198 @@
+"""The HTTP endpoint over a small gallery of digits: answers, refusals, and following the serving state."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from fastapi.testclient import TestClient
+
+from flows.rollout import rollback
+from flows.search_service import MAX_BODY_BYTES, _open, make_app
+from flows.searcher import GallerySearcher
+from indexing.exact import WidthMismatchError
+from indexing.search import IndexCorruptedError
+from tests.flows.small_workspace import fill_gallery, update_without_prefect, write_workspace
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 digits, embedded by one generation."""
+    root = write_workspace(tmp_path_factory.mktemp("service") / "ws")
+    fill_gallery(root)
+    update_without_prefect(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def client(workspace: Path) -> Iterator[TestClient]:
+    with TestClient(make_app(str(workspace), refresh_s=0.1)) as found:
+        yield found
+
+
+def image_of(root: Path, row: int) -> bytes:
+    return bytes(pq.read_table(root / "digits.parquet")["image"][row].as_py()["bytes"])
+
+
+def gallery_row(root: Path) -> tuple[str, int]:
+    """An item of the gallery, and its row in the data set."""
+    item_id = str(_open(str(root)).gallery.latest_items()["item_id"][7].as_py())
+    return item_id, int(item_id.rpartition("#")[2])
+
+
+def until(condition: Any, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not within the time"
+        time.sleep(0.05)
+
+
+def test_an_image_finds_itself_first_as_raw_bytes_and_as_a_form(workspace: Path, client: TestClient) -> None:
+    item_id, row = gallery_row(workspace)
+    payload = image_of(workspace, row)
+    raw = client.post("/search?k=5", content=payload, headers={"content-type": "image/png"})
+    form = client.post("/search", params={"k": 5}, files={"image": ("query.png", payload, "image/png")})
+    assert raw.status_code == form.status_code == 200, raw.text + form.text
+    assert raw.json() == form.json()
+    answer = raw.json()
+    assert len(answer["hits"]) == 5
+    assert answer["hits"][0]["item_id"] == item_id
+    assert answer["hits"][0]["score"] == pytest.approx(1.0, abs=1e-2)
+    status = client.get("/status").json()
+    assert answer["query_generation"] == status["query_generation"]
+    assert answer["snapshot_id"] == status["snapshot_id"]
+    assert {hit["generation"] for hit in answer["hits"]} == {answer["query_generation"]}
+    assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_a_vector_is_searched_with_exactly_and_k_counts(workspace: Path, client: TestClient) -> None:
+    searcher = GallerySearcher(_open(str(workspace)))
+    vector = np.random.default_rng(0).standard_normal(searcher.served.width).astype(np.float32)
+    answer = client.post("/search", json={"vector": vector.tolist(), "k": 300, "generation": searcher.generation})
+    assert answer.status_code == 200, answer.text
+    view = _open(str(workspace)).view(searcher.generation)
+    scores = view.vectors(np.arange(view.num_items)) @ (vector / np.linalg.norm(vector))
+    assert [hit["item_id"] for hit in answer.json()["hits"]] == list(view.item_ids[np.argsort(-scores, kind="stable")])
+    assert len(client.post("/search?k=2", json={"vector": vector.tolist()}).json()["hits"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("request_values", "code", "text"),
+    [
+        ({"content": b"", "headers": {"content-type": "image/png"}}, 400, "found nothing"),
+        ({"content": b"no image", "headers": {"content-type": "image/png"}}, 422, "give a readable image"),
+        ({"files": {"image": ("a.png", b"\x89PNG\r\n\x1a\nrest", "image/png")}}, 422, "give a readable image"),
+        ({"data": {"k": "3"}, "files": {}}, 422, "give a readable image"),
+        ({"files": [("a", ("a.png", b"x")), ("b", ("b.png", b"y"))]}, 400, "one file, found 2"),
+        ({"json": {"vector": [1.0, 2.0]}}, 422, "width 16"),
+        ({"json": {"vector": [0.0] * 16}}, 422, "not zero"),
+        ({"content": b'{"vector": [NaN, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]}'}, 422, "NaN"),
+        ({"content": b'{"vector": [1e300, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]}'}, 422, "infinity"),
+        ({"content": b"{"}, 422, "vector"),
+        ({"json": {"vektor": [1.0]}}, 422, "vector"),
+        ({"json": {"vector": [1.0] * 16, "k": 0}}, 422, "k"),
+        ({"json": {"vector": [1.0] * 16, "generation": "g000-000000"}}, 409, "encode it again"),
+        ({"content": b"x" * (MAX_BODY_BYTES + 1), "headers": {"content-type": "image/png"}}, 413, "32 MiB"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_a_query_that_cannot_be_answered_is_refused_with_one_clear_line(
+    client: TestClient, request_values: dict[str, Any], code: int, text: str
+) -> None:
+    if "content" in request_values and "headers" not in request_values:
+        request_values = {**request_values, "headers": {"content-type": "application/json"}}
+    answer = client.post("/search", **request_values)
+    assert answer.status_code == code, answer.text
+    assert text in answer.text
+    assert "\n" not in str(answer.json()["detail"])
+
+
+def test_k_outside_its_range_is_refused(client: TestClient) -> None:
+    assert client.post("/search?k=0", content=b"x").status_code == 422
+    assert client.post("/search?k=100000", content=b"x").status_code == 422
+
+
+def test_without_a_generation_that_serves_health_says_so_until_one_does(tmp_path: Path) -> None:
+    root = write_workspace(tmp_path / "ws")
+    fill_gallery(root)
+    with TestClient(make_app(str(root), refresh_s=0.1)) as client:
+        assert client.get("/health").status_code == 503
+        refused = client.post("/search", content=b"x")
+        assert refused.status_code == 503
+        assert "graceful update" in refused.json()["detail"]
+        assert client.get("/status").json()["last_look"]["ok"] is False
+        generation = update_without_prefect(root)
+        until(lambda: client.get("/health").status_code == 200)
+        assert client.get("/status").json()["query_generation"] == generation
+
+
+def test_searches_go_on_while_the_service_follows_an_update_a_rollback_and_past_a_damaged_snapshot(
+    tmp_path: Path,
+) -> None:
+    root = write_workspace(tmp_path / "ws")
+    fill_gallery(root)
+    first = update_without_prefect(root)
+    item_id, row = gallery_row(root)
+    payload, seen, wrong, stop = image_of(root, row), [], [], threading.Event()
+    with TestClient(make_app(str(root), refresh_s=0.1)) as client:
+
+        def keep_searching() -> None:
+            while not stop.is_set():
+                answer = client.post("/search?k=1", content=payload)
+                found = answer.json()
+                right = answer.status_code == 200 and found["hits"][0]["item_id"] == item_id
+                if not right or not found["snapshot_id"].startswith(found["query_generation"]):
+                    wrong.append(answer.text)
+                elif not seen or seen[-1] != found["query_generation"]:
+                    seen.append(found["query_generation"])
+
+        searching = threading.Thread(target=keep_searching)
+        searching.start()
+        try:
+            until(lambda: seen == [first])
+            second = update_without_prefect(root, order_backfill=True, **{"training.seed": 1})
+            until(lambda: seen == [first, second])
+
+            # A damaged segment: the next snapshot cannot be opened, the served one stays and /status tells why.
+            segments = root / "index" / "segments"
+            damaged = {path: path.read_bytes() for path in segments.glob("*.faiss")}
+            for path, content in damaged.items():
+                path.write_bytes(content[:-8] + b"\0\1\2\3\4\5\6\7")
+            rollback(_open(str(root)), reason="test")
+            until(lambda: not client.get("/status").json()["last_look"]["ok"])
+            told = client.get("/status").json()
+            assert IndexCorruptedError.__name__ in told["last_look"]["error"]
+            assert told["query_generation"] == second
+            for path, content in damaged.items():
+                path.write_bytes(content)
+            until(lambda: seen == [first, second, first])
+            assert client.get("/status").json()["last_look"]["ok"]
+        finally:
+            stop.set()
+            searching.join()
+    assert wrong == []
+
+
+def test_refreshing_without_a_change_reads_no_view(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = _open(str(workspace))
+    searcher = GallerySearcher(opened)
+    monkeypatch.setattr(opened, "view", lambda *_: pytest.fail("the view was read"))
+    assert searcher.refresh() is False
+
+
+def test_query_vectors_of_another_width_are_refused_by_name(workspace: Path) -> None:
+    searcher = GallerySearcher(_open(str(workspace)))
+    with pytest.raises(WidthMismatchError, match=f"encode queries with {searcher.generation}"):
+        searcher.search_vectors(np.ones((1, 8), np.float32))
+
+
+def test_the_endpoint_imports_neither_prefect_nor_ray() -> None:
+    code = "import sys, flows.search_service; print([m for m in ('prefect', 'ray') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=110, check=True)
+    assert done.stdout.strip() == "[]"
