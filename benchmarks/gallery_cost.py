@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -100,7 +101,7 @@ def _open() -> Callable[[Sequence[str]], tuple[NDArray[np.float32], dict[int, st
 
     def encode(sources: Sequence[str]) -> tuple[NDArray[np.float32], dict[int, str]]:
         """As much arithmetic as a small network, so that the encoder weighs what it weighs in a real backfill."""
-        seeds = np.array([hash(source) & 0xFFFF for source in sources], np.float32)[:, None]
+        seeds = np.array([1 + (zlib.crc32(source.encode()) & 0xFFFF) for source in sources], np.float32)[:, None]
         hidden = np.sin(seeds * np.arange(1, 1025, dtype=np.float32))
         for _ in range(12):
             hidden = np.tanh(hidden @ weights / 32)

@@ -11,11 +11,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 import pyarrow as pa
 
+from flows.environment import process_start
 from indexing.storage import join
 from indexing.tables import TableConflictError, VersionedTable
 
@@ -40,7 +40,7 @@ def claim(root: str, purpose: str, *, wait_s: float = 0.0) -> Iterator[None]:
         "purpose": purpose,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "started": _process_start(os.getpid()),
+        "started": process_start(os.getpid()),
         "nonce": time.time_ns(),
     }
     deadline = time.monotonic() + wait_s
@@ -76,12 +76,14 @@ def _alive(holder: dict[str, object]) -> bool:
         return False
     if holder["host"] != socket.gethostname():
         return True
-    return _process_start(int(str(holder["pid"]))) == holder["started"]
+    return process_start(int(str(holder["pid"]))) == holder["started"]
 
 
 def _renew(table: VersionedTable, me: dict[str, object], stop: threading.Event) -> None:
     while not stop.wait(_RENEW_S):
-        _write_if_mine(table, me, expires_at=time.time() + LIFETIME_S)
+        # A store that does not answer now may answer before the claim runs out.
+        with suppress(Exception):
+            _write_if_mine(table, me, expires_at=time.time() + LIFETIME_S)
 
 
 def _write_if_mine(table: VersionedTable, me: dict[str, object], *, expires_at: float) -> None:
@@ -104,11 +106,3 @@ def _write(table: VersionedTable, version: int, sequence: int, holder: dict[str,
         return table.append(row, expected_version=version)
     except TableConflictError:
         return False
-
-
-def _process_start(pid: int) -> str:
-    """When a process of this machine started, in the kernel's own count; empty when there is none (or no /proc)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""

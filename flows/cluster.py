@@ -70,9 +70,11 @@ class RaySession:
                 configure_logging=True,
             )
         else:
+            # A Ray job has got this environment with its submission; naming the same variables again is refused.
+            in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
             ray.init(
                 address=self.config.address,
-                runtime_env=runtime_environment(),
+                runtime_env=None if in_job else runtime_environment(),
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )

@@ -193,7 +193,8 @@ def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError, path: str) -> str:
-    problem = error.errors()[0]
+    # A misspelt key that is required is both missing and unknown: the unknown one is what to correct.
+    problem = next((found for found in error.errors() if found["type"] == "extra_forbidden"), error.errors()[0])
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = _fields_at(PipelineConfig, [part for part in problem["loc"][:-1] if isinstance(part, str)])

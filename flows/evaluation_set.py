@@ -35,6 +35,11 @@ class EvaluationConfig(BaseModel):
     protocol: Literal["open_set", "closed_set"] = Field(
         description="open_set: no identity of it may be in the training set; closed_set: no image of it may be."
     )
+    shared_images: Literal["refuse", "drop_from_training"] = Field(
+        default="refuse",
+        description="closed_set: what to do with training images that are evaluation images too; dropped ones are "
+        "counted in every result.",
+    )
     cluster: str | None = Field(
         default=None, description="Attribute whose values are resampled together; by default the identity."
     )
@@ -60,22 +65,35 @@ class EvaluationSet:
         return list(unique), list(unique.values())
 
 
-def load_evaluation_set(config: EvaluationConfig, training_images: LabelledImages | None) -> EvaluationSet:
-    """Find the images of an evaluation set and check that training has not seen what it must not (None: checked).
-
-    Raises: OverlapError and the errors of `load_images`.
-    """
+def load_evaluation_set(config: EvaluationConfig) -> EvaluationSet:
+    """Find the images of an evaluation set. Raises the errors of `load_images`."""
     wanted = tuple(dict.fromkeys([*config.slices, *([config.cluster] if config.cluster else [])]))
     attributes = tuple(dict.fromkeys([*config.queries.attributes, *wanted]))
     queries = load_images(config.queries.model_copy(update={"attributes": attributes}))
     gallery = queries if config.gallery is None else load_images(config.gallery)
-    by: Literal["identity", "image"] = "identity" if config.protocol == "open_set" else "image"
-    if training_images is not None:
-        for images in (queries, gallery):
-            assert_disjoint(training_images, images, by=by)
     clusters = queries.labels if config.cluster is None else queries.attributes[config.cluster]
     slices = {name: queries.attributes[name] for name in config.slices}
     return EvaluationSet(_digest(queries, gallery, clusters, slices), queries, gallery, clusters, slices)
+
+
+def separate(
+    config: EvaluationConfig, training_images: LabelledImages, evaluation_set: EvaluationSet
+) -> tuple[LabelledImages, int]:
+    """Keep training away from what it is judged by; returns the images to train on, and how many were dropped.
+
+    Raises: OverlapError, where identities (open set) or images (closed set) are shared and not to be dropped.
+    """
+    if config.protocol == "closed_set" and config.shared_images == "drop_from_training":
+        shared = {*evaluation_set.queries.content_sha256, *evaluation_set.gallery.content_sha256}
+        keep = np.array([digest not in shared for digest in training_images.content_sha256], bool)
+        training_images = training_images.take(keep)
+        num_dropped = int((~keep).sum())
+    else:
+        num_dropped = 0
+    by: Literal["identity", "image"] = "identity" if config.protocol == "open_set" else "image"
+    for images in (evaluation_set.queries, evaluation_set.gallery):
+        assert_disjoint(training_images, images, by=by)
+    return training_images, num_dropped
 
 
 def save_evaluation_set(root: str, evaluation_set: EvaluationSet) -> str:

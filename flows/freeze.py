@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from flows.evaluation_set import EvaluationSet, load_evaluation_set, save_evaluation_set
+from flows.evaluation_set import EvaluationSet, load_evaluation_set, save_evaluation_set, separate
 from flows.session import Session
 from indexing.storage import exists, join
 from training.datasets import LabelledImages, check_trainable, load_images, write_manifest
@@ -34,6 +34,7 @@ class FrozenUpdate(BaseModel):
     num_training_images: int
     num_classes: int
     num_unreadable: int
+    num_dropped: int = 0
     evaluation_set: str
     adopted: str | None = None
 
@@ -44,12 +45,12 @@ def freeze(
     """Read the data, and fix or find again the inputs of the update that it calls for.
 
     An update of the same key is resumed, unless `again` asks for a new attempt or the champion has changed before it
-    was decided. Raises the errors of `load_images`, `check_trainable` and `load_evaluation_set`.
+    was decided. Raises the errors of `load_images`, `check_trainable` and `separate`.
     """
     config, registry = session.config, session.workspace.registry
-    images = load_images(config.training_data)
+    evaluation_set = load_evaluation_set(config.evaluation)
+    images, num_dropped = separate(config.evaluation, load_images(config.training_data), evaluation_set)
     check_trainable(images)
-    evaluation_set = load_evaluation_set(config.evaluation, images)
     data = [images.content_sha256, images.labels.tolist(), evaluation_set.set_id, adopted]
     base = _digest([_digest(data), config.digest(), code_version()])[:16]
     attempts = [
@@ -80,6 +81,7 @@ def freeze(
         num_training_images=len(images),
         num_classes=len(set(images.labels.tolist())),
         num_unreadable=len(images.unreadable) + len(evaluation_set.queries.unreadable),
+        num_dropped=num_dropped,
         evaluation_set=evaluation_set.set_id,
         adopted=adopted,
     )

@@ -12,16 +12,19 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import pyarrow as pa
 
 from flows.config import ClusterConfig
 from indexing.embed import EmbeddedUnit, EmbedUnit, embed_units
-from indexing.storage import exists, join, read_json, write_json
+from indexing.storage import exists, join, read_json, remove, write_json
 from training.generation import GenerationCard, read_card
 from training.job import TrainingJob
 
 _POLL_S = 1.0
+_AGENT_START_S = 120.0
 
 
 class JobFailedError(RuntimeError):
@@ -31,7 +34,7 @@ class JobFailedError(RuntimeError):
 def submit_training(config: ClusterConfig, jobs_location: str, job: TrainingJob) -> GenerationCard:
     """Train on the cluster behind a job server; returns the card of the new generation."""
     specification = {"job": job.model_dump(mode="json"), "deadline_s": config.deadline_hours * 3600}
-    result = _run(config, jobs_location, "train", specification)
+    result = _run(config, jobs_location, "train", specification, lambda found: exists(found["generation_uri"]))
     return read_card(result["generation_uri"])
 
 
@@ -48,17 +51,32 @@ def submit_embedding(
             {
                 "unit_id": unit.unit_id,
                 "sources": list(unit.sources),
-                "keys": {name: list(values) for name, values in dict(unit.keys).items()},
+                "keys": _plain(unit.keys),
                 "path": unit.path,
             }
             for unit in units
         ],
     }
-    result = _run(config, jobs_location, "embed", specification)
+    # A unit's file moves away when it is committed: the same units asked for again are embedded again.
+    result = _run(
+        config, jobs_location, "embed", specification, lambda found: all(exists(u["path"]) for u in found["units"])
+    )
     return [EmbeddedUnit(**{**unit, "failures": tuple(map(tuple, unit["failures"]))}) for unit in result["units"]]
 
 
-def _run(config: ClusterConfig, jobs_location: str, kind: str, specification: dict[str, Any]) -> dict[str, Any]:
+def _plain(keys: Mapping[str, Sequence[object]] | pa.Table) -> dict[str, list[object]]:
+    if isinstance(keys, pa.Table):
+        return dict(keys.to_pydict())
+    return {name: list(values) for name, values in keys.items()}
+
+
+def _run(
+    config: ClusterConfig,
+    jobs_location: str,
+    kind: str,
+    specification: dict[str, Any],
+    still_there: Callable[[dict[str, Any]], bool],
+) -> dict[str, Any]:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     from flows.cluster import runtime_environment
@@ -67,7 +85,10 @@ def _run(config: ClusterConfig, jobs_location: str, kind: str, specification: di
     location = join(jobs_location, f"{kind}-{digest}")
     result = join(location, "result.json")
     if exists(result):
-        return dict(read_json(result))
+        found = dict(read_json(result))
+        if still_there(found):
+            return found
+        remove(result)
     write_json(join(location, "specification.json"), specification)
     client = JobSubmissionClient(config.address)
     job_id = f"graceful-{kind}-{digest}"
@@ -97,7 +118,16 @@ def _ensure_submitted(client: Any, job_id: str, entrypoint: str, runtime_env: di
         return
     if status is not None:
         client.delete_job(job_id)
-    client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=runtime_env)
+    deadline = time.monotonic() + _AGENT_START_S
+    while True:
+        try:
+            client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=runtime_env)
+            return
+        except RuntimeError as error:
+            # A head that has just started answers before it can take jobs.
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_S)
 
 
 def _train(specification: dict[str, Any]) -> dict[str, Any]:

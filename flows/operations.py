@@ -201,8 +201,9 @@ def delete_items(root: str, item_ids: list[str], *, forget: bool) -> dict[str, A
 
 def forget_items(workspace: Workspace, item_ids: list[str]) -> dict[str, Any]:
     """Remove items physically from gallery, caches and index; weights trained on them cannot be changed."""
-    latest = workspace.gallery.latest_items().to_pylist()
-    hashes = [row["content_sha256"] for row in latest if row["item_id"] in set(item_ids)]
+    wanted = set(item_ids)
+    stored = workspace.gallery.items_table.snapshot().rows(["item_id", "content_sha256"]).to_pylist()
+    hashes = sorted({row["content_sha256"] for row in stored if row["item_id"] in wanted})  # of every revision
     revisions = forget(workspace.gallery, item_ids)
     for generation in workspace.registry.generations():
         if exists(join(workspace.root, "caches", generation)):

@@ -207,7 +207,7 @@ def measure_control(session: Session, steps: list[UpdateResult], control: Contro
             write_json(done, {"key": key, "generation": name})
         members.append(name)
         parent_uri = workspace.generation_uri(name)
-    evaluation_set = load_evaluation_set(session.config.evaluation, None)
+    evaluation_set = load_evaluation_set(session.config.evaluation)
     for name in members:
         making.embed_evaluation(session, evaluation_set, name)
     bench = Bench(

@@ -23,7 +23,7 @@ from flows.session import Session
 from indexing.gallery import View
 from indexing.planner import nearest_mean_distance
 from indexing.reindex import ReindexReport
-from indexing.storage import crash_point
+from indexing.storage import crash_point, exists, join, read_json, write_json
 from training.predecessors import PredecessorRef
 
 _ACTED_ON = ("BOOTSTRAP", "COMPATIBLE_ROLLOUT", "FULL_BACKFILL")
@@ -61,7 +61,11 @@ class UpdateRun:
 
     def embed_evaluation(self, generation: str) -> int:
         """Embed the evaluation set with a generation; returns how many images were new."""
-        return making.embed_evaluation(self.session, self.evaluation_set, generation)
+        num_new = making.embed_evaluation(self.session, self.evaluation_set, generation)
+        if num_new and self.session.encoders.rows_per_s is not None:
+            # Stored, so that an update that was killed here and goes on decides by the same prices.
+            write_json(self._throughput_uri, {"rows_per_s": round(self.session.encoders.rows_per_s, 3)})
+        return num_new
 
     # Judging ----------------------------------------------------------------------------------------------------------
 
@@ -210,6 +214,10 @@ class UpdateRun:
 
     # Helpers ----------------------------------------------------------------------------------------------------------
 
+    @property
+    def _throughput_uri(self) -> str:
+        return join(self.workspace.update_uri(self.frozen.update_key), "throughput.json")
+
     @cached_property
     def _known_classifiers(self) -> dict[str, Classifier | None]:
         return {}
@@ -230,13 +238,13 @@ class UpdateRun:
 
     def _cost(self, candidate: str) -> CostInputs | None:
         """What a backfill would take, from the throughput measured while the evaluation set was embedded."""
-        champion, rate = self.frozen.champion, self.session.encoders.rows_per_s
-        if champion is None or rate is None:
+        champion = self.frozen.champion
+        if champion is None or not exists(self._throughput_uri):
             return None
         prices = self.session.config.prices
         width = making.read_card(self.workspace.generation_uri(candidate)).width
         return CostInputs(
-            rows_per_s=round(rate, 3),
+            rows_per_s=read_json(self._throughput_uri)["rows_per_s"],
             num_workers=max(self.session.config.cluster.embed_workers, 1),
             num_rows=self.workspace.view(champion).num_items,
             bytes_per_row=4 * width,

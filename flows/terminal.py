@@ -30,10 +30,13 @@ def print_decision(console: Console, decision: Decision, limit: int | None = Non
     """The outcome, then every guard with threshold, value, bound and n."""
     console.print(f"[bold]{decision.outcome}[/bold]", highlight=False)
     console.print(decision.summary, highlight=False)
-    table = Table("guard", "scope", "state", "limit", "value", "bound", "n", "verdict", box=None)
+    table = Table("guard", "scope", "state", box=None)
+    for name in ("limit", "value", "bound", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict")
     for reason in decision.reasons[:limit]:
         table.add_row(
-            reason.guard, reason.scope, reason.state or "", _share(reason.threshold), _share(reason.value),
+            reason.guard, reason.scope, _state(reason.state), _share(reason.threshold), _share(reason.value),
             _share(reason.bound), "" if reason.n is None else f"{reason.n:,}", reason.verdict,
         )  # fmt: skip
     console.print(table)
@@ -75,6 +78,14 @@ def _matrix(
             cells.append("." if value is None else f"{100 * value:.1f}{mark}")
         table.add_row(name, *cells)
     return table
+
+
+def _state(name: str | None) -> str:
+    """A state in few letters: fractions as per cent re-embedded."""
+    if name is None:
+        return ""
+    kind, _, rest = name.partition("/")
+    return f"{100 * float(rest):g} % re-embedded" if kind == "fraction" else name
 
 
 def _share(value: float | None) -> str:

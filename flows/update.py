@@ -42,6 +42,7 @@ class UpdateResult(BaseModel):
     num_training_images: int
     num_classes: int
     num_unreadable: int
+    num_dropped: int
     rows_reindexed: int
     failures: int
     paragon: str | None = None
@@ -190,6 +191,7 @@ def _result(
         num_training_images=run.frozen.num_training_images,
         num_classes=run.frozen.num_classes,
         num_unreadable=run.frozen.num_unreadable,
+        num_dropped=run.frozen.num_dropped,
         rows_reindexed=report.embedded,
         failures=len(report.failures),
         paragon=paragon,

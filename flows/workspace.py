@@ -3,6 +3,8 @@
 The layout is written down here once; every other module asks for a location by name.
 """
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -10,7 +12,7 @@ from flows.registry import Registry
 from indexing.cache import EmbeddingCache
 from indexing.gallery import Gallery, GalleryVersion, View
 from indexing.reindex import EmbedFunction
-from indexing.storage import exists, join
+from indexing.storage import exists, is_remote, join
 
 EmbedWith = Callable[[str], EmbedFunction]
 """Generation id -> function that embeds units with that generation's encoder."""
@@ -55,8 +57,14 @@ class Workspace:
         return join(self.root, "updates", update_key)
 
     def index_location(self) -> str:
-        """The folder of index snapshots."""
-        return join(self.root, "index")
+        """The folder of index snapshots.
+
+        FAISS reads local files: of a workspace in an object store, every machine builds the index for itself.
+        """
+        if not is_remote(self.root):
+            return join(self.root, "index")
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        return os.path.join(home, "graceful", "index", hashlib.sha256(self.root.encode()).hexdigest()[:16])
 
     def view(self, query_generation: str, version: GalleryVersion | None = None) -> View:
         """What a query generation sees: the reading rule applied to its certificates."""

@@ -4,6 +4,7 @@ One versioned table per generation. Training reads the predecessors' rows of it,
 """
 
 import hashlib
+import uuid
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -46,10 +47,12 @@ class EmbeddingCache:
         wanted = self.missing(hashes)
         failures: dict[str, str] = {}
         units: dict[str, EmbedUnit] = {}
+        parts: dict[str, list[str]] = {}
         for start in range(0, len(wanted), unit_rows):
             part = wanted[start : start + unit_rows]
             unit_id = hashlib.sha256("\n".join(part).encode()).hexdigest()[:24]
             path = join(self._table.uri, "_staging", f"{unit_id}.parquet")
+            parts[unit_id] = part
             units[unit_id] = EmbedUnit(unit_id, tuple(source_of[h] for h in part), {"content_sha256": part}, path)
         embedded = 0
 
@@ -57,12 +60,15 @@ class EmbeddingCache:
             nonlocal embedded
             unit = units[done.unit_id]
             failures.update({unit.sources[index]: reason for index, reason in done.failures})
-            if done.num_rows and not self._table.committed(done.unit_id):
-                name = f"{done.unit_id}.parquet"
-                move(unit.path, join(self._table.uri, name))
-                file = DataFile(name, done.num_rows, size_bytes(join(self._table.uri, name)))
+            known = self._table.committed(done.unit_id)
+            if done.num_rows and not (known and not self.missing(parts[done.unit_id])):
+                # A unit may have committed and its images have been forgotten since: it is another unit then.
+                name = f"{done.unit_id}-{uuid.uuid4().hex[:8]}" if known else done.unit_id
+                path = f"{name}.parquet"
+                move(unit.path, join(self._table.uri, path))
+                file = DataFile(path, done.num_rows, size_bytes(join(self._table.uri, path)))
                 try:
-                    self._table.commit_files([file], unit=done.unit_id)
+                    self._table.commit_files([file], unit=name)
                 except TableConflictError:  # another update extended the same cache by the same images
                     return
                 embedded += done.num_rows

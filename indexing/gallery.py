@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -273,22 +273,37 @@ class Gallery:
 
         Rows of a revision that is no longer the latest, and rows whose vector is already stored, are dropped and
         counted. A revision that becomes stale after this check does no harm: the reading rule asks for the latest.
+        The commit is serial, so that two processes that embed an item in different units store its vector once.
         """
-        if self.has_unit(generation, unit):
-            return VectorCommit(0, 0, 0, repeated=True)
+        for attempts_left in reversed(range(_SERIAL_ATTEMPTS)):
+            try:
+                return self._commit_staged(generation, unit)
+            except (TableConflictError, FileNotFoundError):  # another process committed, perhaps this very unit
+                if not attempts_left:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _commit_staged(self, generation: str, unit: str) -> VectorCommit:
         staged = self.staging_file(generation, unit)
+        repeated = self.has_unit(generation, unit)
+        if repeated and not exists(staged):
+            return VectorCommit(0, 0, 0, repeated=True)
         keys = _read_keys(staged)
         latest = self.latest_items()
         position = pc.index_in(keys["item_id"], value_set=latest["item_id"].combine_chunks())
         current = latest.take(position)
         is_fresh = _as_mask(pc.and_(pc.equal(current["revision"], keys["revision"]), pc.invert(current["deleted"])))
-        is_stored = _same_rows(keys, self._stored_keys(generation, self.vectors_table.snapshot()))
+        snapshot = self.vectors_table.snapshot()
+        is_stored = _same_rows(keys, self._stored_keys(generation, snapshot))
         keep = is_fresh & ~is_stored
         result = VectorCommit(int(keep.sum()), int((~is_fresh).sum()), int((is_fresh & is_stored).sum()))
         if not result.committed:
             remove(staged)
-            return result
-        path = f"generation={generation}/{unit}-{uuid.uuid4().hex[:12]}.parquet"
+            return replace(result, repeated=repeated)
+        attempt = uuid.uuid4().hex[:12]
+        # A unit may have committed and its rows have been collected or forgotten since: it is another unit then.
+        name = f"{generation}/{unit}/{attempt}" if repeated else f"{generation}/{unit}"
+        path = f"generation={generation}/{unit}-{attempt}.parquet"
         location = join(self.vectors_table.uri, path)
         if keep.all():
             move(staged, location)
@@ -298,8 +313,12 @@ class Gallery:
             remove(staged)
         crash_point("vectors-before-commit")
         file = DataFile(path, result.committed, size_bytes(location), (("generation", generation),))
-        if not self.vectors_table.commit_files([file], unit=f"{generation}/{unit}"):
-            return VectorCommit(0, 0, 0, repeated=True)
+        try:
+            if not self.vectors_table.commit_files([file], unit=name, expected_version=snapshot.version):
+                return VectorCommit(0, 0, 0, repeated=True)
+        except TableConflictError:
+            move(location, staged)
+            raise
         crash_point("vectors-after-commit")
         return result
 

@@ -11,10 +11,11 @@ are not used: beside pyarrow they abort or hang some processes, while reading th
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
@@ -30,6 +31,9 @@ _CONFIGURATION = {
 }
 _FORMAT_KEY = "graceful.format_version"
 _SERIAL = "serial"
+_REWRITE = "rewrite"
+_REWRITE_ATTEMPTS = 10
+_ROW_GROUP_ROWS = 65_536
 _COMPACT_AFTER_FILES = 64
 
 
@@ -185,10 +189,24 @@ class VersionedTable:
         return int(self._table.delete(f"{self._partition_by[0]} = '{value}'")["num_removed_files"])
 
     def delete_rows(self, column: str, values: Sequence[str]) -> None:
-        """Rewrite the files that hold any of the values without those rows."""
-        self._table.update_incremental()
-        quoted = ", ".join("'" + value.replace("'", "''") + "'" for value in values)
-        self._table.delete(f"{column} IN ({quoted})")
+        """Rewrite the files that hold any of the values without those rows. The log does not name the values.
+
+        Raises:
+            TableConflictError: other processes kept rewriting the same files.
+        """
+        for _ in range(_REWRITE_ATTEMPTS):
+            snapshot = self.snapshot()
+            replaced, written = [], []
+            for file in snapshot.files:
+                rows = _read_whole(snapshot.location(file))
+                kept = rows.filter(pc.invert(pc.is_in(rows[column], value_set=pa.array(values, pa.string()))))
+                if kept.num_rows < rows.num_rows:
+                    replaced.append(file)
+                    if kept.num_rows:
+                        written.append(self._write_rows(kept.schema, [kept], file.partition))
+            if not replaced or self._replace(snapshot, replaced, written, data_change=True):
+                return
+        raise TableConflictError(f"deleting rows of {self.uri}: others rewrote it {_REWRITE_ATTEMPTS} times; try again")
 
     def vacuum(self, keep_versions: Sequence[int] = ()) -> list[str]:
         """Delete the files that neither the newest version nor a kept one names; files never committed stay."""
@@ -200,16 +218,61 @@ class VersionedTable:
         )
 
     def compact(self) -> bool:
-        """Merge many small files into few; the older versions stay readable. True when there was enough to merge."""
-        if len(self.snapshot().files) < _COMPACT_AFTER_FILES:
+        """Merge many small files into few; the older versions stay readable. True when this merged some.
+
+        Of two at the same time one does nothing. deltalake's own `optimize.compact` is not used: two of them at once
+        both succeed and double the rows, and it makes views of the fixed-size binary column.
+        """
+        snapshot = self.snapshot()
+        if len(snapshot.files) < _COMPACT_AFTER_FILES:
             return False
-        self._table.optimize.compact()
+        written = []
+        for partition in sorted({file.partition for file in snapshot.files}):
+            files = [file for file in snapshot.files if file.partition == partition]
+            tables = (_read_whole(snapshot.location(file)) for file in files)
+            written.append(self._write_rows(_stored_schema(snapshot.location(files[0])), tables, partition))
+        return self._replace(snapshot, snapshot.files, written, data_change=False)
+
+    def _write_rows(
+        self, schema: pa.Schema, tables: Iterable[pa.Table], partition: tuple[tuple[str, str], ...]
+    ) -> DataFile:
+        """Write tables one after the other into one new file that no version names yet."""
+        path = "/".join([*(f"{name}={value}" for name, value in partition), f"{uuid.uuid4().hex}.parquet"])
+        filesystem, target = resolve(join(self.uri, path))
+        num_rows = 0
+        with pq.ParquetWriter(
+            target, schema, filesystem=filesystem, use_dictionary=False, compression="none"
+        ) as writer:
+            for table in tables:
+                writer.write_table(table.cast(schema), row_group_size=_ROW_GROUP_ROWS)
+                num_rows += table.num_rows
+        return DataFile(path, num_rows, size_bytes(join(self.uri, path)), partition)
+
+    def _replace(
+        self, snapshot: TableSnapshot, files: Sequence[DataFile], written: Sequence[DataFile], *, data_change: bool
+    ) -> bool:
+        """Replace files of a version by new ones in one commit; False when another rewrite came first."""
+        now = int(time.time() * 1000)
+        actions: list[AddAction | RemoveAction] = [
+            RemoveAction(file.path, data_change, now, file.size_bytes, dict(file.partition)) for file in files
+        ]
+        actions += [self._add_action(file, data_change) for file in written]
+        try:
+            DeltaTable(self.uri, version=snapshot.version).create_write_transaction(
+                actions,
+                mode="append",
+                schema=self._delta_schema,
+                partition_by=self._partition_by,
+                commit_properties=CommitProperties(app_transactions=[Transaction(_REWRITE, snapshot.version + 1)]),
+            )
+        except CommitFailedError:
+            return False
         return True
 
-    def _add_action(self, file: DataFile) -> AddAction:
+    def _add_action(self, file: DataFile, data_change: bool = True) -> AddAction:
         statistics = json.dumps({"numRecords": file.num_rows})
         partition: Mapping[str, str | None] = dict(file.partition)
-        return AddAction(file.path, file.size_bytes, partition, int(time.time() * 1000), True, statistics)
+        return AddAction(file.path, file.size_bytes, partition, int(time.time() * 1000), data_change, statistics)
 
     def _create(self) -> DeltaTable:
         try:
@@ -223,3 +286,13 @@ class VersionedTable:
             )
         except CommitFailedError:  # two creators at once: the other one won
             return DeltaTable(self.uri)
+
+
+def _read_whole(location: str) -> pa.Table:
+    filesystem, path = resolve(location)
+    return pq.read_table(path, filesystem=filesystem, partitioning=None)
+
+
+def _stored_schema(location: str) -> pa.Schema:
+    filesystem, path = resolve(location)
+    return pq.read_schema(path, filesystem=filesystem)

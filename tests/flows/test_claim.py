@@ -107,6 +107,24 @@ def test_claim_is_renewed_while_it_is_held(tmp_path, monkeypatch):
             pass
 
 
+def test_renewal_survives_a_store_that_does_not_answer_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(claiming, "_RENEW_S", 0.05)
+    monkeypatch.setattr(claiming, "LIFETIME_S", 0.5)
+    write, failures = claiming._write_if_mine, [OSError("no answer")]
+
+    def write_at_the_second_attempt(*arguments, **options):
+        if failures:
+            raise failures.pop()
+        write(*arguments, **options)
+
+    monkeypatch.setattr(claiming, "_write_if_mine", write_at_the_second_attempt)
+    root = str(tmp_path)
+    with claim(root, "a long update"):
+        time.sleep(1.0)
+        with pytest.raises(UpdateInProgressError), claim(root, "another"):
+            pass
+
+
 def test_claim_that_was_lost_is_not_given_back_by_its_former_holder(tmp_path, monkeypatch):
     """A process that was suspended past the end of its claim must not end the claim of whoever came after it."""
     monkeypatch.setattr(claiming, "LIFETIME_S", 0.1)

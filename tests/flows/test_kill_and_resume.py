@@ -1,4 +1,4 @@
-"""An update killed anywhere and run again ends where an update ends that was never killed: real processes, real kills."""
+"""An update killed anywhere and run again ends where one ends that was never killed: real processes, real kills."""
 
 import json
 import os
@@ -132,7 +132,12 @@ def test_reindex_on_ray_killed_in_a_wave_goes_on_where_it_stopped(
     uninterrupted, bootstrapped, tmp_path, digits_file, command_environment
 ):
     root = tiny.copy_workspace(bootstrapped, tmp_path / "workspace")
-    on_ray = {**tiny.grown(5), "cluster.embed_workers": 1, "cluster.in_process_below": 0, "cluster.object_store_mib": 80}
+    on_ray = {
+        **tiny.grown(5),
+        "cluster.embed_workers": 1,
+        "cluster.in_process_below": 0,
+        "cluster.object_store_mib": 80,
+    }
     tiny.write_config(root, digits_file, on_ray)
     program = f"from tests.flows.run_steps import in_child; in_child({str(root)!r})"
 

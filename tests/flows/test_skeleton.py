@@ -1,4 +1,4 @@
-"""The whole of an update without Ray and Prefect: synthetic encoders through tables, gate, waves, promotion, rollback."""
+"""The whole of an update without Ray and Prefect: synthetic encoders, real tables, gate, waves and rollback."""
 
 import numpy as np
 import pyarrow as pa

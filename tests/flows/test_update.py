@@ -39,7 +39,9 @@ def flow_server(tmp_path_factory):
 def gallery_file(tmp_path_factory, digits_file):
     """The production gallery as a Parquet file: the images that the evaluation searches."""
     rows = pq.read_table(digits_file)
-    keep = pc.and_(pc.is_in(rows["label"], pc.cast(np.array(tiny.DIGITS[:5]), "string")), pc.greater(rows["instance"], 79))
+    keep = pc.and_(
+        pc.is_in(rows["label"], pc.cast(np.array(tiny.DIGITS[:5]), "string")), pc.greater(rows["instance"], 79)
+    )
     keep = pc.and_(keep, pc.less(rows["instance"], 100))
     path = tmp_path_factory.mktemp("gallery") / "gallery.parquet"
     pq.write_table(rows.filter(keep), path)
@@ -64,8 +66,8 @@ def history(flow_server, tmp_path_factory, digits_file, gallery_file):
     said = {"root": root, "ingest": command("ingest", gallery_file, "--root", root, "--label", "label")}
     said["status_before"] = command("status", "--root", root)
     said["first"] = command("update", "--root", root)
-    tiny.write_config(root, digits_file, tiny.grown(5))
-    said["second"] = command("update", "--root", root, "--paragon")
+    tiny.write_config(root, digits_file, {**tiny.grown(5), "train_paragon": True})
+    said["second"] = command("update", "--root", root)
     return said
 
 

@@ -95,9 +95,7 @@ def fill_gallery(workspace: Workspace, config: PipelineConfig) -> LabelledImages
             "label": label,
             "attributes": "{}",
         }
-        for source, digest, label in zip(
-            images.sources, images.content_sha256, images.labels.tolist(), strict=True
-        )
+        for source, digest, label in zip(images.sources, images.content_sha256, images.labels.tolist(), strict=True)
     ]
     ingest(workspace, pa.Table.from_pylist(rows), unit="tiny-gallery")
     return images
@@ -127,7 +125,9 @@ def end_state(root: str | Path) -> dict[str, Any]:
     }
 
 
-def graceful(*arguments: str, env: Mapping[str, str], timeout: float = 200, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def graceful(
+    *arguments: str, env: Mapping[str, str], timeout: float = 200, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "flows.cli", *arguments], cwd=cwd, env=dict(env), capture_output=True, text=True,

@@ -26,7 +26,7 @@ def test_head_computes_its_formula_on_normalised_rows_and_embeddings(name: str) 
     head = build_head(name, 5, 8, SCALE, MARGIN)
     embeddings, labels = torch.randn(6, 8), torch.tensor([0, 1, 2, 3, 4, 0])
     cosines = normalize(embeddings, dim=1) @ normalize(head.rows, dim=1).t()
-    assert float(head(embeddings, labels)) == pytest.approx(float(expected_loss(name, cosines, labels)), rel=1e-4)
+    assert head(embeddings, labels).item() == pytest.approx(float(expected_loss(name, cosines, labels)), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", sorted(HEADS))

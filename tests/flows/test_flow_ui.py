@@ -1,0 +1,168 @@
+"""What a person sees: the flow run and its artifacts in the flow UI, and the report, in a real browser.
+
+GRACEFUL_WRITE_SCREENSHOTS=1 writes the pictures of docs/images; otherwise they go to a temporary folder.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from flows.service import _flow_server
+from tests.flows.small_workspace import fill_gallery, update_without_prefect, write_workspace
+from tests.flows.test_service import environment, free_port
+
+CODE = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.browser,
+    pytest.mark.timeout(500),
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; apt-get install chromium fonts-dejavu-core"),
+]
+
+
+@dataclass
+class Visit:
+    """A page, and what it complained about or asked the outside for."""
+
+    page: Any
+    errors: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ShownUpdate:
+    """A finished update in a flow server that still runs."""
+
+    base: str
+    run: str
+    report: Path
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShownUpdate]:
+    """The second update of a workspace, run by the command line under the workspace's own flow server."""
+    root = write_workspace(tmp_path_factory.mktemp("ui") / "ws", name="digits", epochs=6)
+    fill_gallery(root)
+    update_without_prefect(root)
+    config = root / "graceful.toml"
+    config.write_text(config.read_text().replace("epochs = 6", "epochs = 8\nseed = 1"))
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+            patch.delenv(name)
+        for name, value in {
+            "PREFECT_SERVER_UI_V2_ENABLED": "false",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+            "PYTHONPATH": str(CODE),
+        }.items():
+            patch.setenv(name, value)
+        with _flow_server(str(root), "127.0.0.1", port) as api:
+            command = [sys.executable, "-m", "flows.cli", "update", "--root", str(root), "--paragon"]
+            done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+            assert done.returncode in (0, 3, 4), done.stderr[-3000:]
+            (run,) = httpx.post(f"{api}/flow_runs/filter", json={}, timeout=30).json()
+            assert run["state_name"] == "Completed"
+            report = max(root.glob("evaluations/*/report.html"), key=lambda path: path.stat().st_mtime)
+            yield ShownUpdate(api.removesuffix("/api"), run["id"], report)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    with api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    if os.environ.get("GRACEFUL_WRITE_SCREENSHOTS") != "1":
+        return tmp_path
+    folder = CODE / "docs" / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def visit(browser: Any, allowed: str, width: int, height: int, **options: Any) -> Visit:
+    """Open an empty page that notes console errors and requests beyond `allowed`."""
+    found = Visit(browser.new_page(viewport={"width": width, "height": height}, **options))
+    found.page.on("console", lambda message: found.errors.append(message.text) if message.type == "error" else None)
+    found.page.on("pageerror", lambda error: found.errors.append(str(error)))
+    found.page.on(
+        "request",
+        lambda request: None if request.url.startswith((allowed, "data:")) else found.outside.append(request.url),
+    )
+    return found
+
+
+def test_the_flow_run_shows_its_tasks_and_its_artifacts(browser: Any, shown: ShownUpdate, pictures: Path) -> None:
+    from playwright.sync_api import expect
+
+    # The interface draws an artifact's card only once it is in view.
+    seen = visit(browser, shown.base, 1280, 1600)
+    page = seen.page
+    page.goto(f"{shown.base}/runs/flow-run/{shown.run}")
+    page.wait_for_load_state("networkidle")
+    expect(page.get_by_text("Completed").first).to_be_visible(timeout=30_000)
+    page.get_by_role("tablist").get_by_text("Task Runs", exact=True).click()
+    for name in ("freeze inputs", "train candidate", "train paragon", "judge", "publish"):
+        expect(page.get_by_text(name).first).to_be_visible(timeout=20_000)
+    page.screenshot(path=pictures / "flow-run.png", clip={"x": 0, "y": 0, "width": 1280, "height": 1200})
+    page.get_by_role("tablist").get_by_text("Artifacts", exact=True).click()
+    for key in ("digits-compatibility-matrix", "digits-decision", "digits-report"):
+        expect(page.get_by_text(key).first).to_be_visible(timeout=20_000)
+
+    artifacts = httpx.post(f"{shown.base}/api/artifacts/latest/filter", json={}, timeout=30).json()
+    ids = {found["key"]: found["latest_id"] for found in artifacts}
+    for key, texts in {
+        "digits-decision": ("Decision",),
+        "digits-compatibility-matrix": ("g001", "g002"),
+    }.items():
+        page.goto(f"{shown.base}/artifacts/artifact/{ids[key]}")
+        page.wait_for_load_state("networkidle")
+        for text in texts:
+            expect(page.get_by_text(text).first).to_be_visible(timeout=20_000)
+        picture = page.locator("img[src^='data:image/png']").first
+        expect(picture).to_be_visible(timeout=20_000)
+        assert picture.evaluate("image => image.naturalWidth") > 100
+        page.screenshot(path=pictures / f"{key.replace('digits', 'flow')}.png")
+    assert seen.outside == []
+    page.close()
+
+
+@pytest.mark.parametrize(("name", "width", "height"), [("report", 1280, 1000), ("report-phone", 390, 844)])
+def test_the_report_opens_offline_without_a_complaint_on_desk_and_phone(
+    browser: Any, shown: ShownUpdate, pictures: Path, name: str, width: int, height: int
+) -> None:
+    seen = visit(browser, shown.report.as_uri(), width, height, offline=True)
+    seen.page.goto(shown.report.as_uri())
+    seen.page.wait_for_load_state("networkidle")
+    seen.page.screenshot(path=pictures / f"{name}.png", full_page=True)
+    assert seen.errors == []
+    assert seen.outside == []
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
+    broken = "[...document.images].filter(image => !image.complete || !image.naturalWidth).length"
+    assert seen.page.evaluate(broken) == 0
+    seen.page.close()

@@ -1,0 +1,232 @@
+"""Work submitted to a real Ray head as jobs, and a running cluster that is joined and left running.
+
+The head runs on ports and in a folder of its own, so that it meets no other cluster on this machine. Nothing of this
+project is installed where it runs: the code travels in the runtime environment.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from ray.util import get_node_ip_address
+
+from flows.cluster import runtime_environment
+from flows.config import ClusterConfig
+from flows.jobs import JobFailedError, submit_embedding, submit_training
+from indexing.embed import EmbedUnit
+from indexing.embedding_files import read_embeddings
+from training.datasets import DatasetConfig, LabelledImages, load_images, write_manifest
+from training.generation import BackboneSpec, Preprocessing
+from training.job import TrainingConfig, TrainingJob
+
+CODE = Path(__file__).parents[2]
+START_S = 180
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A Ray head that answers."""
+
+    job_server: str
+    gcs: str
+    folder: str
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def living(text: str) -> list[int]:
+    """Living processes whose command line or environment holds a text; ended but not reaped ones do not count."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            told = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z" and text.encode() in told:
+                found.append(int(entry.name))
+    return found
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A head with its job server; ended with everything that it started."""
+    # Ray's sockets lie below this folder, and a socket's path must be short.
+    folder = tempfile.mkdtemp(prefix="gr", dir="/tmp")
+    gcs, dashboard, agent, agent_grpc, client, metrics = free_ports(6)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
+    environment |= {
+        # "python" in a job's command is the one that Ray itself runs on.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "RAY_TMPDIR": folder,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    }
+    options = {
+        "port": gcs, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent,
+        "dashboard-agent-grpc-port": agent_grpc, "ray-client-server-port": client, "metrics-export-port": metrics,
+        "dashboard-host": "127.0.0.1", "include-dashboard": "true", "num-cpus": 3, "temp-dir": folder,
+        "object-store-memory": 100 * 2**20,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    log = Path(folder, "head.log")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + START_S
+        while not answers(f"http://127.0.0.1:{dashboard}/api/version"):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        yield Head(f"http://127.0.0.1:{dashboard}", f"{get_node_ip_address()}:{gcs}", folder)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        deadline = time.monotonic() + 15
+        while living(folder) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        for pid in living(folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> LabelledImages:
+    path = tmp_path_factory.mktemp("data") / "digits.parquet"
+    return load_images(DatasetConfig(source="digits", path=str(path), where={"instance": {"max": 19}}))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What stands for the storage that all nodes see."""
+    return tmp_path_factory.mktemp("shared")
+
+
+def training_job(shared: Path) -> TrainingJob:
+    config = TrainingConfig(
+        backbone=BackboneSpec(name="small_cnn", kwargs={"block_widths": [8, 16]}),
+        width=16,
+        preprocessing=Preprocessing(image_size=8, channels=1, mean=(0.3,), std=(0.37,)),
+        epochs=1,
+        batch_size=64,
+    )
+    return TrainingJob(
+        config=config,
+        name="tiny",
+        manifest_uri=str(shared / "manifest.parquet"),
+        output_uri=str(shared / "generations"),
+        ordinal=1,
+        storage_uri=str(shared / "runs"),
+        num_workers=1,
+    )
+
+
+def test_a_failed_job_tells_its_reason_and_the_same_order_trains_once_repaired_and_embeds(
+    head: Head, shared: Path, digits: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRACEFUL_SOMETHING", "travels with the job")
+    config = ClusterConfig(address=head.job_server, num_workers=1, embed_workers=1, deadline_hours=0.1)
+    job, jobs = training_job(shared), str(shared / "jobs")
+    with pytest.raises(JobFailedError, match=r"manifest\.parquet"):
+        submit_training(config, jobs, job)
+
+    write_manifest(job.manifest_uri, digits)
+    card = submit_training(config, jobs, job)  # the same id: the failed job makes room for this one
+    assert card.ordinal == 1
+    assert card.training["workers"] == 1
+    assert (shared / "generations" / card.generation_id / "card.json").exists()
+    nowhere = ClusterConfig(address="http://127.0.0.1:9", num_workers=1, deadline_hours=0.1)
+    assert submit_training(nowhere, jobs, job) == card  # the result is found; no cluster is asked
+
+    sources, keys = tuple(digits.sources), {"item_id": list(digits.sources)}
+    units = [
+        EmbedUnit("mapping", sources[:50], {"item_id": keys["item_id"][:50]}, str(shared / "a.parquet")),
+        EmbedUnit("table", (*sources[50:99], "/nowhere.png"), pa.table({"row": range(50)}), str(shared / "b.parquet")),
+    ]
+    uri = str(shared / "generations" / card.generation_id)
+    first, second = submit_embedding(config, jobs, uri, units)
+    assert (first.num_rows, second.num_rows, second.width) == (50, 49, 16)
+    assert [place for place, _ in second.failures] == [49]
+    vectors = read_embeddings(first.path)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert submit_embedding(nowhere.model_copy(update={"embed_workers": 1}), jobs, uri, units) == [first, second]
+
+
+def test_the_runtime_environment_carries_the_four_packages_and_the_stores_credentials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_REGION", "nowhere")
+    monkeypatch.setenv("SECRET_OF_SOMETHING_ELSE", "x")
+    found = runtime_environment()
+    assert [Path(path).name for path in found["py_modules"]] == ["training", "indexing", "evaluation", "flows"]
+    assert found["env_vars"]["AWS_REGION"] == "nowhere"
+    assert not [name for name in found["env_vars"] if not name.startswith(("AWS_", "GRACEFUL_"))]
+
+
+JOIN = """
+import ray
+from flows.cluster import RaySession
+from flows.config import ClusterConfig
+
+@ray.remote(num_cpus=1)
+def where():
+    import flows.cluster
+    return flows.cluster.__file__
+
+with RaySession(ClusterConfig(address="auto")) as session:
+    session.ensure()
+    session.ensure()
+    print("worker has", ray.get(where.remote(), timeout=120))
+print("left", not ray.is_initialized())
+"""
+
+
+def test_a_running_cluster_is_joined_and_left_running(head: Head) -> None:
+    environment = {**os.environ, "RAY_ADDRESS": head.gcs, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(CODE)}
+    environment["RAY_TMPDIR"] = head.folder
+    joined = subprocess.run(
+        [sys.executable, "-c", JOIN], env=environment, cwd=head.folder, capture_output=True, text=True, timeout=300
+    )
+    assert joined.returncode == 0, joined.stderr[-3000:]
+    assert "left True" in joined.stdout
+    # The worker's copy of the code came through the runtime environment, not from this checkout.
+    assert "py_modules_files" in joined.stdout, joined.stdout
+    assert answers(f"{head.job_server}/api/version")

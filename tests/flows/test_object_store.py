@@ -1,0 +1,191 @@
+"""A workspace in an object store: the same gallery, registry, waves and compare-and-swap on s3://, against moto."""
+
+import logging
+import threading
+
+import numpy as np
+import pytest
+
+from flows.claim import UpdateInProgressError, claim
+from flows.registry import ServingMovedError
+from flows.rollout import (
+    Rollout,
+    continue_plan,
+    delete,
+    embed_before_move,
+    ingest,
+    prepare,
+    promote,
+    release_previous,
+    rollback,
+)
+from flows.workspace import Workspace, require_workspace
+from indexing.maintenance import collect, forget
+from indexing.storage import exists, list_files, read_bytes
+from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, items
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+G1, G2 = "g001-aaaaaa", "g002-bbbbbb"
+NUM_ITEMS = 12
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A bucket of moto's server, whose puts are made atomic by a lock as those of a real store are."""
+    boto3 = pytest.importorskip("boto3")
+    responses = pytest.importorskip("moto.s3.responses")
+    from moto.server import ThreadedMotoServer
+
+    lock, put = threading.RLock(), responses.S3Response.put_object
+
+    def locked(self):
+        with lock:
+            return put(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(responses.S3Response, "put_object", locked)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        server.start()
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        for name, value in {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():
+            patch.setenv(name, value)
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="graceful")
+        yield "s3://graceful"
+        server.stop()
+
+
+@pytest.fixture
+def workspace(bucket, request):
+    """Twelve items, served by the first generation."""
+    models = SyntheticModels(*[SyntheticGeneration(name) for name in (G1, G2)])
+    opened = Workspace(f"{bucket}/{request.node.name}", models)
+    ingest(opened, items(4, 3), unit="first")
+    carry_out(opened, rollout(G1, fraction=1.0, before_move="all", certified=[]), champion=None)
+    return opened
+
+
+def rollout(generation, *, fraction=0.5, before_move="wave_zero", certified=(G1,)):
+    pairs = ((generation, generation), *((generation, name) for name in certified))
+    return Rollout(
+        f"update-{generation}", generation, f"decision-{generation}", fraction, "random", before_move, pairs,
+        wave_rows=3,
+    )  # fmt: skip
+
+
+def carry_out(workspace, wanted, *, champion):
+    plan = prepare(workspace, wanted)
+    embed_before_move(workspace, wanted, plan)
+    promote(workspace, wanted, plan, champion=champion)
+    return continue_plan(workspace)
+
+
+def rows(workspace, generation):
+    return workspace.view(generation).rows_by_generation()
+
+
+def test_gallery_is_reindexed_in_part_and_rolled_back(workspace):
+    assert rows(workspace, G1) == {G1: NUM_ITEMS}
+    report = carry_out(workspace, rollout(G2), champion=G1)
+    assert (report.embedded, report.failures) == (6, ())
+    reopened = Workspace(workspace.root, workspace.embed_with)
+    require_workspace(workspace.root)
+    assert rows(reopened, G2) == {G1: 6, G2: 6}
+    view = reopened.view(G2)
+    for name in (G1, G2):
+        positions = view.owned_by(name)
+        sources = [view.items["source"][int(position)].as_py() for position in positions]
+        np.testing.assert_allclose(view.vectors(positions), SyntheticGeneration(name).encode(sources)[0], atol=1e-6)
+    assert rollback(reopened).champion == G1
+    assert rows(workspace, G1) == {G1: NUM_ITEMS}
+
+
+def test_serving_state_moves_by_compare_and_swap(workspace):
+    other = Workspace(workspace.root, workspace.embed_with)
+    seen = workspace.registry.serving()
+    assert other.registry.serving() == seen
+    workspace.registry.move_serving(seen, moved_by="first")
+    with pytest.raises(ServingMovedError, match="another update finished first"):
+        other.registry.move_serving(seen, moved_by="second")
+    assert [state.moved_by for state in other.registry.serving_history()][-1] == "first"
+
+
+def test_of_moves_at_the_same_moment_one_wins(workspace):
+    seen = workspace.registry.serving()
+    handles = [Workspace(workspace.root, workspace.embed_with).registry for _ in range(4)]
+    start, outcomes = threading.Barrier(4), []
+
+    def move(number):
+        start.wait(30)
+        try:
+            handles[number].move_serving(seen, moved_by=f"thread-{number}")
+            outcomes.append(number)
+        except ServingMovedError:
+            outcomes.append(None)
+
+    threads = [threading.Thread(target=move, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    winners = [number for number in outcomes if number is not None]
+    assert len(outcomes) == 4
+    assert len(winners) == 1
+    assert workspace.registry.serving().moved_by == f"thread-{winners[0]}"
+
+
+def test_claim_excludes_a_second_update(workspace):
+    with claim(workspace.root, "an update"), pytest.raises(UpdateInProgressError), claim(workspace.root, "another"):
+        pass
+    with claim(workspace.root, "the next"):
+        pass
+
+
+def test_deleted_item_is_forgotten_and_unread_vectors_are_collected(workspace):
+    import pyarrow as pa
+
+    carry_out(workspace, rollout(G2, fraction=1.0), champion=G1)
+    release_previous(workspace)
+    assert collect(workspace.gallery, workspace.protected()).generations == (G1,)
+    assert rows(workspace, G2) == {G1: 0, G2: NUM_ITEMS}
+    assert delete(workspace, ["item-000-0"]) == 1
+    assert forget(workspace.gallery, ["item-000-0"]) == 2
+    left = list_files(f"{workspace.root}/gallery")
+    assert left
+    assert not [file for file in left if b"item-000-0" in read_bytes(file)]
+    ingest(workspace, pa.Table.from_pylist([item_row("late", "id001", "x")]), unit="late")
+    assert rows(workspace, G2) == {G1: 0, G2: NUM_ITEMS}
+    assert not exists(f"{workspace.root}/nothing")
+
+
+def test_embedding_cache_and_evaluation_files_live_there_too(workspace):
+    from indexing.storage import read_json, write_json
+
+    cache = workspace.cache(G1)
+    hashes, sources = ["a", "b"], ["synthetic:id1/0", "synthetic:id2/0"]
+    assert cache.extend(hashes, sources, workspace.embed_with(G1)) == (2, {})
+    np.testing.assert_allclose(cache.read(hashes[::-1]), SyntheticGeneration(G1).encode(sources[::-1])[0], atol=1e-6)
+    write_json(workspace.evaluation_uri("e") + "/decision.json", {"outcome": "HOLD"})
+    assert read_json(workspace.evaluation_uri("e") + "/decision.json") == {"outcome": "HOLD"}
+
+
+def test_search_builds_its_index_on_this_machine(workspace, tmp_path, monkeypatch):
+    """FAISS reads local files; the index is derived state."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    from flows.searcher import publish_view
+    from indexing.search import SwappableSearcher
+
+    snapshot = publish_view(workspace, G1, workspace.view(G1))
+    searcher = SwappableSearcher(f"{workspace.index_location()}/{snapshot}")
+    assert list((tmp_path / "cache").rglob("manifest.json"))
+    query = SyntheticGeneration(G1).encode(["synthetic:id002/g1"])[0]
+    assert searcher.search(query, 1).item_ids[0][0] == "item-002-1"

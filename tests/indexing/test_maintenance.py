@@ -1,0 +1,166 @@
+"""Collecting what nobody can read, forgetting what must be gone: nothing else goes, and what goes is gone."""
+
+import functools
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from indexing.embed import embed_units
+from indexing.gallery import Gallery
+from indexing.maintenance import LeasedError, collect, forget
+from indexing.reindex import embed_missing
+from indexing.storage import list_files
+from tests.synthetic import SyntheticGeneration, item_row, open_synthetic
+
+G1, G2, G3 = "g001-aaaaaa", "g002-bbbbbb", "g003-cccccc"
+
+
+def batch(*numbers, image="a"):
+    return pa.Table.from_pylist([item_row(f"item-{number}", f"id{number}", image) for number in numbers])
+
+
+def embed(gallery, generation, *item_ids):
+    def work(units, on_unit):
+        embed_units(units, functools.partial(open_synthetic, SyntheticGeneration(generation)), on_unit=on_unit)
+
+    return embed_missing(gallery, generation, work, item_ids=pa.array(item_ids) if item_ids else None, unit_rows=2)
+
+
+@pytest.fixture
+def gallery(tmp_path):
+    """Four items with vectors of g1, one of them of g2 too."""
+    opened = Gallery(str(tmp_path / "gallery"))
+    opened.ingest(batch(1, 2, 3, 4), unit="a")
+    embed(opened, G1)
+    embed(opened, G2, "item-1")
+    return opened
+
+
+def owners(gallery, *readable):
+    view = Gallery(gallery.location).view(readable)
+    return {
+        item: view.readable[code] if code >= 0 else None for item, code in zip(view.item_ids, view.owner, strict=True)
+    }
+
+
+def bytes_of(gallery):
+    from indexing.storage import read_bytes
+
+    return b"".join(read_bytes(file) for file in list_files(gallery.location) if file.endswith(".parquet"))
+
+
+def test_generation_that_owns_no_row_of_any_protected_view_is_dropped(gallery):
+    embed(gallery, G3)
+    found = collect(gallery, [[G1, G2]])
+    assert found.generations == (G3,)
+    assert found.files >= 2
+    assert owners(gallery, G1, G2) == {"item-1": G2, "item-2": G1, "item-3": G1, "item-4": G1}
+    assert gallery.generations() == {G1: 4, G2: 1}
+
+
+def test_single_row_keeps_its_generation(gallery):
+    before = owners(gallery, G1, G2)
+    assert collect(gallery, [[G1, G2]]).generations == ()
+    assert owners(gallery, G1, G2) == before
+
+
+def test_every_protected_query_generation_keeps_what_it_sees(gallery):
+    embed(gallery, G2)
+    embed(gallery, G3)
+    before = {readable: owners(gallery, *readable) for readable in ((G1,), (G2, G3))}
+    assert collect(gallery, [[G1], [G2, G3]]).generations == (G2,)
+    assert {readable: owners(gallery, *readable) for readable in before} == before
+
+
+def test_newest_readable_generation_stays_even_without_a_row(gallery):
+    """A champion that has not embedded anything yet is not collected away under its own re-index."""
+    gallery.ingest(batch(1, image="b"), unit="changed")
+    embed(gallery, G1)
+    assert owners(gallery, G1, G2)["item-1"] == G1
+    assert collect(gallery, [[G1, G2]]).generations == ()
+
+
+def test_nothing_to_protect_is_a_mistake_and_not_a_reason_to_drop_everything(gallery):
+    with pytest.raises(ValueError, match="expected at least one protected query generation, found none"):
+        collect(gallery, [])
+    assert gallery.generations() == {G1: 4, G2: 1}
+
+
+def test_collection_spares_files_that_workers_have_not_committed_yet(gallery):
+    staged = gallery.staging_file(G3, "unit")
+    from indexing.embedding_files import write_embedding_file
+
+    write_embedding_file(
+        staged, pa.table({"item_id": ["item-1"], "revision": pa.array([1], pa.int64())}),
+        SyntheticGeneration(G3).encode(["synthetic:id1/a"])[0],
+    )  # fmt: skip
+    collect(gallery, [[G1, G2]])
+    assert gallery.commit_vectors(G3, "unit").committed == 1
+
+
+def test_collection_again_finds_nothing(gallery):
+    embed(gallery, G3)
+    collect(gallery, [[G1, G2]])
+    assert collect(gallery, [[G1, G2]]).generations == ()
+
+
+def test_pinned_version_survives_a_collection_and_goes_with_its_lease(gallery):
+    embed(gallery, G3)
+    with gallery.lease() as version:
+        pinned = gallery.view([G3], version)
+        collect(gallery, [[G1, G2]])
+        assert pinned.vectors(np.arange(4)).shape[0] == 4
+    collect(gallery, [[G1, G2]])
+    with pytest.raises(OSError, match="No such file"):
+        pinned.vectors(np.arange(4))
+
+
+def test_forgotten_item_leaves_no_trace_and_the_others_stay(gallery):
+    gallery.ingest(batch(2, image="b"), unit="b")
+    embed(gallery, G1)
+    gallery.delete(["item-2"], unit="d")
+    others = {item: owner for item, owner in owners(gallery, G1, G2).items() if item != "item-2"}
+    vectors = gallery.view([G1]).vectors(np.arange(3))
+    assert forget(gallery, ["item-2"]) == 3
+    assert b"item-2" not in bytes_of(gallery)
+    assert owners(gallery, G1, G2) == others
+    np.testing.assert_array_equal(Gallery(gallery.location).view([G1]).vectors(np.arange(3)), vectors)
+
+
+def test_forgotten_item_is_in_no_log_entry_either(gallery):
+    gallery.delete(["item-2"], unit="d")
+    forget(gallery, ["item-2"])
+    from indexing.storage import read_bytes
+
+    assert not [file for file in list_files(gallery.location) if b"item-2" in read_bytes(file)]
+
+
+def test_forgotten_item_may_come_back_as_a_new_one(gallery):
+    gallery.delete(["item-2"], unit="d")
+    forget(gallery, ["item-2"])
+    again = gallery.ingest(batch(2), unit="again")
+    assert (again.added, again.rows["revision"].to_pylist()) == (1, [1])
+    embed(gallery, G1)
+    assert owners(gallery, G1)["item-2"] == G1
+
+
+def test_forgetting_twice_and_forgetting_nobody_changes_nothing(gallery):
+    gallery.delete(["item-2"], unit="d")
+    assert forget(gallery, ["item-2"]) == 2
+    assert forget(gallery, ["item-2"]) == 0
+    assert forget(gallery, ["never-there"]) == 0
+    assert len(owners(gallery, G1)) == 3
+
+
+def test_live_item_is_not_forgotten(gallery):
+    with pytest.raises(ValueError, match=r"found live ones \(item-1\); delete them first"):
+        forget(gallery, ["item-1", "item-2"])
+    assert len(owners(gallery, G1)) == 4
+
+
+def test_open_lease_is_a_reason_to_refuse(gallery):
+    gallery.delete(["item-2"], unit="d")
+    with gallery.lease(), pytest.raises(LeasedError, match="expected no open lease, found 1; wait"):
+        forget(gallery, ["item-2"])
+    assert forget(gallery, ["item-2"]) == 2
