@@ -27,6 +27,13 @@ _SINGLE_BOX = {
 }
 
 
+_START_ATTEMPTS = 3
+
+
+class ClusterStartError(RuntimeError):
+    """A local Ray cluster did not come up."""
+
+
 class RaySession:
     """A cluster for one update. Entering costs nothing; `ensure` starts or joins."""
 
@@ -60,15 +67,7 @@ class RaySession:
                 os.environ.setdefault(name, value)
             # A cluster that lives and dies with this process on this machine needs no token.
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, self.config.num_workers * self.config.cpus_per_worker + 1),
-                include_dashboard=False,
-                object_store_memory=self.config.object_store_mib * 2**20,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=True,
-            )
+            self._start_local()
         else:
             # A Ray job has got this environment with its submission; naming the same variables again is refused.
             in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -79,6 +78,28 @@ class RaySession:
                 logging_level=logging.ERROR,
             )
         self._started = True
+
+    def _start_local(self) -> None:
+        """Start a cluster in this process. Ray gives its node 30 s, which a busy machine may not keep: try again."""
+        for attempt in range(1, _START_ATTEMPTS + 1):
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=max(os.cpu_count() or 1, self.config.num_workers * self.config.cpus_per_worker + 1),
+                    include_dashboard=False,
+                    object_store_memory=self.config.object_store_mib * 2**20,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    configure_logging=True,
+                )
+                return
+            except Exception as error:  # Ray raises a bare Exception when the node times out
+                ray.shutdown()
+                if "timed out" not in str(error) or attempt == _START_ATTEMPTS:
+                    raise ClusterStartError(
+                        f"starting a local Ray cluster: not up after {attempt} attempts ({str(error).splitlines()[0]}); "
+                        'free some memory and processors, or join a running one with cluster.address = "auto"'
+                    ) from error
 
 
 def runtime_environment() -> dict[str, Any]:

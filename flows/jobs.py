@@ -9,6 +9,7 @@ of submitting it twice; cancelling the flow stops the job.
 
 import functools
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -91,8 +92,8 @@ def _run(
         remove(result)
     write_json(join(location, "specification.json"), specification)
     client = JobSubmissionClient(config.address)
-    job_id = f"graceful-{kind}-{digest}"
-    _ensure_submitted(client, job_id, f"python -m flows.jobs {kind} {location}", runtime_environment())
+    entrypoint = f"python -m flows.jobs {kind} {location}"
+    job_id = _submitted(client, f"graceful-{kind}-{digest}", entrypoint, runtime_environment())
     deadline = time.monotonic() + config.deadline_hours * 3600
     try:
         while not (status := client.get_job_status(job_id)).is_terminal():
@@ -103,26 +104,29 @@ def _run(
         client.stop_job(job_id)
         raise
     if status != JobStatus.SUCCEEDED or not exists(result):
-        tail = client.get_job_logs(job_id)[-600:]
-        raise JobFailedError(f"Ray job {job_id} ended as {status.value}: {' '.join(tail.split())}")
+        # The log is empty where the job could not even start; the message then has the reason.
+        told = client.get_job_logs(job_id) or str(client.get_job_info(job_id).message)
+        raise JobFailedError(f"Ray job {job_id} ended as {status.value}: {' '.join(told[-600:].split())}")
     return dict(read_json(result))
 
 
-def _ensure_submitted(client: Any, job_id: str, entrypoint: str, runtime_env: dict[str, Any]) -> None:
-    """Submit a job unless it runs already; one that failed is submitted again under the same id."""
-    try:
-        status = client.get_job_status(job_id)
-    except RuntimeError:  # unknown id
-        status = None
-    if status is not None and not status.is_terminal():
-        return
-    if status is not None:
-        client.delete_job(job_id)
+def _submitted(client: Any, name: str, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+    """Id of the attempt that runs; where all have ended, a new one is submitted.
+
+    Every attempt has an id of its own: one that is deleted and used again at once fails now and then.
+    """
+    for attempt in itertools.count(1):
+        job_id = f"{name}-{attempt}"
+        try:
+            if not client.get_job_status(job_id).is_terminal():
+                return job_id
+        except RuntimeError:  # unknown id
+            break
     deadline = time.monotonic() + _AGENT_START_S
     while True:
         try:
             client.submit_job(entrypoint=entrypoint, submission_id=job_id, runtime_env=runtime_env)
-            return
+            return job_id
         except RuntimeError as error:
             # A head that has just started answers before it can take jobs.
             if "No available agent" not in str(error) or time.monotonic() > deadline:

@@ -223,7 +223,9 @@ async def _crash_zombies(client: Any) -> None:
                 within=timedelta(seconds=ZOMBIE_AFTER_S),
             ),
             actions=[
-                ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message="The run's heartbeat stopped.")
+                ChangeFlowRunState(
+                    state=StateType.CRASHED, name="Crashed", message="The run's heartbeat stopped.", force=False
+                )
             ],
         )
     )

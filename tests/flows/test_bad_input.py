@@ -25,6 +25,8 @@ from indexing.storage import set_crash_hook
 from tests.flows import tiny
 from tests.flows.run_steps import FINISHED, REPEATED, in_child, run_update_steps
 
+pytestmark = pytest.mark.timeout(300)
+
 FAILED, WRONG_USE = 1, 2
 
 

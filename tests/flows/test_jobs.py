@@ -35,7 +35,7 @@ from training.job import TrainingConfig, TrainingJob
 CODE = Path(__file__).parents[2]
 START_S = 180
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(560)]
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,23 @@ def head() -> Iterator[Head]:
     """A head with its job server; ended with everything that it started."""
     # Ray's sockets lie below this folder, and a socket's path must be short.
     folder = tempfile.mkdtemp(prefix="gr", dir="/tmp")
+    try:
+        # Ray gives its own processes 30 s to start, which a busy machine can need more than.
+        found = start_head(folder) or start_head(folder) or start_head(folder)
+        assert found is not None, Path(folder, "head.log").read_text()[-3000:]
+        yield found
+    finally:
+        end_processes(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_head(folder: str) -> Head | None:
     gcs, dashboard, agent, agent_grpc, client, metrics = free_ports(6)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
     environment |= {
         # "python" in a job's command is the one that Ray itself runs on.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "PYTHONUNBUFFERED": "1",
         "RAY_TMPDIR": folder,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",
@@ -108,24 +120,25 @@ def head() -> Iterator[Head]:
         process = subprocess.Popen(
             command, env=environment, cwd=folder, stdout=output, stderr=output, start_new_session=True
         )
-    try:
-        deadline = time.monotonic() + START_S
-        while not answers(f"http://127.0.0.1:{dashboard}/api/version"):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.5)
-        yield Head(f"http://127.0.0.1:{dashboard}", f"{get_node_ip_address()}:{gcs}", folder)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        deadline = time.monotonic() + 15
-        while living(folder) and time.monotonic() < deadline:
-            time.sleep(0.5)
+    deadline = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < deadline:
+        if "Ray runtime started" in log.read_text() and answers(f"http://127.0.0.1:{dashboard}/api/version"):
+            return Head(f"http://127.0.0.1:{dashboard}", f"{get_node_ip_address()}:{gcs}", folder)
+        time.sleep(0.5)
+    end_processes(folder)
+    process.wait()
+    return None
+
+
+def end_processes(folder: str) -> None:
+    """End what runs in a folder: kindly at first; by process id, for other clusters may run here."""
+    for sign, seconds in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0)):
         for pid in living(folder):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
+                os.kill(pid, sign)
+        deadline = time.monotonic() + seconds
+        while living(folder) and time.monotonic() < deadline:
+            time.sleep(0.5)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +182,7 @@ def test_a_failed_job_tells_its_reason_and_the_same_order_trains_once_repaired_a
         submit_training(config, jobs, job)
 
     write_manifest(job.manifest_uri, digits)
-    card = submit_training(config, jobs, job)  # the same id: the failed job makes room for this one
+    card = submit_training(config, jobs, job)  # the next attempt at the same order
     assert card.ordinal == 1
     assert card.training["workers"] == 1
     assert (shared / "generations" / card.generation_id / "card.json").exists()
