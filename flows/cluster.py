@@ -97,7 +97,7 @@ class RaySession:
                 ray.shutdown()
                 if "timed out" not in str(error) or attempt == _START_ATTEMPTS:
                     raise ClusterStartError(
-                        f"starting a local Ray cluster: not up after {attempt} attempts ({str(error).splitlines()[0]}); "
+                        f"starting a local Ray cluster: not up, attempt {attempt} ({str(error).splitlines()[0]}); "
                         'free some memory and processors, or join a running one with cluster.address = "auto"'
                     ) from error
 

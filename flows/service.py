@@ -93,6 +93,8 @@ def _flow_server(root: str, host: str, port: int) -> Iterator[str]:
     api_url = f"http://{f'[{reached_at}]' if ':' in reached_at else reached_at}:{port}/api"
     log = home / "server.log"
     environment = {**os.environ, "PREFECT_HOME": str(home), "GRACEFUL_PARENT": str(os.getpid())}
+    # Where the pages ask for data: wherever they were loaded from. The default is port 4200, whatever the real one is.
+    environment.setdefault("PREFECT_SERVER_UI_API_URL", "/api")
     with log.open("ab") as output:
         # A session of its own: Ctrl-C in the terminal reaches this process only, which ends the server last.
         server = subprocess.Popen(

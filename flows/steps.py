@@ -128,6 +128,11 @@ class UpdateRun:
         """Name of the newest recorded evaluation."""
         return str(self.registry.events("decided", self.frozen.update_key)[-1].payload["evaluation"])
 
+    def recorded_paragon(self) -> str | None:
+        """The paragon that the newest recorded decision was measured against, if there was one."""
+        paragon = self.registry.events("decided", self.frozen.update_key)[-1].payload.get("paragon")
+        return None if paragon is None else str(paragon)
+
     # Acting -----------------------------------------------------------------------------------------------------------
 
     def acts_on(self, evaluation: Evaluation) -> bool:

@@ -171,12 +171,10 @@ def run_update(
     report = report.plus(reindex(run))
     run.conclude(evaluation)
     publish_evaluation(run, evaluation)
-    return _result(run, evaluation, report, paragon=paragon)
+    return _result(run, evaluation, report)
 
 
-def _result(
-    run: UpdateRun, evaluation: Evaluation, report: ReindexReport, *, paragon: str | None = None, repeated: bool = False
-) -> UpdateResult:
+def _result(run: UpdateRun, evaluation: Evaluation, report: ReindexReport, *, repeated: bool = False) -> UpdateResult:
     location = run.workspace.evaluation_uri(run.evaluation_id())
     decision = evaluation.decision
     return UpdateResult(
@@ -194,6 +192,6 @@ def _result(
         num_dropped=run.frozen.num_dropped,
         rows_reindexed=report.embedded,
         failures=len(report.failures),
-        paragon=paragon,
+        paragon=run.recorded_paragon(),
         repeated=repeated,
     )

@@ -198,7 +198,7 @@ def test_a_failed_job_tells_its_reason_and_the_same_order_trains_once_repaired_a
     first, second = submit_embedding(config, jobs, uri, units)
     assert (first.num_rows, second.num_rows, second.width) == (50, 49, 16)
     assert [place for place, _ in second.failures] == [49]
-    vectors = read_embeddings(first.path)
+    _, vectors = read_embeddings([first.path])
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert submit_embedding(nowhere.model_copy(update={"embed_workers": 1}), jobs, uri, units) == [first, second]
 

@@ -15,7 +15,7 @@ from indexing.storage import CRASH_EXIT_CODE
 from tests.flows import tiny
 from tests.flows.run_steps import FINISHED, REPEATED, in_child
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(400)
 
 CRASH_POINTS = [
     "evaluation-written", "decided", "certified", "plan-saved", "before-serving-moves", "after-serving-moved",
@@ -82,7 +82,7 @@ def test_update_killed_while_it_trains_goes_on_from_its_checkpoint(spawn, digits
         tiny.write_config(root, digits_file, longer)
     assert run(spawn, quiet) == FINISHED
     process = spawn(in_child, str(killed), "", str(tmp_path / "log"))
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.is_alive():
         trails = [file for file in killed.glob("runs/g002-*/metrics.jsonl") if file.read_text().count("\n") >= 2]
         if trails:

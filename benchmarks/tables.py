@@ -1,0 +1,91 @@
+"""Renders the README's measured tables from stored results: `python -m benchmarks.tables`.
+
+docs/results/<example>.json is the `replay.json` of a workspace; benchmarks/results.json what `python -m benchmarks`
+wrote. Nothing is typed in by hand.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ("digits", "omniglot", "cifar100")
+
+
+def history(name: str, result: dict[str, Any]) -> str:
+    """One example: what was decided per generation, the matrix, and the controls beside it."""
+    generations = [generation.split("-")[0] for generation in result["generations"]]
+    lines = [
+        f"**{name}**: AC {_number(result['ac'])} over constrained pairs, AM {_percent(result['am'])} %.",
+        "",
+        "| | images | decision | self-test | served before | served after | NFR | tax | "
+        + " | ".join(f"on {generation}" for generation in generations)
+        + " |",
+        "|---|---|---|" + "---|" * (5 + len(generations)),
+    ]
+    for place, line in enumerate(result["lines"]):
+        decided = line["outcome"] + (f" {line['fraction']:.0%}" if line["outcome"] == "COMPATIBLE_ROLLOUT" else "")
+        decided += " (backfill ordered)" if line["overridden"] else ""
+        cells = [
+            generations[place],
+            f"{line['num_training_images']:,}",
+            decided,
+            _percent(line["self_test"]),
+            _percent(line["served_before"]),
+            _percent(line["served_after"]),
+            _percent(line["nfr"]),
+            "" if line["tax_points"] is None else f"{line['tax_points']:+.1f}",
+            *_row(result["matrix"], place),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    if result["controls"]:
+        lines += ["", *_controls(result, generations)]
+    return "\n".join(lines)
+
+
+def benchmarks(results: dict[str, dict[str, Any]]) -> str:
+    """The ratios with their spread, target, hardware and date."""
+    lines = ["| benchmark | ratio (spread) | target | hardware, date | what |", "|---|---|---|---|---|"]
+    for name, found in sorted(results.items()):
+        spread = f" ({found['lowest']} to {found['highest']})" if found["num_pairs"] > 1 else ""
+        met = found["target"] + ("" if found["meets_target"] else ": missed")
+        lines.append(
+            f"| {name} | {found['ratio']}{spread} | {met} | {found['hardware']}, {found['date']} | {found['note']} |"
+        )
+    return "\n".join(lines)
+
+
+def _controls(result: dict[str, Any], generations: Sequence[str]) -> list[str]:
+    lines = ["| control without constraints | AC | NFR between neighbours | self-tests | last on earlier galleries |"]
+    lines.append("|---|---|---|---|---|")
+    nfr = [result["nfr"][place][place + 1] for place in range(len(generations) - 1)]
+    rows = [("*constrained, for comparison*", result["ac"], nfr, result["matrix"])]
+    rows += [
+        (c["name"].replace("_", " "), c["ac"], c["nfr_between_neighbours"], c["matrix"]) for c in result["controls"]
+    ]
+    for name, ac, flips, matrix in rows:
+        own = " ".join(_percent(matrix[place][place]) for place in range(len(matrix)))
+        last = " ".join(_percent(value) for value in matrix[-1][:-1])
+        lines.append(f"| {name} | {_number(ac)} | {' '.join(map(_percent, flips))} | {own} | {last} |")
+    return lines
+
+
+def _row(matrix: Sequence[Sequence[float | None]], place: int) -> list[str]:
+    return ["" if value is None else _percent(value) for value in matrix[place]]
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    for example in EXAMPLES:
+        stored = ROOT / "docs" / "results" / f"{example}.json"
+        if stored.exists():
+            print(history(example, json.loads(stored.read_text())), end="\n\n")
+    print(benchmarks(json.loads((ROOT / "benchmarks" / "results.json").read_text())))
