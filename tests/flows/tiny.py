@@ -4,11 +4,15 @@ Thirty images of each digit to train on, twenty of each to judge by; resampled b
 update is decided to roll out: these tests are about what is carried out, not about statistics.
 """
 
+import contextlib
 import copy
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -125,14 +129,25 @@ def end_state(root: str | Path) -> dict[str, Any]:
     }
 
 
-def graceful(
-    *arguments: str, env: Mapping[str, str], timeout: float = 200, cwd: Path = ROOT
-) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments], cwd=cwd, env=dict(env), capture_output=True, text=True,
-        timeout=timeout, check=False,
-    )  # fmt: skip
+def graceful(*arguments: str, env: Mapping[str, str], timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, and end whatever it left behind.
+
+    Output goes to files: the flow server of a killed command lives on and would hold a pipe open.
+    """
+    command = [sys.executable, "-m", "flows.cli", *arguments]
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=dict(env), stdout=output, stderr=errors, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+        output.seek(0)
+        errors.seek(0)
+        return subprocess.CompletedProcess(command, code, output.read(), errors.read())
 
 
 def copy_workspace(source: Path, target: Path) -> Path:
