@@ -119,6 +119,7 @@ def visit(browser: Any, allowed: str, width: int, height: int, **options: Any) -
     return found
 
 
+@pytest.mark.quiet
 def test_the_flow_run_shows_its_tasks_and_its_artifacts(browser: Any, shown: ShownUpdate, pictures: Path) -> None:
     from playwright.sync_api import expect
 

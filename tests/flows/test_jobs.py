@@ -35,7 +35,7 @@ from training.job import TrainingConfig, TrainingJob
 CODE = Path(__file__).parents[2]
 START_S = 180
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(560)]
+pytestmark = [pytest.mark.slow, pytest.mark.quiet, pytest.mark.timeout(560)]
 
 
 @dataclass(frozen=True)

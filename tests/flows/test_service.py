@@ -153,6 +153,7 @@ def test_the_cron_schedule_really_yields_runs_and_the_flow_ui_shows_a_form(servi
     assert "+0545 (cron '5 * * * *')" in service.text()
 
 
+@pytest.mark.quiet
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_triggered_run_completes_and_leaves_artifacts_under_stable_keys(service: Service) -> None:
@@ -169,6 +170,7 @@ def test_a_triggered_run_completes_and_leaves_artifacts_under_stable_keys(servic
     assert json.loads(graceful("status", "--root", str(service.root), "--json").stdout)["champion"] is not None
 
 
+@pytest.mark.quiet
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_one_update_at_a_time_and_stopping_cancels_it_and_leaves_no_process(service: Service) -> None:
