@@ -44,7 +44,7 @@ class TerminalProgress:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def track(self, label: str, total: int) -> Iterator[Advance]:

@@ -13,14 +13,14 @@ from flows.replay import ControlResult, ReplayResult
 def print_replay(console: Console, result: ReplayResult) -> None:
     """Matrix, flips, controls, and where the report lies."""
     names = [name.split("-")[0] for name in result.generations]
-    console.print()
-    console.print(_matrix("Compatibility: queries by row, gallery of column (recall, %)", names, result.matrix))
+    _print_matrix(console, "Compatibility: queries by row, gallery of column (recall, %)", names, result.matrix)
     served = "" if result.ac is None else f"AC {result.ac:.2f} over constrained pairs, "
     console.print(f"  {served}AM {100 * result.am:.1f} %   + criterion met, - not met")
-    console.print(_matrix("Negative flips: right with row, wrong with column (% of queries)", names, result.nfr, False))
+    title = "Negative flips: right with row, wrong with column (% of queries)"
+    _print_matrix(console, title, names, result.nfr, False)
     if result.classification_nfr is not None:
         title = "Negative flips in classification (% of queries)"
-        console.print(_matrix(title, names, result.classification_nfr, False))
+        _print_matrix(console, title, names, result.classification_nfr, False)
     for control in result.controls:
         _print_control(console, control)
     console.print(f"\nServing {result.champion}.  Report: {result.report}", highlight=False, soft_wrap=True)
@@ -55,16 +55,20 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
 
 def _print_control(console: Console, control: ControlResult) -> None:
     names = [f"g{place + 1:03d}" for place in range(len(control.matrix))]
-    console.print(_matrix(f"Control without constraints: {control.name.replace('_', ' ')}", names, control.matrix))
+    _print_matrix(console, f"Control without constraints: {control.name.replace('_', ' ')}", names, control.matrix)
     flips = " ".join(f"{100 * value:.1f}" for value in control.nfr_between_neighbours)
     ac = "-" if control.ac is None else f"{control.ac:.2f}"
     console.print(f"  AC {ac}, AM {100 * control.am:.1f} %, NFR between neighbours {flips} %")
 
 
-def _matrix(
-    title: str, names: Sequence[str], values: Sequence[Sequence[float | None]], criterion: bool = True
-) -> Table:
-    table = Table(title=title, title_justify="left", box=None, title_style="bold")
+def _print_matrix(
+    console: Console,
+    title: str,
+    names: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    criterion: bool = True,
+) -> None:
+    table = Table(box=None)
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
@@ -77,7 +81,8 @@ def _matrix(
                 mark = "+" if value > reference else "-"
             cells.append("." if value is None else f"{100 * value:.1f}{mark}")
         table.add_row(name, *cells)
-    return table
+    console.print(f"\n[bold]{title}[/bold]", highlight=False)
+    console.print(table)
 
 
 def _state(name: str | None) -> str:
