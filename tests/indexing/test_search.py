@@ -46,10 +46,12 @@ class Shelf:
 
     items: dict[str, tuple[int, str, NDArray[np.float32]]] = field(default_factory=dict)
     loaded: list[str] = field(default_factory=list)
+    revisions: dict[str, int] = field(default_factory=dict)  # never fall, as in the gallery: a delete is one too
 
     def put(self, item_ids: list[str], generation: str, seed: int, width: int = WIDTH) -> None:
         for item_id, vector in zip(item_ids, grid_vectors(seed, len(item_ids), width), strict=True):
-            self.items[item_id] = (self.items.get(item_id, (0,))[0] + 1, generation, vector)
+            self.revisions[item_id] = self.revisions.get(item_id, 0) + 1
+            self.items[item_id] = (self.revisions[item_id], generation, vector)
 
     def rows(self) -> list[SegmentRows]:
         parts = []
