@@ -45,6 +45,7 @@ __all__ = [
     "Outcome",
     "Reason",
     "RolloutPolicy",
+    "certificates_to_issue",
     "certify",
     "decide",
     "gather_evidence",
@@ -59,7 +60,7 @@ class CertificateToIssue(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    query_generation: str = Field(description="The candidate.")
+    query_generation: str = Field(description="The candidate, or an old client's generation.")
     gallery_generation: str = Field(description="The generation whose vectors it may read.")
 
 
@@ -106,6 +107,15 @@ def decide(evidence: Evidence, policy: RolloutPolicy) -> Decision:
         return _inconclusive(evidence, policy, undecided, (*paying.reasons, *everything))
     blocking = (*paying.with_verdict("FAIL"), *(r for option in rollouts for r in option.with_verdict("FAIL")))
     return _hold(evidence, f"no option passes: {blocking[0].text}", blocking, everything)
+
+
+def certificates_to_issue(evidence: Evidence) -> tuple[CertificateToIssue, ...]:
+    """The candidate's own, those that passed, and those of older clients that passed."""
+    passed = [item.gallery_generation for item in evidence.certificates if item.verdict == "PASS"]
+    candidate = evidence.candidate
+    pairs = [(candidate, owner) for owner in (candidate, *passed)]
+    pairs += [(item.query_generation, candidate) for item in evidence.clients if item.verdict == "PASS"]
+    return tuple(CertificateToIssue(query_generation=query, gallery_generation=owner) for query, owner in pairs)
 
 
 def missing_pieces(evidence: Evidence, policy: RolloutPolicy) -> tuple[Reason, ...]:
@@ -162,7 +172,7 @@ def _bootstrap(evidence: Evidence) -> Decision:
         outcome="BOOTSTRAP",
         summary=f"BOOTSTRAP: the lineage is empty and the self-test of {evidence.candidate} was measured "
         f"({percent(evidence.self_test)}); it serves as the first generation.",
-        certificates=_certificates(evidence),
+        certificates=certificates_to_issue(evidence),
         decisive=standing(evidence),
     )
 
@@ -186,7 +196,7 @@ def _rollout(evidence: Evidence, passing: Sequence[Option], everything: Iterable
         fraction=chosen.fraction,
         order=evidence.order,
         wave_zero_generations=waves,
-        certificates=_certificates(evidence),
+        certificates=certificates_to_issue(evidence),
         decisive=chosen.reasons,
         others=everything,
     )
@@ -217,7 +227,7 @@ def _full_backfill(
         f"compatible rollout does not: {blocking.text}.",
         fraction=1.0,
         order=evidence.order,
-        certificates=_certificates(evidence),
+        certificates=certificates_to_issue(evidence),
         decisive=(*full.reasons, blocking),
         others=everything,
     )
@@ -310,14 +320,6 @@ def _further_for_margin(
             critical=critical,
         )
     return None if total is None else max(1, total - item.num_queries)
-
-
-def _certificates(evidence: Evidence) -> tuple[CertificateToIssue, ...]:
-    passed = [item.gallery_generation for item in evidence.certificates if item.verdict == "PASS"]
-    candidate = evidence.candidate
-    return tuple(
-        CertificateToIssue(query_generation=candidate, gallery_generation=owner) for owner in (candidate, *passed)
-    )
 
 
 def _decision(

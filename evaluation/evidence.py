@@ -76,18 +76,22 @@ class StateEvidence(BaseModel):
 
 
 class CertificateEvidence(BaseModel):
-    """Non-inferiority of live/<candidate>/<owner> to live/<champion>/<owner>, on the rows that the owner owns now."""
+    """Whether queries of one generation may be scored against vectors of another.
+
+    For the candidate: live/<candidate>/<owner> not inferior to live/<champion>/<owner>, on the rows that the owner owns
+    now. For an old client: pair/<client>/<candidate> not inferior to pair/<client>/<client>.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    query_generation: str = Field(description="The candidate.")
-    gallery_generation: str = Field(description="The generation that owns the rows.")
-    share: float = Field(description="Share of the gallery's rows that it owns.")
+    query_generation: str = Field(description="The candidate, or an old client's.")
+    gallery_generation: str = Field(description="The generation whose vectors are read.")
+    share: float = Field(description="Share of the gallery's rows that it owns; 1 for an old client.")
     verdict: Verdict = Field(description="UNKNOWN counts as not issued, like FAIL.")
     num_queries: int = Field(description="Queries compared.")
     num_clusters: int = Field(description="Clusters among them.")
-    value: float | None = Field(description="Metric of the candidate's queries on these rows.")
-    baseline: float | None = Field(description="Metric of the champion's queries on these rows.")
+    value: float | None = Field(description="Metric of its queries on these rows.")
+    baseline: float | None = Field(description="Metric of what it is compared with.")
     difference: float | None = Field(description="value - baseline.")
     difference_lower: float | None = Field(description="One-sided lower bound; None when there is no bound.")
     difference_upper: float | None = Field(description="One-sided upper bound; None when there is no bound.")
@@ -113,6 +117,9 @@ class Evidence(BaseModel):
     self_test: float | None = Field(description="Metric of the candidate on its own gallery; None = not measured.")
     states: tuple[StateEvidence, ...] = Field(default=(), description="One per scope and fraction.")
     certificates: tuple[CertificateEvidence, ...] = Field(default=(), description="One per live owner.")
+    clients: tuple[CertificateEvidence, ...] = Field(
+        default=(), description="One per older generation whose clients still query: may it read the candidate's rows?"
+    )
     live_owners: dict[str, float] = Field(default_factory=dict, description="Share of rows per live generation.")
     wave_zero_generations: tuple[str, ...] = Field(default=(), description="Live owners without a certificate.")
     wave_zero_share: float = Field(default=0.0, description="Share of the gallery that they own.")
@@ -133,12 +140,13 @@ def gather_evidence(
     is_first: bool,
     cost: CostInputs | None = None,
     unreadable_share: float | None = None,
+    clients: Sequence[str] = (),
 ) -> Evidence:
     """Bounds for every state and certificate that the policy asks about. Pure: the same arguments give the same bytes.
 
     `live_owners` maps each generation that owns rows of today's view to its share of the gallery. What the shares leave
     to 1 is unreadable unless `unreadable_share` says otherwise. Wave 0 (rows of owners without a certificate) must be
-    candidate-owned in every fraction state already: see `certify`.
+    candidate-owned in every fraction state already: see `certify`. `clients` are older generations that still query.
     """
     shares = {owner: float(share) for owner, share in live_owners.items()}
     if any(not 0 <= share <= 1 for share in shares.values()) or sum(shares.values()) > 1 + 1e-6:
@@ -173,6 +181,7 @@ def gather_evidence(
         **common,
         states=_states(outcomes, policy, scopes),
         certificates=certificates,
+        clients=certify_clients(outcomes, policy, clients, candidate=candidate),
         live_owners=shares,
         wave_zero_generations=wave_zero,
         wave_zero_share=sum(shares[owner] for owner in wave_zero),
@@ -191,25 +200,53 @@ def certify(
     below it. The candidate's own rows, if any, are covered by its self-test and left out.
     """
     owners = [owner for owner in live_owners if owner != candidate]
-    pairs = []
-    for owner in owners:
-        before, after = live_state(champion, owner), live_state(candidate, owner)
-        known = before in outcomes.first_rank and after in outcomes.first_rank
-        pairs.append(compare(outcomes, before, after, metric=policy.metric, k=policy.k) if known else None)
+    return _certified(
+        outcomes,
+        policy,
+        [(candidate, owner, float(live_owners[owner])) for owner in owners],
+        [(live_state(champion, owner), live_state(candidate, owner)) for owner in owners],
+    )
+
+
+def certify_clients(
+    outcomes: Outcomes, policy: RolloutPolicy, clients: Sequence[str], *, candidate: str
+) -> tuple[CertificateEvidence, ...]:
+    """Judge whether queries of older generations may be scored against the candidate's vectors.
+
+    Each is compared with what it has for sure: a gallery of its own vectors. Without the certificate ingest goes on
+    writing vectors for it; no option depends on it.
+    """
+    return _certified(
+        outcomes,
+        policy,
+        [(client, candidate, 1.0) for client in clients],
+        [(pair_state(client, client), pair_state(client, candidate)) for client in clients],
+    )
+
+
+def _certified(
+    outcomes: Outcomes,
+    policy: RolloutPolicy,
+    wanted: Sequence[tuple[str, str, float]],
+    states: Sequence[tuple[str, str]],
+) -> tuple[CertificateEvidence, ...]:
+    """Judge each wanted (query generation, gallery generation, share) by its states (before, after)."""
+    pairs = [
+        compare(outcomes, before, after, metric=policy.metric, k=policy.k)
+        if before in outcomes.first_rank and after in outcomes.first_rank
+        else None
+        for before, after in states
+    ]
     bands = _bands(_codes(outcomes), policy, pairs, families=[[index] for index in range(len(pairs))])
-    certificates = []
-    for index, owner in enumerate(owners):
+    certificates, margin = [], policy.quality_margin_points
+    for index, (query, gallery, share) in enumerate(wanted):
         numbers = _difference_numbers(pairs[index], bands[index], 0)
-        margin = policy.quality_margin_points
+        verdict: Verdict = "UNKNOWN"
+        if margin is not None:
+            verdict = verdict_not_below(numbers["difference_lower"], numbers["difference_upper"], -margin / 100)
         certificates.append(
             CertificateEvidence(
-                query_generation=candidate,
-                gallery_generation=owner,
-                share=float(live_owners[owner]),
-                verdict="UNKNOWN"
-                if margin is None
-                else verdict_not_below(numbers["difference_lower"], numbers["difference_upper"], -margin / 100),
-                **numbers,
+                query_generation=query, gallery_generation=gallery, share=share, verdict=verdict, **numbers
             )
         )
     return tuple(certificates)

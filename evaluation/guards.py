@@ -120,18 +120,22 @@ def standing(evidence: Evidence) -> list[Reason]:
             else "UNKNOWN", text=f"self-test of {evidence.candidate}: {percent(evidence.self_test)}",
         )
     ]  # fmt: skip
-    for item in evidence.certificates:
+    for item in (*evidence.certificates, *evidence.clients):
+        is_client = item.gallery_generation == evidence.candidate
+        against = "its own vectors" if is_client else evidence.champion
+        rows = "a gallery of" if is_client else "the rows of"
         threshold = -limit_of(evidence.quality_margin_points) / 100
         bound = item.difference_upper if item.verdict == "FAIL" else item.difference_lower
         text = (
-            f"queries of {item.query_generation} on the rows of {item.gallery_generation} ({percent(item.share)} of "
-            f"the gallery): {_points(item.difference)} points against {evidence.champion}, {_side(item.verdict)} "
+            f"queries of {item.query_generation} on {rows} {item.gallery_generation} ({percent(item.share)} of "
+            f"the gallery): {_points(item.difference)} points against {against}, {_side(item.verdict)} "
             f"{_points(bound)}, limit {_points(threshold)}, n {item.num_queries}: {item.verdict}"
         )
         reasons.append(
             Reason(
-                guard="certificate", scope=item.gallery_generation, threshold=threshold, value=item.difference,
-                bound=bound, n=item.num_queries, verdict=item.verdict, text=text,
+                guard="certificate", scope=item.query_generation if is_client else item.gallery_generation,
+                threshold=threshold, value=item.difference, bound=bound, n=item.num_queries,
+                verdict=item.verdict, text=text,
             )
         )  # fmt: skip
     return reasons

@@ -29,6 +29,7 @@ class Candidacy:
     generations: tuple[str, ...]
     policy: RolloutPolicy
     order: str
+    clients: tuple[str, ...] = ()
     seed: int = 0
     paragon: str | None = None
     classifiers: Mapping[str, Classifier] | None = None
@@ -39,7 +40,8 @@ class Candidacy:
 def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candidacy, vectors: Vectors) -> Evaluation:
     """Measure every state that would be served and the diagnosis around it, and decide.
 
-    `candidacy.generations` are all generations of the matrix beside the candidate, by ordinal.
+    `candidacy.generations` are all generations of the matrix beside the candidate, by ordinal. `candidacy.clients` are
+    older ones that still query; the champion is not among them: after a rollback it must see what it sees now.
     """
     candidate, champion = candidacy.candidate, candidacy.champion
     lineage = sorted({*candidacy.generations, candidate}, key=ordinal_of)
@@ -51,6 +53,7 @@ def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candi
         candidacy.prefix_widths or {},
     )
     bench.measure_pairs([(query, gallery) for query in lineage for gallery in lineage[: lineage.index(query) + 1]])
+    bench.measure_pairs([(client, candidate) for client in candidacy.clients])
     if candidacy.paragon is not None:
         bench.measure_pairs([(candidacy.paragon, candidacy.paragon)])
     for name, classifier in (candidacy.classifiers or {}).items():
@@ -64,6 +67,7 @@ def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candi
         "is_first": champion is None,
         "cost": candidacy.cost,
         "unreadable_share": None,
+        "clients": list(candidacy.clients),
     }
     if champion is None:
         return judge(bench.outcomes(), candidacy.policy, context)

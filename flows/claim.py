@@ -60,8 +60,10 @@ def claim(root: str, purpose: str, *, wait_s: float = 0.0) -> Iterator[None]:
     finally:
         stop.set()
         renewer.join()
-        _write_if_mine(table, me, expires_at=0.0)
-        table.compact()
+        # A claim that cannot be given back (a full disk) runs out; what happened in the block matters more.
+        with suppress(Exception):
+            _write_if_mine(table, me, expires_at=0.0)
+            table.compact()
 
 
 def _take(table: VersionedTable, me: dict[str, object]) -> bool:

@@ -35,14 +35,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 @app.command()
 def init(
-    root: Annotated[str, typer.Argument(help="Folder of the new workspace.")] = ".",
+    root: Annotated[str, typer.Argument(help="Folder or object-store URI of the new workspace.")] = ".",
     config: Annotated[Path | None, typer.Option(help="Configuration to start from; by default a template.")] = None,
 ) -> None:
     """Create a workspace: the folder, its empty tables and a [bold]graceful.toml[/bold] to edit."""
     with reported_errors():
         from flows.operations import create_workspace
 
-        path = create_workspace(os.path.abspath(root), config)
+        path = create_workspace(_root(root), config)
         Console().print(f"Created {path}. Edit it, then run 'graceful ingest' and 'graceful update'.", soft_wrap=True)
 
 
@@ -134,6 +134,16 @@ def delete(
         from flows.operations import delete_items
 
         found = delete_items(_root(root), item_ids, forget=forget)
+        _print(as_json, found, lambda console: _print_counts(console, found))
+
+
+@app.command()
+def collect(root: RootOption = ".", as_json: JsonOption = False) -> None:
+    """Drop vectors that nobody can read any more: not the champion, its predecessor, a supported client or a reader."""
+    with reported_errors(as_json):
+        from flows.operations import collect_garbage
+
+        found = collect_garbage(_root(root))
         _print(as_json, found, lambda console: _print_counts(console, found))
 
 
@@ -236,7 +246,7 @@ def serve(
         else:
             from flows.environment import prepare_environment
 
-            prepare_environment(_root(root), log_level="INFO")
+            prepare_environment(_root(root), logs_to_terminal=True)
             from flows.service import serve_updates
 
             serve_updates(_root(root), ui_host, ui_port)

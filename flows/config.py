@@ -1,7 +1,8 @@
 """The configuration of a pipeline: the stages' config models in one strict TOML file.
 
 `$NAME` in a text value is taken from the environment and `{root}` is the workspace; relative paths count from the
-folder of the file. An unknown key is an error that names the nearest known one. `digest` is part of an update's key.
+folder of the file, which may lie in an object store. An unknown key is an error that names the nearest known one.
+`digest` is part of an update's key.
 """
 
 import difflib
@@ -18,8 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from evaluation.policy import RolloutPolicy
 from flows.evaluation_set import EvaluationConfig
 from indexing.planner import ORDERS
+from indexing.storage import is_remote, join, read_bytes
 from training.datasets import DatasetConfig
 from training.job import TrainingConfig
+
+CONFIG_FILE = "graceful.toml"
+"""Name of a workspace's configuration, in the workspace."""
 
 _PATH_KEYS = ("path", "initial_weights")
 _VARIABLE = re.compile(r"\$([A-Z][A-Z0-9_]*)")
@@ -144,13 +149,14 @@ class PipelineConfig(BaseModel):
 
 
 def load_config(path: str | Path, root: str, overrides: dict[str, Any] | None = None) -> PipelineConfig:
-    """Read a TOML file strictly. `overrides` maps dotted keys to values.
+    """Read a TOML file, local or at a URI, strictly. `overrides` maps dotted keys to values.
 
     Raises:
         ConfigError: naming key, problem and remedy.
     """
+    location = str(path) if is_remote(str(path)) else os.path.abspath(path)
     try:
-        raw = tomllib.loads(Path(path).read_text())
+        raw = tomllib.loads(read_bytes(location).decode())
     except FileNotFoundError:
         raise ConfigError(
             f"reading the configuration: expected a file, found none ({path}); see 'graceful init'"
@@ -159,14 +165,19 @@ def load_config(path: str | Path, root: str, overrides: dict[str, Any] | None = 
         raise ConfigError(f"reading the configuration: {error} ({path})") from None
     for dotted, value in (overrides or {}).items():
         _set(raw, dotted, value)
-    expanded = _expand(raw, Path(path).resolve().parent, root)
+    expanded = _expand(raw, os.path.dirname(location), root)
     try:
         return PipelineConfig.model_validate(expanded)
     except ValidationError as error:
         raise ConfigError(_explain(error, str(path))) from None
 
 
-def _expand(value: Any, folder: Path, root: str, key: str = "") -> Any:
+def load_workspace_config(root: str, overrides: dict[str, Any] | None = None) -> PipelineConfig:
+    """Read the configuration that lies in a workspace. Raises ConfigError."""
+    return load_config(join(root, CONFIG_FILE), root, overrides)
+
+
+def _expand(value: Any, folder: str, root: str, key: str = "") -> Any:
     if isinstance(value, dict):
         return {name: _expand(inner, folder, root, name) for name, inner in value.items()}
     if isinstance(value, list):
@@ -181,8 +192,9 @@ def _expand(value: Any, folder: Path, root: str, key: str = "") -> Any:
             )
         text = text.replace(f"${name}", os.environ[name])
     if key in _PATH_KEYS and "://" not in text and not os.path.isabs(text):
-        text = os.path.normpath(folder / text) if key == "path" or (folder / text).exists() else text
-    return str(text)
+        below = join(folder, text) if is_remote(folder) else os.path.normpath(os.path.join(folder, text))
+        return below if key == "path" or os.path.exists(below) else text
+    return text
 
 
 def _set(raw: dict[str, Any], dotted: str, value: Any) -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -36,7 +35,6 @@ class GenerationEncoders:
         config = self.session.config
         num_sources = sum(len(unit.sources) for unit in units)
         deadline_s = config.deadline_hours * 3600
-        started = time.monotonic()
         if config.embed_workers == 0 or num_sources < config.in_process_below:
             num_workers = 0
             done = embed_units(units, functools.partial(open_encoder, uri), deadline_s=deadline_s, on_unit=on_unit)
@@ -56,9 +54,9 @@ class GenerationEncoders:
                 deadline_s=deadline_s,
                 on_unit=on_unit,
             )
-        self.busy_s += sum(unit.seconds for unit in done) / max(num_workers, 1)
-        seconds = max(time.monotonic() - started, 1e-6)
-        self.rows_per_s = sum(unit.num_rows for unit in done) / seconds / max(num_workers, 1)
+        seconds = sum(unit.seconds for unit in done)
+        self.busy_s += seconds / max(num_workers, 1)
+        self.rows_per_s = sum(unit.num_rows for unit in done) / max(seconds, 1e-6)
 
 
 def load_classifier(generation_uri: str) -> Classifier | None:

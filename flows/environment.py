@@ -25,14 +25,18 @@ _DEFAULTS = {
 }
 
 
-def prepare_environment(root: str, *, log_level: str = "WARNING") -> None:
+def prepare_environment(root: str, *, logs_to_terminal: bool = False) -> None:
     """Set the defaults; the flow server's database lies in the workspace when that is a local folder.
+
+    What a run logs shows in the flow UI, with the traceback of a failure; on the terminal only with `logs_to_terminal`.
 
     A server that `graceful serve` runs for this workspace is used, so that its UI shows what is started by hand too.
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", log_level)
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
+    if not logs_to_terminal:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     if "://" in root:
         return
     server = running_server(root)

@@ -7,6 +7,7 @@ of submitting it twice; cancelling the flow stops the job.
     python -m flows.jobs embed <specification>     embeds units with one generation
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -26,6 +27,7 @@ from training.job import TrainingJob
 
 _POLL_S = 1.0
 _AGENT_START_S = 120.0
+_SILENCE_S = 120.0
 
 
 class JobFailedError(RuntimeError):
@@ -94,20 +96,39 @@ def _run(
     client = JobSubmissionClient(config.address)
     entrypoint = f"python -m flows.jobs {kind} {location}"
     job_id = _submitted(client, f"graceful-{kind}-{digest}", entrypoint, runtime_environment())
-    deadline = time.monotonic() + config.deadline_hours * 3600
-    try:
-        while not (status := client.get_job_status(job_id)).is_terminal():
-            if time.monotonic() > deadline:
-                raise JobFailedError(f"waiting for Ray job {job_id}: not done after {config.deadline_hours:g} hours")
-            time.sleep(_POLL_S)
-    except BaseException:
-        client.stop_job(job_id)
-        raise
+    status = _wait(client, job_id, config.deadline_hours)
     if status != JobStatus.SUCCEEDED or not exists(result):
         # The log is empty where the job could not even start; the message then has the reason.
         told = client.get_job_logs(job_id) or str(client.get_job_info(job_id).message)
         raise JobFailedError(f"Ray job {job_id} ended as {status.value}: {' '.join(told[-600:].split())}")
     return dict(read_json(result))
+
+
+def _wait(client: Any, job_id: str, deadline_hours: float) -> Any:
+    """Final status of a job. A head that does not answer for a while is asked again; leaving the wait stops the job."""
+    deadline = time.monotonic() + deadline_hours * 3600
+    heard = time.monotonic()
+    try:
+        while True:
+            try:
+                status = client.get_job_status(job_id)
+            except (ConnectionError, OSError, RuntimeError) as error:
+                if time.monotonic() - heard > _SILENCE_S:
+                    raise JobFailedError(
+                        f"waiting for Ray job {job_id}: its head has not answered for {_SILENCE_S:g} s ({error}); the "
+                        "same command finds the job again"
+                    ) from error
+            else:
+                heard = time.monotonic()
+                if status.is_terminal():
+                    return status
+            if time.monotonic() > deadline:
+                raise JobFailedError(f"waiting for Ray job {job_id}: not done after {deadline_hours:g} hours")
+            time.sleep(_POLL_S)
+    except BaseException:
+        with contextlib.suppress(Exception):  # a head that does not answer cannot be told
+            client.stop_job(job_id)
+        raise
 
 
 def _submitted(client: Any, name: str, entrypoint: str, runtime_env: dict[str, Any]) -> str:

@@ -1,35 +1,33 @@
 """What each command does, as a function from plain values to plain values: the command line and tests call these."""
 
 import hashlib
-import json
 import os
-import shutil
 import time
 import tomllib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from rich.console import Console
 
 from evaluation.decision import Decision
 from evaluation.policy import RolloutPolicy
-from flows.config import ConfigError, PipelineConfig, load_config
+from flows.config import CONFIG_FILE, ConfigError, PipelineConfig, load_config, load_workspace_config
 from flows.evidence import EvaluationMissingError, read_evaluation, recompute
 from flows.flow_ui import FlowProgress
 from flows.freeze import FrozenUpdate
+from flows.items import item_id_of, item_table
 from flows.progress import TerminalProgress
-from flows.replay import ReplayResult, item_id_of, run_replay
+from flows.replay import ReplayResult, replay_table, run_replay
 from flows.rollout import delete, ingest, rollback
 from flows.searcher import GallerySearcher
 from flows.session import open_session
 from flows.steps import release_when_due
 from flows.template import TEMPLATE
-from flows.update import CONFIG_FILE, UpdateResult, run_update
+from flows.update import UpdateResult, run_update
 from flows.workspace import Workspace, require_workspace
 from indexing.maintenance import collect, forget
-from indexing.storage import exists, is_remote, join, remove
+from indexing.storage import exists, is_remote, join, remove, write_bytes, write_json
 from training.datasets import DatasetConfig, LabelledImages, load_images, read_manifest
 from training.encoder import adopt as adopt_encoder
 from training.generation import ordinal_of
@@ -37,19 +35,18 @@ from training.generation import ordinal_of
 
 def create_workspace(root: str, config: Path | None) -> str:
     """Create the folder, its empty tables and the configuration; what is there is left alone."""
-    os.makedirs(root, exist_ok=True)
-    target = Path(root) / CONFIG_FILE
-    if config is not None and target.exists():
+    target = join(root, CONFIG_FILE)
+    if config is not None and exists(target):
         raise ConfigError(f"creating a workspace: {target} is there already; edit it, or choose another folder")
     if config is not None:
         load_config(config, root)
-        shutil.copyfile(config, target)
-    elif not target.exists():
-        target.write_text(TEMPLATE)
+        write_bytes(target, config.read_bytes())
+    elif not exists(target):
+        write_bytes(target, TEMPLATE.encode())
     workspace = _open(root)
     workspace.gallery.version()
     workspace.registry.serving()
-    return str(target)
+    return target
 
 
 def run_update_flow(
@@ -60,7 +57,7 @@ def run_update_flow(
 
     require_workspace(root)
     overrides = {} if paragon is None else {"train_paragon": paragon}
-    config = load_config(Path(root) / CONFIG_FILE, root, overrides)
+    config = load_workspace_config(root, overrides)
 
     @flow(name="graceful-update", persist_result=False)
     def update() -> UpdateResult:
@@ -98,9 +95,8 @@ def run_replay_flow(config_file: Path, root: str | None, console: Console) -> Re
     elif not is_remote(root):
         root = os.path.abspath(root)
     config = load_config(config_file, root)
-    if not is_remote(root):
-        os.makedirs(root, exist_ok=True)
-        shutil.copyfile(config_file, Path(root) / CONFIG_FILE)
+    replay_table(config)
+    write_bytes(join(root, CONFIG_FILE), config_file.read_bytes())
     final_root = root
 
     @flow(name="graceful-replay", persist_result=False)
@@ -108,8 +104,7 @@ def run_replay_flow(config_file: Path, root: str | None, console: Console) -> Re
         return run_replay(config, final_root, FlowProgress(TerminalProgress(console)))
 
     result = replay()
-    if not is_remote(root):
-        Path(root, "replay.json").write_text(json.dumps(result.model_dump(mode="json"), indent=2) + "\n")
+    write_json(join(root, "replay.json"), result.model_dump(mode="json"))
     return result
 
 
@@ -156,17 +151,10 @@ def pending_generation(workspace: Workspace) -> str | None:
 def ingest_images(root: str, images: Path, label: str | None, console: Console) -> dict[str, Any]:
     """Ingest an image, a folder or a Parquet file."""
     require_workspace(root)
-    config = load_config(Path(root) / CONFIG_FILE, root)
+    config = load_workspace_config(root)
     found = _find_images(images, label, config.training_data.max_unreadable_share)
-    items = pa.table(
-        {
-            "item_id": [_item_id(images, source) for source in found.sources],
-            "source": found.sources,
-            "content_sha256": found.content_sha256,
-            "label": found.labels.tolist(),
-            "attributes": ["{}"] * len(found),
-        }
-    )
+    below = str(images.absolute()) if images.is_dir() else None
+    items = item_table(found, [item_id_of(source, below) for source in found.sources])
     unit = hashlib.sha256(f"{time.time_ns()}/{images}".encode()).hexdigest()[:16]
     with open_session(root, config, TerminalProgress(console)) as session:
         release_when_due(session)
@@ -269,7 +257,7 @@ def collect_garbage(root: str) -> dict[str, Any]:
     """Drop vectors that nobody can read."""
     require_workspace(root)
     workspace = _open(root)
-    config = load_config(Path(root) / CONFIG_FILE, root)
+    config = load_workspace_config(root)
     pending = pending_generation(workspace)
     protected = workspace.protected(config.gallery.supported_query_generations, [pending] if pending else [])
     return asdict(collect(workspace.gallery, protected))
@@ -291,10 +279,3 @@ def _find_images(images: Path, label: str | None, max_unreadable_share: float) -
             max_unreadable_share=max_unreadable_share,
         )
     )
-
-
-def _item_id(images: Path, source: str) -> str:
-    """Parquet rows by file and row, files by their path below what was ingested."""
-    if "#" in source:
-        return item_id_of(source)
-    return os.path.relpath(source, images.absolute()) if images.is_dir() else Path(source).name

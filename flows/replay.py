@@ -8,11 +8,9 @@ are measured as pure galleries on the same evaluation set.
 import hashlib
 import json
 import time
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
@@ -22,11 +20,12 @@ from evaluation.outcomes import SERVED, fraction_state, pair_state
 from evaluation.retrieval import metric_of
 from flows import candidate as making
 from flows.claim import claim
-from flows.config import ConfigError, PipelineConfig, load_config
+from flows.config import ConfigError, PipelineConfig, ReplayConfig, load_config
 from flows.evaluation_set import load_evaluation_set
 from flows.evidence import read_evaluation
 from flows.flow_ui import FlowProgress
 from flows.freeze import FrozenUpdate
+from flows.items import item_table
 from flows.judgement import Bench
 from flows.progress import Progress
 from flows.publish import classification_nfr, constrained_pairs, matrices
@@ -95,16 +94,9 @@ class ReplayResult(BaseModel):
 @step("ingest gallery")
 def ingest_gallery(session: Session, images: LabelledImages) -> int:
     """Put the production gallery's images into the gallery; they are embedded when the first generation serves."""
-    items = pa.table(
-        {
-            "item_id": [item_id_of(source) for source in images.sources],
-            "source": images.sources,
-            "content_sha256": images.content_sha256,
-            "label": images.labels.tolist(),
-            "attributes": ["{}"] * len(images),
-        }
+    result, _ = ingest(
+        session.workspace, item_table(images), unit="replay-gallery", unit_rows=session.config.gallery.unit_rows
     )
-    result, _ = ingest(session.workspace, items, unit="replay-gallery", unit_rows=session.config.gallery.unit_rows)
     return result.added
 
 
@@ -127,48 +119,44 @@ def replay(config_file: str, workspace: str) -> ReplayResult:
 
 def run_replay(config: PipelineConfig, root: str, progress: Progress) -> ReplayResult:
     """The body of the replay flow."""
-    if config.replay is None:
-        raise ConfigError("replaying: expected a [replay] table in the configuration, found none; see examples/")
+    history = replay_table(config)
     started = time.monotonic()
     with open_session(root, config, progress) as session, claim(root, "a replay"):
-        gallery = config.replay.gallery or config.evaluation.gallery or config.evaluation.queries
+        gallery = history.gallery or config.evaluation.gallery or config.evaluation.queries
         ingest_gallery(session, load_images(gallery))
         results, lines = [], []
-        for count, values in zip(config.replay.counts, growing_values(config), strict=True):
+        for count, values in zip(history.counts, growing_values(config), strict=True):
             at = time.monotonic()
             grown = session.with_config(_restricted(config, values))
-            result = run_update(grown, claimed=True, serve_anyway=config.replay.when_not_served == "order_backfill")
+            result = run_update(grown, claimed=True, serve_anyway=history.when_not_served == "order_backfill")
             results.append(result)
             lines.append(_line(session, result, time.monotonic() - at))
-            progress.say(line_text(lines[-1], count, config.replay.grow_by))
-        controls = [control_chain(session, results, control) for control in config.replay.controls]
+            progress.say(line_text(lines[-1], count, history.grow_by))
+        controls = [control_chain(session, results, control) for control in history.controls]
         return _result(session, results, lines, controls, time.monotonic() - started)
+
+
+def replay_table(config: PipelineConfig) -> ReplayConfig:
+    """The history that a configuration describes. Raises ConfigError where there is none."""
+    if config.replay is None:
+        raise ConfigError("replaying: expected a [replay] table in the configuration, found none; see examples/")
+    return config.replay
 
 
 def growing_values(config: PipelineConfig) -> list[list[Any]]:
     """Values of the growing column that each generation sees."""
-    assert config.replay is not None
-    values = column_values(config.training_data, config.replay.grow_by)
-    if config.replay.seed is not None:
-        order = np.random.default_rng(config.replay.seed).permutation(len(values))
+    history = replay_table(config)
+    values = column_values(config.training_data, history.grow_by)
+    if history.seed is not None:
+        order = np.random.default_rng(history.seed).permutation(len(values))
         values = [values[place] for place in order]
-    counts = config.replay.counts
+    counts = history.counts
     if list(counts) != sorted(set(counts)) or counts[0] < 1 or counts[-1] > len(values):
         raise ConfigError(
             f"replaying: expected ascending replay.counts between 1 and {len(values)} (values of "
-            f"{config.replay.grow_by}), found {list(counts)}"
+            f"{history.grow_by}), found {list(counts)}"
         )
     return [values[:count] for count in counts]
-
-
-def item_id_of(source: str) -> str:
-    """Id of a gallery item made from where its image is: file name and row.
-
-    >>> item_id_of("/data/omniglot/evaluation.parquet#12")
-    'evaluation#12'
-    """
-    place, _, row = source.partition("#")
-    return f"{Path(place).stem}#{row}" if row else Path(place).name
 
 
 def line_text(line: GenerationLine, count: int, column: str) -> str:
@@ -239,8 +227,7 @@ def control_recipe(recipe: TrainingConfig, control: Control) -> TrainingConfig:
 
 
 def _restricted(config: PipelineConfig, values: list[Any]) -> PipelineConfig:
-    assert config.replay is not None
-    where = {**config.training_data.where, config.replay.grow_by: tuple(values)}
+    where = {**config.training_data.where, replay_table(config).grow_by: tuple(values)}
     data = DatasetConfig.model_validate({**config.training_data.model_dump(), "where": where})
     return config.model_copy(update={"training_data": data})
 

@@ -8,7 +8,9 @@ by the generation whose view is searched, never by another, also while `refresh`
 import hashlib
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +18,12 @@ from numpy.typing import NDArray
 from flows.workspace import Workspace
 from indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
 from indexing.gallery import GalleryVersion, View
-from indexing.search import FlatSearcher, SegmentRows, open_snapshot, publish_snapshot, read_manifest
+from indexing.search import FlatSearcher, SegmentRows, open_snapshot, prune_snapshots, publish_snapshot, read_manifest
 from indexing.storage import exists, join, read_json, write_json
 from training.encoder import SourceEncoder, open_encoder
 from training.images import UnreadableImageError, decode
+
+_KEPT_S = 3600.0
 
 
 class NothingServedError(RuntimeError):
@@ -203,7 +207,17 @@ def publish_view(workspace: Workspace, query_generation: str, view: View, prefix
     except FileExistsError:
         return snapshot_id  # another process was faster; the name says what is in it
     write_json(newest, {"snapshot": snapshot_id})
+    _prune(root)
     return snapshot_id
+
+
+def _prune(root: str) -> None:
+    """Remove snapshots that nobody opens any more: all but the newest of each query generation, after an hour."""
+    newest: dict[str, Path] = {}
+    for manifest in sorted(Path(root).glob("*/manifest.json"), key=lambda path: path.stat().st_mtime):
+        newest[manifest.parent.name.rpartition("-")[0]] = manifest.parent
+    with suppress(FileNotFoundError):  # another process prunes as well
+        prune_snapshots(root, [path.name for path in newest.values()], older_than_s=_KEPT_S)
 
 
 def _snapshot_id(query_generation: str, version: GalleryVersion, readable: Sequence[str]) -> str:

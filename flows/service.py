@@ -4,7 +4,7 @@ One command runs two things: a Prefect server, whose database lies in the worksp
 runs of one deployment, each in a process of its own. Invariants:
 
 * At most one update at a time: the deployment's concurrency limit makes a second run wait, and whatever else is
-  started (another machine, `graceful update` by hand) meets the workspace's claim.
+  started (another machine, `graceful update` by hand) meets the workspace's claim, for which a scheduled run waits.
 * SIGINT and SIGTERM end runs, runner and server and leave no process; a run that was ended goes on where it was when
   the next one starts. If this process is killed, the server notices and ends too.
 * While it runs, other commands in the same workspace find the server through `.prefect/server.json` and show there.
@@ -55,13 +55,13 @@ def serve_updates(root: str, host: str = "127.0.0.1", port: int = 4200) -> None:
         ConfigError: the configuration, or its schedule, cannot be used.
         ServiceError: the flow server cannot be started.
     """
-    from flows.config import ConfigError, load_config
+    from flows.config import ConfigError, load_workspace_config
     from flows.workspace import require_workspace
 
     if "://" in root:
         raise ConfigError(f"scheduling updates: expected a workspace in a local folder, found {root}")
     require_workspace(root)
-    config = load_config(Path(root) / "graceful.toml", root)
+    config = load_workspace_config(root)
     if (_CODE / "pyproject.toml").exists():
         # Every run is a new interpreter, which has to find this code as well when it is not installed.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_CODE), os.environ.get("PYTHONPATH", "")]))

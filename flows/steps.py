@@ -5,13 +5,16 @@ same without Prefect.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.cost import CostInputs
+from evaluation.decision import CertificateToIssue, certificates_to_issue
 from flows import candidate as making
 from flows.assess import Candidacy, assess, mix_drift
 from flows.encoders import load_classifier
@@ -71,8 +74,9 @@ class UpdateRun:
 
     def decided(self) -> Evaluation | None:
         """The newest recorded decision of this update."""
-        events = self.registry.events("decided", self.frozen.update_key)
-        return read_evaluation(self.workspace.evaluation_uri(events[-1].payload["evaluation"])) if events else None
+        if not self.registry.events("decided", self.frozen.update_key):
+            return None
+        return read_evaluation(self.workspace.evaluation_uri(self.evaluation_id()))
 
     def judge(self, candidate: str, paragon: str | None = None) -> Evaluation:
         """Gather the evidence, decide, and record the decision; a recorded one is read and not made again.
@@ -96,6 +100,7 @@ class UpdateRun:
                 generations=self.frozen.generations,
                 policy=self.session.config.policy,
                 order=gallery.order,
+                clients=self._clients(candidate),
                 seed=gallery.seed,
                 paragon=paragon,
                 classifiers=self._classifiers(lineage),
@@ -126,11 +131,11 @@ class UpdateRun:
 
     def evaluation_id(self) -> str:
         """Name of the newest recorded evaluation."""
-        return str(self.registry.events("decided", self.frozen.update_key)[-1].payload["evaluation"])
+        return str(self._recorded()["evaluation"])
 
     def recorded_paragon(self) -> str | None:
         """The paragon that the newest recorded decision was measured against, if there was one."""
-        paragon = self.registry.events("decided", self.frozen.update_key)[-1].payload.get("paragon")
+        paragon = self._recorded()["paragon"]
         return None if paragon is None else str(paragon)
 
     # Acting -----------------------------------------------------------------------------------------------------------
@@ -150,7 +155,7 @@ class UpdateRun:
             fraction=1.0 if whole else float(decision.fraction or 0.0),
             order=("random" if whole else decision.order) or gallery.order,
             before_move="all" if whole else "wave_zero",
-            certificates=tuple((c.query_generation, c.gallery_generation) for c in decision.certificates),
+            certificates=_pairs(decision.certificates),
             seed=gallery.seed,
             wave_rows=gallery.wave_rows,
             unit_rows=gallery.unit_rows,
@@ -165,14 +170,13 @@ class UpdateRun:
             generation=candidate,
             payload={"decided": evaluation.decision.outcome, "ordered": "FULL_BACKFILL"},
         )
-        passed = [c.gallery_generation for c in evaluation.evidence.certificates if c.verdict == "PASS"]
         return replace(
             self.rollout(evaluation),
             decision=f"{self.evaluation_id()}, overridden by the operator",
             fraction=1.0,
             order="random",
             before_move="all",
-            certificates=tuple((candidate, name) for name in (candidate, *passed)),
+            certificates=_pairs(certificates_to_issue(evaluation.evidence)),
         )
 
     def embed_before_move(self, rollout: Rollout) -> ReindexReport:
@@ -219,6 +223,10 @@ class UpdateRun:
 
     # Helpers ----------------------------------------------------------------------------------------------------------
 
+    def _recorded(self) -> dict[str, Any]:
+        """What the lineage says of the newest decision of this update."""
+        return self.registry.events("decided", self.frozen.update_key)[-1].payload
+
     @property
     def _throughput_uri(self) -> str:
         return join(self.workspace.update_uri(self.frozen.update_key), "throughput.json")
@@ -232,6 +240,11 @@ class UpdateRun:
             if name not in self._known_classifiers:
                 self._known_classifiers[name] = load_classifier(self.workspace.generation_uri(name))
         return {name: found for name in generations if (found := self._known_classifiers[name]) is not None}
+
+    def _clients(self, candidate: str) -> tuple[str, ...]:
+        """Older generations whose clients still query; the champion's view is left as it is, for a rollback."""
+        supported = set(self.session.config.gallery.supported_query_generations) - {candidate, self.frozen.champion}
+        return tuple(name for name in self.frozen.generations if name in supported)
 
     def _class_distance(self, view: View) -> NDArray[np.float32]:
         distance = np.full(view.num_items, np.nan, np.float32)
@@ -255,6 +268,10 @@ class UpdateRun:
             bytes_per_row=4 * width,
             **prices.model_dump(),
         )
+
+
+def _pairs(certificates: Sequence[CertificateToIssue]) -> tuple[tuple[str, str], ...]:
+    return tuple((certificate.query_generation, certificate.gallery_generation) for certificate in certificates)
 
 
 def release_when_due(session: Session) -> bool:

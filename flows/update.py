@@ -6,14 +6,13 @@ follows excludes nobody.
 """
 
 from contextlib import nullcontext
-from pathlib import Path
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
 from flows.claim import claim
-from flows.config import load_config
+from flows.config import load_workspace_config
 from flows.evidence import Evaluation
 from flows.flow_ui import FlowProgress
 from flows.publish import publish
@@ -22,8 +21,6 @@ from flows.session import Session, open_session
 from flows.steps import UpdateRun, release_when_due
 from indexing.reindex import ReindexReport
 from indexing.storage import join
-
-CONFIG_FILE = "graceful.toml"
 
 
 class UpdateResult(BaseModel):
@@ -124,9 +121,10 @@ def update(workspace: str, again: bool = False, train_paragon: bool | None = Non
         train_paragon: Also train without constraints; by default what the configuration says.
     """
     overrides = {} if train_paragon is None else {"train_paragon": train_paragon}
-    config = load_config(Path(workspace) / CONFIG_FILE, workspace, overrides)
+    config = load_workspace_config(workspace, overrides)
     with open_session(workspace, config, FlowProgress()) as session:
-        return run_update(session, again=again)
+        # Nobody sits beside a scheduled run: it waits for an update that was started by hand.
+        return run_update(session, again=again, wait_s=config.cluster.deadline_hours * 3600)
 
 
 def run_update(
@@ -160,12 +158,8 @@ def run_update(
             embed_evaluation(run, generation)
         evaluation = judge(run, candidate, paragon)
         report = ReindexReport()
-        if run.acts_on(evaluation):
-            rollout = run.rollout(evaluation)
-            report = embed_before_move(run, rollout)
-            move_serving_state(run, rollout)
-        elif serve_anyway:
-            rollout = run.ordered_backfill(evaluation)
+        if run.acts_on(evaluation) or serve_anyway:
+            rollout = run.rollout(evaluation) if run.acts_on(evaluation) else run.ordered_backfill(evaluation)
             report = embed_before_move(run, rollout)
             move_serving_state(run, rollout)
     report = report.plus(reindex(run))

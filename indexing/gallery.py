@@ -4,7 +4,7 @@ Three versioned tables (see `indexing.tables`), all append-only:
 
 * items: one row per revision of an item; a delete is a tombstone revision; the latest revision counts.
 * vectors: one row `(item_id, revision, generation, embedding)`, partitioned by generation, never updated.
-* leases: open readers' promises that a version's files stay.
+* leases: open readers' promises that a version's files stay (see `indexing.leases`).
 
 The reading rule, and nothing else, decides what is seen: for every item whose latest revision is not a delete, among
 the vectors *of that revision* whose generation is in `readable`, the one of the last such generation. `readable` is the
@@ -14,10 +14,9 @@ without such a vector is unreadable: listed in the view, never served from a wro
 Shapes: N items of a view, R rows of a vectors partition, D width.
 """
 
-import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,6 +26,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from indexing.embedding_files import read_embeddings, write_embedding_file
+from indexing.leases import GalleryVersion, Leases
 from indexing.storage import crash_point, exists, join, move, remove, resolve, size_bytes
 from indexing.tables import DataFile, TableConflictError, TableSnapshot, VersionedTable
 
@@ -45,25 +45,8 @@ VECTORS_SCHEMA = pa.schema(
     [("item_id", pa.string()), ("revision", pa.int64()), ("generation", pa.string()), ("embedding", pa.binary())]
 )
 KEYS_SCHEMA = pa.schema([("item_id", pa.string()), ("revision", pa.int64())])
-LEASES_SCHEMA = pa.schema(
-    [
-        ("lease_id", pa.string()),
-        ("items_version", pa.int64()),
-        ("vectors_version", pa.int64()),
-        ("expires_at", pa.float64()),
-        ("released", pa.bool_()),
-    ]
-)
 NEW_ITEM_COLUMNS = ("item_id", "source", "content_sha256", "label", "attributes")
 _SERIAL_ATTEMPTS = 20
-
-
-@dataclass(frozen=True)
-class GalleryVersion:
-    """What a reader pins: one version of the items and one of the vectors."""
-
-    items: int
-    vectors: int
 
 
 @dataclass(frozen=True)
@@ -158,7 +141,7 @@ class Gallery:
         self.location = location
         self.items_table = VersionedTable(join(location, "items"), ITEMS_SCHEMA)
         self.vectors_table = VersionedTable(join(location, "vectors"), VECTORS_SCHEMA, partition_by="generation")
-        self._leases = VersionedTable(join(location, "leases"), LEASES_SCHEMA)
+        self._leases = Leases(join(location, "leases"))
         self._keys: dict[str, pa.Table] = {}
         self._latest: tuple[int, pa.Table] | None = None
 
@@ -362,38 +345,13 @@ class Gallery:
                 owner[position], file_of[position], row_of[position] = code, len(files) - 1, row
         return View(pinned, tuple(readable), live, owner, file_of, row_of, tuple(files))
 
-    @contextmanager
-    def lease(self, lifetime_s: float = 3600.0) -> Iterator[GalleryVersion]:
+    def lease(self, lifetime_s: float = 3600.0) -> AbstractContextManager[GalleryVersion]:
         """Pin the newest version for as long as the block runs, at most `lifetime_s`: its files are not collected."""
-        version = self.version()
-        lease_id = uuid.uuid4().hex
-        self._write_lease(lease_id, version, time.time() + lifetime_s, released=False)
-        try:
-            yield version
-        finally:
-            self._write_lease(lease_id, version, 0.0, released=True)
+        return self._leases.hold(self.version(), lifetime_s)
 
     def leased_versions(self) -> list[GalleryVersion]:
         """Versions that an open lease pins now."""
-        rows = self._leases.snapshot().rows().to_pylist()
-        released = {row["lease_id"] for row in rows if row["released"]}
-        now = time.time()
-        return [
-            GalleryVersion(row["items_version"], row["vectors_version"])
-            for row in rows
-            if row["lease_id"] not in released and row["expires_at"] > now
-        ]
-
-    def _write_lease(self, lease_id: str, version: GalleryVersion, expires_at: float, *, released: bool) -> None:
-        row = [{
-            "lease_id": lease_id,
-            "items_version": version.items,
-            "vectors_version": version.vectors,
-            "expires_at": expires_at,
-            "released": released,
-        }]  # fmt: skip
-        self._leases.append(pa.Table.from_pylist(row, schema=LEASES_SCHEMA))
-        self._leases.compact()
+        return self._leases.open_versions()
 
     def _stored_keys(self, generation: str, snapshot: TableSnapshot) -> pa.Table:
         tables = [self._file_keys(snapshot.location(file)) for file in _files_of(snapshot, generation)]

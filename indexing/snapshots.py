@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -276,25 +277,25 @@ def read_bitmap(folder: str | Path, served: ServedSegment) -> NDArray[np.bool_]:
     return np.unpackbits(packed, count=served.segment.num_rows).astype(bool)
 
 
-def prune_snapshots(index_root: str | Path, keep: Collection[str]) -> int:
-    """Remove all snapshots but `keep`, then the segments that none of these serves; return the bytes freed.
+def prune_snapshots(index_root: str | Path, keep: Collection[str], *, older_than_s: float = 0.0) -> int:
+    """Remove all snapshots but `keep`, then the segments that none of those left serves; return the bytes freed.
 
-    Not to be run while a snapshot is published.
+    Only what was written more than `older_than_s` seconds ago goes: a snapshot that another process is publishing is
+    younger than that, and is left alone.
     """
-    root = Path(index_root)
-    manifests = [read_manifest(root / snapshot_id) for snapshot_id in keep]
-    used = {entry.segment.segment_id for manifest in manifests for entry in manifest.segments}
-    doomed = [path for path in root.iterdir() if path.name not in keep and path.name != SEGMENTS_FOLDER]
-    segments = root / SEGMENTS_FOLDER
-    if segments.exists():
-        doomed += [path for path in segments.iterdir() if path.name.split(".")[0] not in used]
+    root, before = Path(index_root), time.time() - older_than_s
+    folders = [path for path in root.iterdir() if path.is_dir() and path.name != SEGMENTS_FOLDER]
+    doomed = [path for path in folders if path.name not in keep and path.stat().st_mtime <= before]
+    left = [path for path in folders if path not in doomed and (path / MANIFEST_NAME).exists()]
+    used = {served.segment.segment_id for path in left for served in read_manifest(path).segments}
     freed = 0
     for path in doomed:
-        if path.is_dir():
-            (path / MANIFEST_NAME).unlink(missing_ok=True)
-            freed += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            shutil.rmtree(path)
-        else:
+        (path / MANIFEST_NAME).unlink(missing_ok=True)
+        freed += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        shutil.rmtree(path)
+    segments = root / SEGMENTS_FOLDER
+    for path in segments.iterdir() if segments.exists() else ():
+        if path.name.split(".")[0] not in used and path.stat().st_mtime <= before:
             freed += path.stat().st_size
             path.unlink()
     return freed

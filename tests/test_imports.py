@@ -24,8 +24,8 @@ ORDER = {
     ),
     "indexing": (
         "indexing", "indexing.storage", "indexing.embedding_files", "indexing.tables", "indexing.matching",
-        "indexing.exact", "indexing.gallery", "indexing.planner", "indexing.embed", "indexing.reindex",
-        "indexing.maintenance", "indexing.cache", "indexing.snapshots", "indexing.search",
+        "indexing.exact", "indexing.leases", "indexing.gallery", "indexing.planner", "indexing.embed",
+        "indexing.reindex", "indexing.maintenance", "indexing.cache", "indexing.snapshots", "indexing.search",
     ),
     "evaluation": (
         "evaluation", "evaluation.outcomes", "evaluation.retrieval", "evaluation.flips", "evaluation.matrix",
@@ -33,7 +33,7 @@ ORDER = {
         "evaluation.evidence", "evaluation.guards", "evaluation.decision", "evaluation.captions", "evaluation.report",
     ),
     "flows": (
-        "flows", "flows.environment", "flows.template", "flows.evaluation_set", "flows.config",
+        "flows", "flows.environment", "flows.template", "flows.items", "flows.evaluation_set", "flows.config",
         "flows.config_reference", "flows.progress", "flows.registry", "flows.workspace", "flows.claim",
         "flows.evidence", "flows.judgement", "flows.assess", "flows.rollout", "flows.cluster", "flows.jobs",
         "flows.encoders", "flows.session", "flows.freeze",

@@ -9,8 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from evaluation.cost import CostInputs
+from evaluation.decision import certificates_to_issue
 from evaluation.evidence import Evidence, certify, gather_evidence, wave_zero_generations
-from evaluation.outcomes import SERVED, Outcomes, fraction_state
+from evaluation.outcomes import SERVED, Outcomes, add_states, fraction_state
 from evaluation.policy import RolloutPolicy
 
 Plant = Callable[..., Outcomes]
@@ -149,6 +150,27 @@ def test_certificates_pass_fail_or_stay_unknown(planted: Plant) -> None:
     alone = certify(outcomes, QUICK, live_owners=shares, candidate="g2", champion="g1")
     assert alone == evidence.certificates
     assert wave_zero_generations(alone) == evidence.wave_zero_generations
+
+
+def test_an_old_client_is_compared_with_its_own_vectors_and_gets_a_certificate_of_its_own(planted: Plant) -> None:
+    own = np.where(np.arange(4000) < 2800, 1, 7).astype(np.int32)
+    better, worse = own.copy(), own.copy()
+    better[2800:2900] = 1
+    worse[2500:2800] = 7
+
+    def state(rank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return rank, (1 / rank).astype(np.float32)
+
+    states = {f"pair/{name}/{name}": state(own) for name in ("g0", "gx")}
+    states |= {"pair/g0/g2": state(better), "pair/gx/g2": state(worse)}
+    evidence = gather(add_states(planted(), states), clients=["g0", "gx", "unmeasured"])
+    found = {item.query_generation: (item.gallery_generation, item.verdict) for item in evidence.clients}
+    assert found == {"g0": ("g2", "PASS"), "gx": ("g2", "FAIL"), "unmeasured": ("g2", "UNKNOWN")}
+    assert evidence.clients[0].difference == pytest.approx(0.025)
+    # No option depends on a client: neither wave 0 nor the rest of the evidence changes.
+    assert evidence.model_copy(update={"clients": ()}) == gather(add_states(planted(), states))
+    issued = {(item.query_generation, item.gallery_generation) for item in certificates_to_issue(evidence)}
+    assert issued == {("g2", "g2"), ("g2", "g1"), ("g0", "g2")}
 
 
 def test_an_owner_without_any_relevant_row_is_unknown_not_missing(planted: Plant) -> None:

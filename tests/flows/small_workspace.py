@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from flows.config import load_config
+from flows.config import CONFIG_FILE, load_config
 from flows.session import open_session
 from flows.steps import UpdateRun
-from flows.update import CONFIG_FILE
 
 CONFIG = """\
 name = "{name}"
@@ -56,25 +55,14 @@ def write_workspace(root: Path, **values: Any) -> Path:
 
 def fill_gallery(root: Path) -> int:
     """Ingest the evaluation images as the gallery."""
-    import pyarrow as pa
-
-    from flows.replay import item_id_of
+    from flows.items import item_table
     from flows.rollout import ingest
     from training.datasets import load_images
 
     config = load_config(root / CONFIG_FILE, str(root))
     images = load_images(config.evaluation.queries)
-    items = pa.table(
-        {
-            "item_id": [item_id_of(source) for source in images.sources],
-            "source": images.sources,
-            "content_sha256": images.content_sha256,
-            "label": images.labels.tolist(),
-            "attributes": ["{}"] * len(images),
-        }
-    )
     with open_session(str(root), config) as session:
-        ingest(session.workspace, items, unit="digits")
+        ingest(session.workspace, item_table(images), unit="digits")
     return len(images)
 
 

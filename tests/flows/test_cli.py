@@ -12,7 +12,10 @@ from flows import cli
 from flows.cli import app, reported_errors
 from tests.flows import tiny
 
-COMMANDS = ["decide", "delete", "ingest", "init", "replay", "report", "rollback", "search", "serve", "status", "update"]
+COMMANDS = [
+    "collect", "decide", "delete", "ingest", "init", "replay", "report", "rollback", "search", "serve", "status",
+    "update",
+]  # fmt: skip
 
 
 def invoke(*arguments):
@@ -125,6 +128,13 @@ def test_command_on_an_empty_workspace_says_what_to_do_first(tmp_path, arguments
     assert result.exit_code == 1
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_collect_drops_what_nobody_reads_and_says_so(workspace_root):
+    found = json.loads(invoke("collect", "--root", workspace_root, "--json").stdout)
+    assert found["generations"] == []  # all vectors are the champion's
+    (workspace_root / "graceful.toml").unlink()
+    assert invoke("collect", "--root", workspace_root).exit_code == 2
 
 
 def test_decide_on_no_evaluation_and_under_no_policy(tmp_path):

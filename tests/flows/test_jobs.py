@@ -21,8 +21,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from ray.job_submission import JobStatus
 from ray.util import get_node_ip_address
 
+from flows import jobs
 from flows.cluster import runtime_environment
 from flows.config import ClusterConfig
 from flows.jobs import JobFailedError, submit_embedding, submit_training
@@ -35,7 +37,7 @@ from training.job import TrainingConfig, TrainingJob
 CODE = Path(__file__).parents[2]
 START_S = 180
 
-pytestmark = [pytest.mark.slow, pytest.mark.quiet, pytest.mark.timeout(560)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(560)]
 
 
 @dataclass(frozen=True)
@@ -177,17 +179,17 @@ def test_a_failed_job_tells_its_reason_and_the_same_order_trains_once_repaired_a
 ) -> None:
     monkeypatch.setenv("GRACEFUL_SOMETHING", "travels with the job")
     config = ClusterConfig(address=head.job_server, num_workers=1, embed_workers=1, deadline_hours=0.1)
-    job, jobs = training_job(shared), str(shared / "jobs")
+    job, folder = training_job(shared), str(shared / "jobs")
     with pytest.raises(JobFailedError, match=r"manifest\.parquet"):
-        submit_training(config, jobs, job)
+        submit_training(config, folder, job)
 
     write_manifest(job.manifest_uri, digits)
-    card = submit_training(config, jobs, job)  # the next attempt at the same order
+    card = submit_training(config, folder, job)  # the next attempt at the same order
     assert card.ordinal == 1
     assert card.training["workers"] == 1
     assert (shared / "generations" / card.generation_id / "card.json").exists()
     nowhere = ClusterConfig(address="http://127.0.0.1:9", num_workers=1, deadline_hours=0.1)
-    assert submit_training(nowhere, jobs, job) == card  # the result is found; no cluster is asked
+    assert submit_training(nowhere, folder, job) == card  # the result is found; no cluster is asked
 
     sources, keys = tuple(digits.sources), {"item_id": list(digits.sources)}
     units = [
@@ -195,12 +197,12 @@ def test_a_failed_job_tells_its_reason_and_the_same_order_trains_once_repaired_a
         EmbedUnit("table", (*sources[50:99], "/nowhere.png"), pa.table({"row": range(50)}), str(shared / "b.parquet")),
     ]
     uri = str(shared / "generations" / card.generation_id)
-    first, second = submit_embedding(config, jobs, uri, units)
+    first, second = submit_embedding(config, folder, uri, units)
     assert (first.num_rows, second.num_rows, second.width) == (50, 49, 16)
     assert [place for place, _ in second.failures] == [49]
     _, vectors = read_embeddings([first.path])
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    assert submit_embedding(nowhere.model_copy(update={"embed_workers": 1}), jobs, uri, units) == [first, second]
+    assert submit_embedding(nowhere.model_copy(update={"embed_workers": 1}), folder, uri, units) == [first, second]
 
 
 def test_the_runtime_environment_carries_the_four_packages_and_the_stores_credentials(
@@ -212,6 +214,51 @@ def test_the_runtime_environment_carries_the_four_packages_and_the_stores_creden
     assert [Path(path).name for path in found["py_modules"]] == ["training", "indexing", "evaluation", "flows"]
     assert found["env_vars"]["AWS_REGION"] == "nowhere"
     assert not [name for name in found["env_vars"] if not name.startswith(("AWS_", "GRACEFUL_"))]
+
+
+class Client:
+    """A job server that answers with what was planted."""
+
+    def __init__(self, *answers: JobStatus | Exception) -> None:
+        self.answers, self.stopped = list(answers), []
+
+    def get_job_status(self, job_id: str) -> JobStatus:
+        found = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def stop_job(self, job_id: str) -> None:
+        self.stopped.append(job_id)
+
+
+def test_a_head_that_is_silent_for_a_while_is_asked_again_and_its_job_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jobs, "_POLL_S", 0.0)
+    client = Client(JobStatus.RUNNING, ConnectionError("refused"), RuntimeError("502"), JobStatus.SUCCEEDED)
+    assert jobs._wait(client, "job", 0.1) == JobStatus.SUCCEEDED
+    assert client.stopped == []
+
+
+def test_a_head_that_stays_silent_and_a_cancelled_wait_end_and_stop_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_POLL_S", 0.0)
+    monkeypatch.setattr(jobs, "_SILENCE_S", 0.05)
+    with pytest.raises(JobFailedError, match="has not answered for"):
+        jobs._wait(Client(ConnectionError("refused")), "job", 0.1)
+    late = Client(JobStatus.RUNNING)
+    with pytest.raises(JobFailedError, match="not done after"):
+        jobs._wait(late, "job", 0.0)
+    assert late.stopped == ["job"]
+    cancelled = Client(JobStatus.RUNNING)
+    monkeypatch.setattr(cancelled, "get_job_status", raise_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        jobs._wait(cancelled, "job", 0.1)
+    assert cancelled.stopped == ["job"]
+
+
+def raise_interrupt(job_id: str) -> JobStatus:
+    raise KeyboardInterrupt
 
 
 JOIN = """

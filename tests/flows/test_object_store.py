@@ -1,12 +1,16 @@
 """A workspace in an object store: the same gallery, registry, waves and compare-and-swap on s3://, against moto."""
 
+import json
 import logging
 import threading
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from flows.claim import UpdateInProgressError, claim
+from flows.cli import app
+from flows.config import load_workspace_config
 from flows.registry import ServingMovedError
 from flows.rollout import (
     Rollout,
@@ -21,7 +25,8 @@ from flows.rollout import (
 )
 from flows.workspace import Workspace, require_workspace
 from indexing.maintenance import collect, forget
-from indexing.storage import exists, list_files, read_bytes
+from indexing.storage import exists, list_files, read_bytes, write_bytes
+from tests.flows import tiny
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, items
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -62,6 +67,22 @@ def bucket():
         boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="graceful")
         yield "s3://graceful"
         server.stop()
+
+
+def test_command_line_creates_and_reads_a_workspace_in_the_store(bucket, digits_file):
+    root = f"{bucket}/by-command"
+    run = CliRunner()
+    created = run.invoke(app, ["init", root])
+    assert created.exit_code == 0, created.output
+    status = json.loads(run.invoke(app, ["status", "--root", root, "--json"]).stdout)
+    assert (status["champion"], status["items"]) == (None, 0)
+    tables = tiny.settings(digits_file)
+    write_bytes(f"{root}/graceful.toml", "".join(f"{k} = {tiny.inline(v)}\n" for k, v in tables.items()).encode())
+    assert load_workspace_config(root).training.width == 16
+    write_bytes(f"{root}/graceful.toml", b"nam = 1")
+    refused = run.invoke(app, ["ingest", str(digits_file), "--root", root])
+    assert refused.exit_code == 2
+    assert "did you mean 'name'?" in refused.stderr
 
 
 @pytest.fixture

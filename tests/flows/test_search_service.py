@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from fastapi.testclient import TestClient
 
 from flows.rollout import rollback
 from flows.search_service import MAX_BODY_BYTES, _open, make_app
-from flows.searcher import GallerySearcher
+from flows.searcher import GallerySearcher, publish_view
 from indexing.exact import WidthMismatchError
+from indexing.gallery import GalleryVersion
 from indexing.search import IndexCorruptedError
 from tests.flows.small_workspace import fill_gallery, update_without_prefect, write_workspace
 
@@ -160,11 +162,13 @@ def test_searches_go_on_while_the_service_follows_an_update_a_rollback_and_past_
             until(lambda: seen == [first, second])
 
             # A damaged segment: the next snapshot cannot be opened, the served one stays and /status tells why.
+            opened = _open(str(root))
+            publish_view(opened, first, opened.view(first))
             segments = root / "index" / "segments"
             damaged = {path: path.read_bytes() for path in segments.glob("*.faiss")}
             for path, content in damaged.items():
                 path.write_bytes(content[:-8] + b"\0\1\2\3\4\5\6\7")
-            rollback(_open(str(root)), reason="test")
+            rollback(opened, reason="test")
             until(lambda: not client.get("/status").json()["last_look"]["ok"])
             told = client.get("/status").json()
             assert IndexCorruptedError.__name__ in told["last_look"]["error"]
@@ -184,6 +188,22 @@ def test_refreshing_without_a_change_reads_no_view(workspace: Path, monkeypatch:
     searcher = GallerySearcher(opened)
     monkeypatch.setattr(opened, "view", lambda *_: pytest.fail("the view was read"))
     assert searcher.refresh() is False
+
+
+def test_only_the_newest_snapshot_of_each_query_generation_stays(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.searcher._KEPT_S", 0.0)
+    opened = _open(str(workspace))
+    generation, index = GallerySearcher(opened).generation, Path(opened.index_location())
+    view = opened.view(generation)
+    for vectors in (101, 102, 103):
+        publish_view(opened, generation, replace(view, version=GalleryVersion(view.version.items, vectors)))
+    publish_view(opened, "g000-another", view)
+    left = sorted(path.parent.name for path in index.glob("*/manifest.json"))
+    assert [name.rpartition("-")[0] for name in left] == ["g000-another", generation]
+    assert len(list((index / "segments").glob("*.faiss"))) == 1  # all of them share it
+    assert GallerySearcher(opened).search_vectors(np.ones((1, 16), np.float32), 3)
 
 
 def test_query_vectors_of_another_width_are_refused_by_name(workspace: Path) -> None:

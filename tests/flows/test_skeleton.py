@@ -8,7 +8,17 @@ from evaluation.policy import RolloutPolicy
 from flows.assess import Candidacy, assess, mix_drift
 from flows.evaluation_set import EvaluationSet
 from flows.evidence import read_evaluation, recompute, write_evaluation
-from flows.rollout import Rollout, continue_plan, embed_before_move, ingest, prepare, promote, rollback
+from flows.rollout import (
+    Rollout,
+    continue_plan,
+    embed_before_move,
+    generations_to_write,
+    ingest,
+    prepare,
+    promote,
+    release_previous,
+    rollback,
+)
 from flows.workspace import Workspace
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row
 from training.datasets import LabelledImages
@@ -50,7 +60,7 @@ def world(tmp_path, evaluation_set):
     return workspace, models
 
 
-def judge_candidate(workspace, models, evaluation_set, candidate, champion, policy=POLICY, order="random"):
+def judge_candidate(workspace, models, evaluation_set, candidate, champion, policy=POLICY, order="random", clients=()):
     source_of = dict(zip(*reversed(evaluation_set.images), strict=True))
     by_hash = {digest: source for source, digest in source_of.items()}
 
@@ -58,7 +68,7 @@ def judge_candidate(workspace, models, evaluation_set, candidate, champion, poli
         return models.generations[generation].encode([by_hash[digest] for digest in hashes])[0]
 
     served = tuple(workspace.registry.served_generations())
-    return assess(workspace, evaluation_set, Candidacy(candidate, champion, served, policy, order), vectors)
+    return assess(workspace, evaluation_set, Candidacy(candidate, champion, served, policy, order, clients), vectors)
 
 
 def carry_out(workspace, evaluation, key):
@@ -179,6 +189,31 @@ def test_decision_is_recomputed_from_the_stored_outcomes(world, evaluation_set, 
     np.testing.assert_array_equal(
         read_evaluation(location).outcomes.first_rank["served"], evaluation.outcomes.first_rank["served"]
     )
+
+
+def test_a_supported_old_client_reads_the_new_rows_once_measured_and_needs_no_vectors_of_its_own(world, evaluation_set):
+    workspace, models = world
+    old = FIRST.generation_id
+    second = candidate(models, noise=0.2)
+    carry_out(workspace, judge_candidate(workspace, models, evaluation_set, second, old), "second")
+    assert workspace.registry.readable(old) == [old]  # the champion of then: a rollback must find its view unchanged
+    release_previous(workspace)
+    assert old in generations_to_write(workspace, supported=[old])
+
+    third = SyntheticGeneration("g003-cccccc", noise=0.1)
+    models.add(third)
+    wide = {"max_nfr": 0.08, "max_wave_zero_share": 1.0, "quality_margin_points": 4.0, "max_dip_points": 4.0}
+    policy = POLICY.model_copy(update=wide)
+    evaluation = judge_candidate(workspace, models, evaluation_set, third.generation_id, second, policy, clients=(old,))
+    assert evaluation.decision.outcome == "COMPATIBLE_ROLLOUT", evaluation.decision.summary
+    carry_out(workspace, evaluation, "third")
+    assert workspace.registry.readable(old) == [old, third.generation_id]
+    release_previous(workspace)
+    assert generations_to_write(workspace, supported=[old]) == [third.generation_id]
+    ingest(workspace, pa.Table.from_pylist([item_row("new", "id000", "g99")]), unit="new", supported=[old])
+    seen = workspace.view(old)
+    assert seen.items.num_rows - len(seen.unreadable()) == seen.num_items
+    assert "new" in seen.item_ids[seen.owned_by(third.generation_id)]
 
 
 @pytest.mark.parametrize("order", ["random", "oldest_generation"])

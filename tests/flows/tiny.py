@@ -17,9 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from flows.config import PipelineConfig, load_config
+from flows.items import item_table
 from flows.rollout import ingest
 from flows.workspace import Workspace
 from training.datasets import LabelledImages, load_images
@@ -91,17 +90,8 @@ def grown(num_classes: int) -> dict[str, Any]:
 def fill_gallery(workspace: Workspace, config: PipelineConfig) -> LabelledImages:
     """Ingest the evaluation's images as the production gallery: 100 items."""
     images = load_images(config.evaluation.queries)
-    rows = [
-        {
-            "item_id": "digits" + source.rpartition("#")[2],
-            "source": source,
-            "content_sha256": digest,
-            "label": label,
-            "attributes": "{}",
-        }
-        for source, digest, label in zip(images.sources, images.content_sha256, images.labels.tolist(), strict=True)
-    ]
-    ingest(workspace, pa.Table.from_pylist(rows), unit="tiny-gallery")
+    items = item_table(images, ["digits" + source.rpartition("#")[2] for source in images.sources])
+    ingest(workspace, items, unit="tiny-gallery")
     return images
 
 
