@@ -9,7 +9,6 @@ import inspect
 from typing import Any
 
 import torch
-import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -74,11 +73,12 @@ def build_backbone(
         block_widths = tuple(int(value) for value in kwargs.pop("block_widths", (32, 64, 128, 256)))
         _refuse_unknown(spec.name, kwargs, ["block_widths"])
         return SmallCnn(width, channels, image_size, block_widths)
-    if spec.name in torchvision.models.list_models():
+    models = _torchvision_models()
+    if spec.name in models.list_models():
         return _build_torchvision(spec.name, kwargs, width, channels)
     raise ValueError(
         f"building a backbone: expected small_cnn, package.module:factory or a torchvision model, found {spec.name!r}; "
-        f"torchvision has {', '.join(torchvision.models.list_models(module=torchvision.models))}"
+        f"torchvision has {', '.join(models.list_models(module=models))}"
     )
 
 
@@ -101,7 +101,7 @@ def load_initial_weights(module: nn.Module, spec: BackboneSpec, weights: str) ->
             f"loading initial weights: expected a file for {spec.name}, found {weights!r}; only torchvision models "
             "have named weights"
         )
-    enum = torchvision.models.get_model_weights(spec.name)
+    enum = _torchvision_models().get_model_weights(spec.name)
     names = [entry.name for entry in enum]
     if weights not in names:
         raise ValueError(f"loading initial weights: expected one of {names} or a file, found {weights!r}")
@@ -118,11 +118,18 @@ def load_initial_weights(module: nn.Module, spec: BackboneSpec, weights: str) ->
     module.features.load_state_dict({**own, **fitting}, strict=True)
 
 
+def _torchvision_models() -> Any:
+    """Load torchvision's models when they are asked for: that takes seconds, and the small network does without."""
+    import torchvision
+
+    return torchvision.models
+
+
 def _build_torchvision(name: str, kwargs: dict[str, Any], width: int, channels: int) -> nn.Module:
     small_stem = bool(kwargs.pop("small_stem", False))
-    network = torchvision.models.get_model(name, weights=None, **kwargs)
+    network = _torchvision_models().get_model(name, weights=None, **kwargs)
     if small_stem or channels != 3:
-        if not isinstance(network, torchvision.models.ResNet):
+        if not isinstance(network, _torchvision_models().ResNet):
             raise ValueError(
                 f"building a backbone: small_stem and grey images need a ResNet, found {name!r}; use 3 channels and no "
                 "small_stem, or a package.module:factory"

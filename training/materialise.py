@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torchvision
 
 from training.images import encode_png
 
@@ -42,6 +41,8 @@ def materialise_torchvision(name: str, root: str, train: bool) -> str:
     path = os.path.join(os.path.abspath(root), f"{name.lower()}-{'train' if train else 'test'}.parquet")
     if Path(path).exists():
         return path
+    import torchvision  # takes seconds to load, and only this source needs it
+
     factory = getattr(torchvision.datasets, name, None)
     if factory is None:
         raise ValueError(f"reading a torchvision data set: expected a class of torchvision.datasets, found {name!r}")
