@@ -5,16 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKSPACE ?= workspaces/digits
 
-.PHONY: quickstart test test-all test-fast lint format browser benchmarks clean
+.PHONY: quickstart test test-fast lint format browser benchmarks clean
 
 quickstart: $(STAMP)
 	$(BIN)/graceful replay examples/digits.toml --root $(WORKSPACE)
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -q -m "not quiet" --durations=15
-
-# Also what needs a machine of its own: several servers and clusters at once.
-test-all: $(STAMP) lint
 	$(BIN)/python -m pytest -q --durations=15
 
 test-fast: $(STAMP)

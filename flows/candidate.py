@@ -104,7 +104,7 @@ def train(
     job = TrainingJob(
         config=recipe,
         name=name,
-        manifest_uri=frozen.manifest_uri,
+        manifest_uri=session.workspace.manifest_uri(frozen.update_key),
         output_uri=join(session.workspace.root, "generations"),
         ordinal=frozen.ordinal,
         parent_uri=parent_uri,

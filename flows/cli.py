@@ -30,6 +30,14 @@ RootOption = Annotated[
     str,
     typer.Option("--root", "-r", envvar="GRACEFUL_ROOT", help="Workspace: a folder or an object-store URI."),
 ]
+ParagonOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--paragon/--no-paragon",
+        help="Also train without constraints, to measure the tax; by default what the configuration says. It counts as "
+        "another configuration: what was decided without is judged anew.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
@@ -53,9 +61,7 @@ def update(
     adopt: Annotated[
         str | None, typer.Option(help="Judge an encoder from elsewhere, 'package.module:factory', instead of training.")
     ] = None,
-    paragon: Annotated[
-        bool | None, typer.Option("--paragon/--no-paragon", help="Also train without constraints, to measure the tax.")
-    ] = None,
+    paragon: ParagonOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a candidate, judge it against what is served, decide, and carry the decision out.
@@ -63,6 +69,7 @@ def update(
     Run again, it goes on where it was killed; decided before, it does nothing. Exit code 3: hold, 4: inconclusive.
     """
     with reported_errors(as_json):
+        _say_that_it_starts(as_json)
         from flows.environment import prepare_environment
 
         prepare_environment(_root(root))
@@ -79,20 +86,27 @@ def replay(
         Path, typer.Argument(help="Configuration with a \\[replay] table, such as examples/digits.toml.")
     ],
     root: Annotated[str | None, typer.Option("--root", "-r", help="Workspace; by default workspaces/<name>.")] = None,
+    paragon: ParagonOption = None,
+    controls: Annotated[
+        bool,
+        typer.Option("--controls", help="Also train the chains that others have: from scratch, fine-tuned, and so on."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Replay a whole history of generations on growing data, each trained, judged and rolled out.
 
-    Run again, it goes on where it stopped. Exit code 0 whatever was decided, as long as the history completed.
+    Run again, it goes on where it stopped; with --controls it adds them to a history that is there. Exit code 0
+    whatever was decided, as long as the history completed.
     """
     with reported_errors(as_json):
+        _say_that_it_starts(as_json)
         from flows.environment import prepare_environment
 
         prepare_environment(root or "workspaces")
         from flows.operations import run_replay_flow
         from flows.terminal import print_replay
 
-        result = run_replay_flow(config, root, _console(as_json))
+        result = run_replay_flow(config, root, _console(as_json), paragon=paragon, controls=controls)
         _print(as_json, result.model_dump(mode="json"), lambda console: print_replay(console, result))
 
 
@@ -277,6 +291,10 @@ def reported_errors(as_json: bool = False) -> Iterator[None]:
             print(json.dumps({"error": line, "kind": type(error).__name__}))
         print(f"graceful: {line}", file=sys.stderr)
         raise typer.Exit(WRONG_USE if wrong_use else FAILED) from None
+
+
+def _say_that_it_starts(as_json: bool) -> None:
+    _console(as_json).print("Starting (PyTorch, Ray and a flow server take a while to load) ...", style="dim")
 
 
 def _root(root: str) -> str:

@@ -30,6 +30,10 @@ _PATH_KEYS = ("path", "initial_weights")
 _VARIABLE = re.compile(r"\$([A-Z][A-Z0-9_]*)")
 
 
+Control = Literal["from_scratch", "fine_tuned", "fine_tuned_initialised"]
+"""An unconstrained chain that others have."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message names key, problem and remedy."""
 
@@ -115,7 +119,7 @@ class ReplayConfig(BaseModel):
         description="After HOLD or INCONCLUSIVE: keep the champion, or order a full backfill all the same, as "
         "published chains do, so that every generation becomes a predecessor. The decision is reported as it was made.",
     )
-    controls: tuple[Literal["from_scratch", "fine_tuned", "fine_tuned_initialised"], ...] = Field(
+    controls: tuple[Control, ...] = Field(
         default=(), description="Unconstrained chains that are trained and measured beside the history."
     )
 

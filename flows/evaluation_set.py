@@ -96,9 +96,20 @@ def separate(
     return training_images, num_dropped
 
 
+def evaluation_set_uri(root: str, set_id: str) -> str:
+    """Location of a stored set."""
+    return join(root, "evaluation_sets", set_id)
+
+
+def named_in_set(location: str) -> set[str]:
+    """Content hashes of the images of a stored set."""
+    filesystem, path = resolve(join(location, "rows.parquet"))
+    return set(pq.read_table(path, columns=["content_sha256"], filesystem=filesystem)["content_sha256"].to_pylist())
+
+
 def save_evaluation_set(root: str, evaluation_set: EvaluationSet) -> str:
     """Store a set below `root` unless it is there; returns its location."""
-    location = join(root, "evaluation_sets", evaluation_set.set_id)
+    location = evaluation_set_uri(root, evaluation_set.set_id)
     if not exists(join(location, "rows.parquet")):
         filesystem, path = resolve(location)
         filesystem.create_dir(path, recursive=True)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from flows.evaluation_set import EvaluationSet, load_evaluation_set, save_evaluation_set, separate
 from flows.session import Session
-from indexing.storage import exists, join
+from indexing.storage import exists
 from training.datasets import LabelledImages, check_trainable, load_images, write_manifest
 from training.generation import ordinal_of
 
@@ -30,7 +30,6 @@ class FrozenUpdate(BaseModel):
     champion: str | None
     predecessors: tuple[str, ...]
     generations: tuple[str, ...]
-    manifest_uri: str
     num_training_images: int
     num_classes: int
     num_unreadable: int
@@ -67,7 +66,7 @@ def freeze(
     generations = registry.generations()
     if adopted is not None:
         generations = [name for name in generations if name != adopted]
-    manifest_uri = join(session.workspace.update_uri(update_key), "training.parquet")
+    manifest_uri = session.workspace.manifest_uri(update_key)
     if not exists(manifest_uri):
         write_manifest(manifest_uri, images)
     save_evaluation_set(session.workspace.root, evaluation_set)
@@ -77,7 +76,6 @@ def freeze(
         champion=champion,
         predecessors=tuple(_predecessors(session)),
         generations=tuple(generations),
-        manifest_uri=manifest_uri,
         num_training_images=len(images),
         num_classes=len(set(images.labels.tolist())),
         num_unreadable=len(images.unreadable) + len(evaluation_set.queries.unreadable),

@@ -6,13 +6,14 @@ import time
 import tomllib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
 from evaluation.decision import Decision
 from evaluation.policy import RolloutPolicy
-from flows.config import CONFIG_FILE, ConfigError, PipelineConfig, load_config, load_workspace_config
+from flows.config import CONFIG_FILE, ConfigError, Control, PipelineConfig, load_config, load_workspace_config
+from flows.evaluation_set import evaluation_set_uri, named_in_set
 from flows.evidence import EvaluationMissingError, read_evaluation, recompute
 from flows.flow_ui import FlowProgress
 from flows.freeze import FrozenUpdate
@@ -85,7 +86,9 @@ def adopt_generation(workspace: Workspace, config: PipelineConfig, factory: str)
     return card.generation_id
 
 
-def run_replay_flow(config_file: Path, root: str | None, console: Console) -> ReplayResult:
+def run_replay_flow(
+    config_file: Path, root: str | None, console: Console, *, paragon: bool | None = None, controls: bool = False
+) -> ReplayResult:
     """Run the replay flow in this process; by default in workspaces/<name of the pipeline>."""
     from prefect import flow
 
@@ -94,7 +97,10 @@ def run_replay_flow(config_file: Path, root: str | None, console: Console) -> Re
         root = os.path.abspath(f"workspaces/{named.name}")
     elif not is_remote(root):
         root = os.path.abspath(root)
-    config = load_config(config_file, root)
+    overrides: dict[str, Any] = {} if paragon is None else {"train_paragon": paragon}
+    if controls:
+        overrides["replay.controls"] = get_args(Control)
+    config = load_config(config_file, root, overrides)
     replay_table(config)
     write_bytes(join(root, CONFIG_FILE), config_file.read_bytes())
     final_root = root
@@ -197,21 +203,22 @@ def forget_items(workspace: Workspace, item_ids: list[str]) -> dict[str, Any]:
         if exists(join(workspace.root, "caches", generation)):
             workspace.cache(generation).forget(hashes)
     remove(workspace.index_location())
-    return {"revisions_removed": revisions, "cannot_remove_from_weights_of": _trained_on(workspace, hashes)}
+    trained_on, named_in = _where_named(workspace, set(hashes))
+    return {"revisions_removed": revisions, "cannot_remove_from_weights_of": trained_on, "still_named_in": named_in}
 
 
-def _trained_on(workspace: Workspace, hashes: list[str]) -> list[str]:
-    """Generations whose training set held one of the images."""
-    manifests = {
-        event.update_key: FrozenUpdate.model_validate(event.payload).manifest_uri
+def _where_named(workspace: Workspace, hashes: set[str]) -> tuple[list[str], list[str]]:
+    """Generations that were trained on one of the images, and records that name one, without its vectors or pixels."""
+    updates = {
+        event.update_key: FrozenUpdate.model_validate(event.payload)
         for event in workspace.registry.events("update_started")
     }
-    wanted = set(hashes)
-    return [
-        event.generation
-        for event in workspace.registry.events("trained")
-        if event.update_key in manifests and wanted & set(read_manifest(manifests[event.update_key]).content_sha256)
-    ]
+    manifests = {
+        key: uri for key in updates if hashes & set(read_manifest(uri := workspace.manifest_uri(key)).content_sha256)
+    }
+    trained_on = [event.generation for event in workspace.registry.events("trained") if event.update_key in manifests]
+    sets = {evaluation_set_uri(workspace.root, frozen.evaluation_set) for frozen in updates.values()}
+    return trained_on, [*manifests.values(), *sorted(uri for uri in sets if hashes & named_in_set(uri))]
 
 
 def search_image(root: str, image: Path, k: int, generation: str | None) -> dict[str, Any]:

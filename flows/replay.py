@@ -8,7 +8,7 @@ are measured as pure galleries on the same evaluation set.
 import hashlib
 import json
 import time
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from prefect import flow
@@ -20,7 +20,7 @@ from evaluation.outcomes import SERVED, fraction_state, pair_state
 from evaluation.retrieval import metric_of
 from flows import candidate as making
 from flows.claim import claim
-from flows.config import ConfigError, PipelineConfig, ReplayConfig, load_config
+from flows.config import ConfigError, Control, PipelineConfig, ReplayConfig, load_config
 from flows.evaluation_set import load_evaluation_set
 from flows.evidence import read_evaluation
 from flows.flow_ui import FlowProgress
@@ -35,8 +35,6 @@ from flows.update import UpdateResult, run_update, step
 from indexing.storage import exists, join, read_json, write_json
 from training.datasets import DatasetConfig, LabelledImages, column_values, load_images
 from training.job import TrainingConfig
-
-Control = Literal["from_scratch", "fine_tuned", "fine_tuned_initialised"]
 
 
 class GenerationLine(BaseModel):

@@ -26,7 +26,7 @@ from flows.session import Session
 from indexing.gallery import View
 from indexing.planner import nearest_mean_distance
 from indexing.reindex import ReindexReport
-from indexing.storage import crash_point, exists, join, read_json, write_json
+from indexing.storage import crash_point, exists, join, read_json, remove, write_json
 from training.predecessors import PredecessorRef
 
 _ACTED_ON = ("BOOTSTRAP", "COMPATIBLE_ROLLOUT", "FULL_BACKFILL")
@@ -198,7 +198,11 @@ class UpdateRun:
             return continue_plan(self.workspace, unit_rows=self.session.config.gallery.unit_rows, on_rows=advance)
 
     def conclude(self, evaluation: Evaluation) -> None:
-        """Write the last line of the update into the lineage, and retire predecessors that own no readable row."""
+        """Write the last line of the update into the lineage, and retire predecessors that own no readable row.
+
+        The predecessors' vectors beside the manifest have served: they are copies from the caches.
+        """
+        remove(join(self.workspace.update_uri(self.frozen.update_key), "predecessors"))
         decision = evaluation.decision
         kind = {"HOLD": "held", "INCONCLUSIVE": "pending"}.get(decision.outcome)
         if kind is not None:

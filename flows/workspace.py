@@ -56,6 +56,10 @@ class Workspace:
         """The folder of an update's frozen inputs."""
         return join(self.root, "updates", update_key)
 
+    def manifest_uri(self, update_key: str) -> str:
+        """The list of images that an update trains on."""
+        return join(self.update_uri(update_key), "training.parquet")
+
     def index_location(self) -> str:
         """The folder of index snapshots.
 

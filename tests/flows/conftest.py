@@ -63,14 +63,10 @@ def bootstrapped(tmp_path_factory: pytest.TempPathFactory, digits_file: Path) ->
 
     Copy it before changing it.
     """
-    from flows.session import open_session
     from tests.flows.run_steps import run_update_steps
 
-    root = tmp_path_factory.mktemp("bootstrapped") / "workspace"
+    root = tiny.new_workspace(tmp_path_factory.mktemp("bootstrapped") / "workspace")
     tiny.write_config(root, digits_file)
-    config = tiny.open_config(root)
-    with open_session(str(root), config) as session:
-        tiny.fill_gallery(session.workspace, config)
     assert run_update_steps(str(root)) == 0
     tiny.write_config(root, digits_file, tiny.grown(5))
     return root

@@ -2,10 +2,9 @@
 
 import os
 import sys
-from pathlib import Path
 
 from flows.claim import claim
-from flows.config import load_config
+from flows.config import load_workspace_config
 from flows.session import open_session
 from flows.steps import UpdateRun, release_when_due
 from indexing.reindex import ReindexReport
@@ -16,7 +15,7 @@ FINISHED, REPEATED = 0, 10
 
 def run_update_steps(root: str, *, again: bool = False) -> int:
     """Run the update of a workspace to its end; REPEATED when it had ended before."""
-    config = load_config(Path(root) / "graceful.toml", root)
+    config = load_workspace_config(root)
     with open_session(root, config) as session:
         with claim(root, "an update"):
             release_when_due(session)

@@ -16,7 +16,8 @@ import httpx
 import pytest
 
 from flows.service import _flow_server
-from tests.flows.small_workspace import fill_gallery, update_without_prefect, write_workspace
+from tests.flows import tiny
+from tests.flows.run_steps import run_update_steps
 from tests.flows.test_service import environment, free_port
 
 CODE = Path(__file__).parents[2]
@@ -61,11 +62,10 @@ class ShownUpdate:
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShownUpdate]:
     """The second update of a workspace, run by the command line under the workspace's own flow server."""
-    root = write_workspace(tmp_path_factory.mktemp("ui") / "ws", name="digits", epochs=6)
-    fill_gallery(root)
-    update_without_prefect(root)
-    config = root / "graceful.toml"
-    config.write_text(config.read_text().replace("epochs = 6", "epochs = 8\nseed = 1"))
+    changes: dict[str, Any] = {"name": "digits", "training.epochs": 6, "policy": {}, "prices": {}}
+    root = tiny.new_workspace(tmp_path_factory.mktemp("ui") / "ws", changes)
+    assert run_update_steps(str(root)) == 0
+    tiny.write_config(root, root / "digits.parquet", {**changes, "training.epochs": 8, **tiny.grown(5)})
     port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("PREFECT_")]:
@@ -119,7 +119,6 @@ def visit(browser: Any, allowed: str, width: int, height: int, **options: Any) -
     return found
 
 
-@pytest.mark.quiet
 def test_the_flow_run_shows_its_tasks_and_its_artifacts(browser: Any, shown: ShownUpdate, pictures: Path) -> None:
     from playwright.sync_api import expect
 

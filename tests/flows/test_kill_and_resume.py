@@ -109,7 +109,6 @@ def test_finished_update_run_again_does_nothing(spawn, bootstrapped, tmp_path, d
     assert {file: file.stat().st_mtime_ns for file in (root / "gallery").rglob("*") if file.is_file()} == written
 
 
-@pytest.mark.quiet
 @pytest.mark.slow
 def test_command_killed_after_the_decision_carries_the_same_decision_out(
     uninterrupted, workspace_root, command_environment
@@ -128,7 +127,6 @@ def test_command_killed_after_the_decision_carries_the_same_decision_out(
     assert tiny.end_state(workspace_root) == uninterrupted
 
 
-@pytest.mark.quiet
 @pytest.mark.slow
 def test_reindex_on_ray_killed_in_a_wave_goes_on_where_it_stopped(
     uninterrupted, bootstrapped, tmp_path, digits_file, command_environment

@@ -20,16 +20,22 @@ from flows.searcher import GallerySearcher, publish_view
 from indexing.exact import WidthMismatchError
 from indexing.gallery import GalleryVersion
 from indexing.search import IndexCorruptedError
-from tests.flows.small_workspace import fill_gallery, update_without_prefect, write_workspace
+from tests.flows import tiny
+from tests.flows.run_steps import run_update_steps
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 digits, embedded by one generation."""
-    root = write_workspace(tmp_path_factory.mktemp("service") / "ws")
-    fill_gallery(root)
-    update_without_prefect(root)
+    """100 digits, embedded by one generation."""
+    root = tiny.new_workspace(tmp_path_factory.mktemp("service") / "ws")
+    updated(root)
     return root
+
+
+def updated(root: Path) -> str:
+    """Run an update of the workspace; the generation that serves then."""
+    assert run_update_steps(str(root)) == 0
+    return str(_open(str(root)).registry.serving().champion)
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +127,14 @@ def test_k_outside_its_range_is_refused(client: TestClient) -> None:
 
 
 def test_without_a_generation_that_serves_health_says_so_until_one_does(tmp_path: Path) -> None:
-    root = write_workspace(tmp_path / "ws")
-    fill_gallery(root)
+    root = tiny.new_workspace(tmp_path / "ws")
     with TestClient(make_app(str(root), refresh_s=0.1)) as client:
         assert client.get("/health").status_code == 503
         refused = client.post("/search", content=b"x")
         assert refused.status_code == 503
         assert "graceful update" in refused.json()["detail"]
         assert client.get("/status").json()["last_look"]["ok"] is False
-        generation = update_without_prefect(root)
+        generation = updated(root)
         until(lambda: client.get("/health").status_code == 200)
         assert client.get("/status").json()["query_generation"] == generation
 
@@ -137,9 +142,8 @@ def test_without_a_generation_that_serves_health_says_so_until_one_does(tmp_path
 def test_searches_go_on_while_the_service_follows_an_update_a_rollback_and_past_a_damaged_snapshot(
     tmp_path: Path,
 ) -> None:
-    root = write_workspace(tmp_path / "ws")
-    fill_gallery(root)
-    first = update_without_prefect(root)
+    root = tiny.new_workspace(tmp_path / "ws")
+    first = updated(root)
     item_id, row = gallery_row(root)
     payload, seen, wrong, stop = image_of(root, row), [], [], threading.Event()
     with TestClient(make_app(str(root), refresh_s=0.1)) as client:
@@ -158,7 +162,8 @@ def test_searches_go_on_while_the_service_follows_an_update_a_rollback_and_past_
         searching.start()
         try:
             until(lambda: seen == [first])
-            second = update_without_prefect(root, order_backfill=True, **{"training.seed": 1})
+            tiny.write_config(root, root / "digits.parquet", {"training.seed": 1})
+            second = updated(root)
             until(lambda: seen == [first, second])
 
             # A damaged segment: the next snapshot cannot be opened, the served one stays and /status tells why.

@@ -16,9 +16,10 @@ import httpx
 import pytest
 
 from flows.environment import prepare_environment, process_start, running_server
-from tests.flows.small_workspace import fill_gallery, write_workspace
+from tests.flows import tiny
 
 CODE = Path(__file__).parents[2]
+SCHEDULE = {"cron": "5 * * * *", "timezone": "Asia/Kathmandu"}
 SLOW_EPOCHS = 3_000
 
 
@@ -99,8 +100,7 @@ class Service:
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Serves a workspace whose schedule is five minutes past every hour in Kathmandu."""
     folder = tmp_path_factory.mktemp("serve")
-    root = write_workspace(folder / "ws", cron="5 * * * *", timezone="Asia/Kathmandu")
-    fill_gallery(root)
+    root = tiny.new_workspace(folder / "ws", {"schedule": SCHEDULE})
     port, log = free_port(), folder / "serve.log"
     command = [sys.executable, "-m", "flows.cli", "serve", "--root", str(root), "--ui-port", str(port)]
     with log.open("wb") as output:
@@ -153,7 +153,6 @@ def test_the_cron_schedule_really_yields_runs_and_the_flow_ui_shows_a_form(servi
     assert "+0545 (cron '5 * * * *')" in service.text()
 
 
-@pytest.mark.quiet
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_triggered_run_completes_and_leaves_artifacts_under_stable_keys(service: Service) -> None:
@@ -170,12 +169,11 @@ def test_a_triggered_run_completes_and_leaves_artifacts_under_stable_keys(servic
     assert json.loads(graceful("status", "--root", str(service.root), "--json").stdout)["champion"] is not None
 
 
-@pytest.mark.quiet
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_one_update_at_a_time_and_stopping_cancels_it_and_leaves_no_process(service: Service) -> None:
-    config = service.root / "graceful.toml"
-    config.write_text(config.read_text().replace("epochs = 1", f"epochs = {SLOW_EPOCHS}"))
+    slow = {"schedule": SCHEDULE, "training.epochs": SLOW_EPOCHS}
+    tiny.write_config(service.root, service.root / "digits.parquet", slow)
     running, waiting = service.trigger(), service.trigger()
     # Which of the two comes first is for the runner to say; the other one waits for it.
     until(
@@ -228,7 +226,7 @@ def test_a_cron_expression_that_cannot_be_used_and_a_missing_workspace_are_refus
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
-        root = write_workspace(tmp_path / "ws")
+        root = tiny.new_workspace(tmp_path / "ws")
         refused = graceful("serve", "--root", str(root), "--ui-port", str(busy.getsockname()[1]))
     assert refused.returncode == 1
     assert "--ui-port" in refused.stderr

@@ -222,6 +222,7 @@ def test_deleted_item_is_gone_and_a_forgotten_one_leaves_no_bytes(history, copy,
     assert gone["deleted"] == 0
     assert gone["revisions_removed"] == 2
     assert gone["cannot_remove_from_weights_of"] == []
+    assert [Path(place).parent.name for place in gone["still_named_in"]] == ["evaluation_sets"]
     left = [file for file in (copy / "gallery").rglob("*.parquet") if item.encode() in file.read_bytes()]
     assert left == []
     status = command("status", "--root", copy)
@@ -244,6 +245,10 @@ def test_item_that_was_trained_on_is_named_when_it_is_forgotten(history, copy, d
     assert gone["deleted"] == 1
     assert gone["cannot_remove_from_weights_of"] == [history["first"]["candidate"], history["second"]["candidate"]]
     assert not any(digest.encode() in file.read_bytes() for file in cache.rglob("*.parquet"))
+    named = [file for file in copy.rglob("*") if file.is_file() and digest.encode() in file.read_bytes()]
+    manifests = [str(file) for file in named if file.name == "training.parquet"]
+    assert sorted(gone["still_named_in"]) == sorted(manifests)
+    assert {file.name for file in named} == {"training.parquet"}
 
 
 def test_report_command_finds_the_newest_and_a_named_evaluation(history):

@@ -20,6 +20,7 @@ from typing import Any
 from flows.config import PipelineConfig, load_config
 from flows.items import item_table
 from flows.rollout import ingest
+from flows.session import open_session
 from flows.workspace import Workspace
 from training.datasets import LabelledImages, load_images
 
@@ -90,9 +91,18 @@ def grown(num_classes: int) -> dict[str, Any]:
 def fill_gallery(workspace: Workspace, config: PipelineConfig) -> LabelledImages:
     """Ingest the evaluation's images as the production gallery: 100 items."""
     images = load_images(config.evaluation.queries)
-    items = item_table(images, ["digits" + source.rpartition("#")[2] for source in images.sources])
-    ingest(workspace, items, unit="tiny-gallery")
+    ingest(workspace, item_table(images), unit="tiny-gallery")
     return images
+
+
+def new_workspace(root: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """A workspace with data and gallery of its own, and no generation yet."""
+    write_config(root, root / "digits.parquet", changes)
+    config = open_config(root)
+    with open_session(str(root), config) as session:
+        session.workspace.registry.serving()
+        fill_gallery(session.workspace, config)
+    return root
 
 
 def end_state(root: str | Path) -> dict[str, Any]:

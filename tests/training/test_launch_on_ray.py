@@ -137,7 +137,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.quiet
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_driver_leaves_a_training_that_the_next_run_goes_on_with(
