@@ -26,9 +26,8 @@ from evaluation.cost import net_value
 from evaluation.evidence import (
     NFR_FAMILIES,
     OVERALL,
-    CertificateEvidence,
     Evidence,
-    StateEvidence,
+    PairedDifference,
     certify,
     gather_evidence,
     wave_zero_generations,
@@ -301,7 +300,7 @@ def further_queries(reason: Reason, evidence: Evidence, policy: RolloutPolicy) -
 
 
 def _further_for_margin(
-    item: StateEvidence | CertificateEvidence, limit: float, policy: RolloutPolicy, critical: float | None
+    item: PairedDifference, limit: float, policy: RolloutPolicy, critical: float | None
 ) -> int | None:
     """Queries until the difference's bound clears `limit` (a share, -margin)."""
     if item.difference is None or item.difference_sd is None:

@@ -47,25 +47,30 @@ OVERALL = "overall"
 NFR_FAMILIES = 2  # ways to be wrong that share alpha: a rollout along its way, and a full backfill
 
 
-class StateEvidence(BaseModel):
-    """One state that would be served, against what is served now, within one scope (overall or a slice)."""
+class PairedDifference(BaseModel):
+    """A metric against a baseline, query by query, with one-sided bounds that respect clusters."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_queries: int = Field(description="Queries compared: those measurable in the baseline.")
+    num_clusters: int = Field(description="Clusters among them.")
+    value: float | None = Field(description="Metric of what is judged.")
+    baseline: float | None = Field(description="Metric of what it is compared with.")
+    difference: float | None = Field(description="value - baseline.")
+    difference_lower: float | None = Field(description="Lower bound, simultaneous over the fractions; None: no bound.")
+    difference_upper: float | None = Field(description="Upper bound, simultaneous over the fractions; None: no bound.")
+    difference_sd: float | None = Field(description="Standard deviation of the paired difference of one query.")
+    difference_design_effect: float | None = Field(description="Variance of the difference against no clusters.")
+
+
+class StateEvidence(PairedDifference):
+    """One state that would be served, against what is served now, within one scope (overall or a slice)."""
 
     scope: str = Field(description="'overall' or 'slice=value'.")
     fraction: float = Field(description="Fraction of the gallery re-embedded.")
     state: str = Field(description="Name of the state.")
-    num_queries: int = Field(description="Queries compared: those measurable in the state served now.")
-    num_clusters: int = Field(description="Clusters among them.")
     num_lost: int = Field(description="Queries whose relevant rows cannot be read in this state: counted as wrong.")
     num_without_baseline: int = Field(description="Queries measurable in this state alone: left out.")
-    value: float | None = Field(description="Metric in this state.")
-    baseline: float | None = Field(description="Metric of what is served now.")
-    difference: float | None = Field(description="value - baseline.")
-    difference_lower: float | None = Field(description="Simultaneous lower bound; None when there is no bound.")
-    difference_upper: float | None = Field(description="Simultaneous upper bound; None when there is no bound.")
-    difference_sd: float | None = Field(description="Standard deviation of the paired difference of one query.")
-    difference_design_effect: float | None = Field(description="Variance of the difference against no clusters.")
     band_critical: float | None = Field(description="Critical value of the simultaneous band.")
     nfr: float | None = Field(description="Share of queries right now and wrong in this state.")
     nfr_lower: float | None = Field(description="Exact lower bound of the NFR, clusters respected.")
@@ -75,28 +80,17 @@ class StateEvidence(BaseModel):
     mcnemar_p: float | None = Field(description="Exact McNemar p-value: any systematic change. Reported, no guard.")
 
 
-class CertificateEvidence(BaseModel):
+class CertificateEvidence(PairedDifference):
     """Whether queries of one generation may be scored against vectors of another.
 
     For the candidate: live/<candidate>/<owner> not inferior to live/<champion>/<owner>, on the rows that the owner owns
     now. For an old client: pair/<client>/<candidate> not inferior to pair/<client>/<client>.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     query_generation: str = Field(description="The candidate, or an old client's.")
     gallery_generation: str = Field(description="The generation whose vectors are read.")
     share: float = Field(description="Share of the gallery's rows that it owns; 1 for an old client.")
     verdict: Verdict = Field(description="UNKNOWN counts as not issued, like FAIL.")
-    num_queries: int = Field(description="Queries compared.")
-    num_clusters: int = Field(description="Clusters among them.")
-    value: float | None = Field(description="Metric of its queries on these rows.")
-    baseline: float | None = Field(description="Metric of what it is compared with.")
-    difference: float | None = Field(description="value - baseline.")
-    difference_lower: float | None = Field(description="One-sided lower bound; None when there is no bound.")
-    difference_upper: float | None = Field(description="One-sided upper bound; None when there is no bound.")
-    difference_sd: float | None = Field(description="Standard deviation of the paired difference of one query.")
-    difference_design_effect: float | None = Field(description="Variance of the difference against no clusters.")
 
 
 class Evidence(BaseModel):

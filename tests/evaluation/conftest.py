@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from evaluation.evidence import Evidence, gather_evidence
 from evaluation.outcomes import SERVED, Outcomes, fraction_state, live_state, pair_state
 from evaluation.policy import RolloutPolicy
 
 FRACTIONS = RolloutPolicy().fractions
+QUICK = RolloutPolicy(num_resamples=300)
 
 
 def plant(
@@ -62,6 +64,18 @@ def flip(before: np.ndarray, num_losses: int, num_wins: int) -> np.ndarray:
 
 def _at(numbers: Mapping[float, int] | int, fraction: float) -> int:
     return numbers if isinstance(numbers, int) else numbers.get(fraction, 0)
+
+
+def gather(outcomes: Outcomes, policy: RolloutPolicy = QUICK, **kwargs: object) -> Evidence:
+    """Evidence about g2 against g1, which owns the whole gallery; `kwargs` say what is different."""
+    fields: dict[str, object] = {
+        "order": "farthest",
+        "live_owners": {"g1": 1.0},
+        "candidate": "g2",
+        "champion": "g1",
+        "is_first": False,
+    }
+    return gather_evidence(outcomes, policy, **{**fields, **kwargs})  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from evaluation.cost import CostInputs
-from evaluation.decision import Decision, RolloutPolicy, decide, gather_evidence
+from evaluation.decision import Decision, RolloutPolicy, decide
 from evaluation.evidence import Evidence
 from evaluation.outcomes import Outcomes
+from tests.evaluation.conftest import QUICK, gather
 
-QUICK = RolloutPolicy(num_resamples=300)
 PRICES = CostInputs(
     rows_per_s=1000,
     num_rows=3_600_000,
@@ -25,17 +25,6 @@ PRICES = CostInputs(
 
 def judge(outcomes: Outcomes, policy: RolloutPolicy = QUICK, **kwargs: object) -> Decision:
     return decide(gather(outcomes, policy, **kwargs), policy)
-
-
-def gather(outcomes: Outcomes, policy: RolloutPolicy = QUICK, **kwargs: object) -> Evidence:
-    fields: dict[str, object] = {
-        "order": "farthest",
-        "live_owners": {"g1": 1.0},
-        "candidate": "g2",
-        "champion": "g1",
-        "is_first": False,
-    }
-    return gather_evidence(outcomes, policy, **{**fields, **kwargs})  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -10,23 +10,12 @@ from pydantic import ValidationError
 
 from evaluation.cost import CostInputs
 from evaluation.decision import certificates_to_issue
-from evaluation.evidence import Evidence, certify, gather_evidence, wave_zero_generations
+from evaluation.evidence import Evidence, certify, wave_zero_generations
 from evaluation.outcomes import SERVED, Outcomes, add_states, fraction_state
 from evaluation.policy import RolloutPolicy
+from tests.evaluation.conftest import QUICK, gather
 
 Plant = Callable[..., Outcomes]
-QUICK = RolloutPolicy(num_resamples=300)
-
-
-def gather(outcomes: Outcomes, policy: RolloutPolicy = QUICK, **kwargs: object) -> Evidence:
-    fields: dict[str, object] = {
-        "order": "random",
-        "live_owners": {"g1": 1.0},
-        "candidate": "g2",
-        "champion": "g1",
-        "is_first": False,
-    }
-    return gather_evidence(outcomes, policy, **{**fields, **kwargs})  # type: ignore[arg-type]
 
 
 def test_policy_defaults_are_the_ones_written_down() -> None:

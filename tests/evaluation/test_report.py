@@ -11,11 +11,12 @@ import pytest
 
 from evaluation import report
 from evaluation.cost import CostInputs
-from evaluation.decision import Decision, RolloutPolicy, decide, gather_evidence
+from evaluation.decision import Decision, RolloutPolicy, decide
 from evaluation.evidence import Evidence
 from evaluation.flips import nfr_matrix
 from evaluation.matrix import CompatibilityMatrix, matrix_from_outcomes
 from evaluation.outcomes import Outcomes
+from tests.evaluation.conftest import gather
 
 Plant = Callable[..., Outcomes]
 POLICY = RolloutPolicy(num_resamples=200, required_slices=("camera=night",))
@@ -24,14 +25,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def judged(outcomes: Outcomes, policy: RolloutPolicy = POLICY, **kwargs: object) -> tuple[Evidence, Decision]:
-    fields: dict[str, object] = {
-        "order": "farthest",
-        "live_owners": {"g1": 1.0},
-        "candidate": "g2",
-        "champion": "g1",
-        "is_first": False,
-    }
-    evidence = gather_evidence(outcomes, policy, **{**fields, **kwargs})  # type: ignore[arg-type]
+    evidence = gather(outcomes, policy, **kwargs)
     return evidence, decide(evidence, policy)
 
 

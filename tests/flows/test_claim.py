@@ -99,17 +99,17 @@ def test_holder_on_another_machine_is_believed_until_its_claim_runs_out(tmp_path
 
 def test_claim_is_renewed_while_it_is_held(tmp_path, monkeypatch):
     monkeypatch.setattr(claiming, "_RENEW_S", 0.05)
-    monkeypatch.setattr(claiming, "LIFETIME_S", 0.5)
+    monkeypatch.setattr(claiming, "LIFETIME_S", 2.0)
     root = str(tmp_path)
     with claim(root, "a long update"):
-        time.sleep(1.0)
+        time.sleep(3.0)
         with pytest.raises(UpdateInProgressError), claim(root, "another"):
             pass
 
 
 def test_renewal_survives_a_store_that_does_not_answer_once(tmp_path, monkeypatch):
     monkeypatch.setattr(claiming, "_RENEW_S", 0.05)
-    monkeypatch.setattr(claiming, "LIFETIME_S", 0.5)
+    monkeypatch.setattr(claiming, "LIFETIME_S", 2.0)
     write, failures = claiming._write_if_mine, [OSError("no answer")]
 
     def write_at_the_second_attempt(*arguments, **options):
@@ -120,7 +120,7 @@ def test_renewal_survives_a_store_that_does_not_answer_once(tmp_path, monkeypatc
     monkeypatch.setattr(claiming, "_write_if_mine", write_at_the_second_attempt)
     root = str(tmp_path)
     with claim(root, "a long update"):
-        time.sleep(1.0)
+        time.sleep(3.0)
         with pytest.raises(UpdateInProgressError), claim(root, "another"):
             pass
 
