@@ -1,10 +1,11 @@
-"""Renders the README's measured tables from stored results: `python -m benchmarks.tables`.
+"""Writes the README's measured tables from stored results: `python -m benchmarks.tables`.
 
 docs/results/<example>.json is the `replay.json` of a workspace; benchmarks/results.json what `python -m benchmarks`
-wrote. Nothing is typed in by hand.
+wrote. Each table stands in the README between two comments with its name. Nothing is typed in by hand.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ def history(name: str, result: dict[str, Any]) -> str:
     """One example: what was decided per generation, the matrix, and the controls beside it."""
     generations = [generation.split("-")[0] for generation in result["generations"]]
     lines = [
-        f"**{name}**: AC {_number(result['ac'])} over constrained pairs, AM {_percent(result['am'])} %.",
+        f"**{name}**: AC {_number(result['ac'])} over constrained pairs, AM {_percent(result['am'])} %; "
+        f"{result['seconds'] / 60:.1f} minutes.",
         "",
         "| | images | decision | self-test | served before | served after | NFR | tax | "
         + " | ".join(f"on {generation}" for generation in generations)
@@ -83,9 +85,19 @@ def _number(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.2f}"
 
 
+def with_tables(text: str) -> str:
+    """The README's text with every table made anew from what is stored."""
+    tables = {
+        name: history(name, json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())) for name in EXAMPLES
+    }
+    tables["benchmarks"] = benchmarks(json.loads((ROOT / "benchmarks" / "results.json").read_text()))
+    for name, table in tables.items():
+        opening, closing = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        block = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
+        text = block.sub(lambda _, o=opening, t=table, c=closing: f"{o}{t}\n{c}", text)  # type: ignore[misc]
+    return text
+
+
 if __name__ == "__main__":
-    for example in EXAMPLES:
-        stored = ROOT / "docs" / "results" / f"{example}.json"
-        if stored.exists():
-            print(history(example, json.loads(stored.read_text())), end="\n\n")
-    print(benchmarks(json.loads((ROOT / "benchmarks" / "results.json").read_text())))
+    README = ROOT / "README.md"
+    README.write_text(with_tables(README.read_text()))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import ray
+import torch
 
 from benchmarks.harness import Ratio, paired
 from flows.cluster import RaySession
@@ -100,7 +101,8 @@ def _digits(folder: str) -> DatasetConfig:
 
 
 def _steady_seconds(job: TrainingJob) -> float:
-    """Seconds of the fastest epoch after the first; one thread, whoever runs it."""
+    """Seconds of the fastest epoch after the first; one thread, whoever runs it (a worker of Ray Train has one)."""
+    torch.set_num_threads(1)
     epochs: list[float] = []
     run_training(job, lambda metrics: epochs.append(float(metrics["seconds"])))
     return min(epochs[1:])

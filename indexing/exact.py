@@ -19,6 +19,7 @@ Shapes: Q queries, N gallery rows, D width, P relevant rows of a query, B rows o
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -278,9 +279,10 @@ def _rank_generation(
     relevant, own = position_of[matches.relevant_columns], position_of[matches.own_columns]
     starts, own_starts = matches.relevant_offsets, matches.own_offsets
     ranks = [np.zeros(len(relevant), dtype=np.int32) for _ in states]
+    uses = Counter(part for segments in layout.segments for part, _, _ in segments)
 
     def rank_rows(first: int, products: list[NDArray[np.float32]], rows: range) -> None:
-        scores = np.empty(matches.num_rows, dtype=np.float32)
+        buffer = np.empty(matches.num_rows, dtype=np.float32)
         for row in rows:
             query = first + row
             mine = slice(starts[query], starts[query + 1])
@@ -288,7 +290,10 @@ def _rank_generation(
                 continue
             columns, own_columns = relevant[mine], own[own_starts[query] : own_starts[query + 1]]
             for state, segments in enumerate(layout.segments):
-                np.concatenate([products[part][row, begin:end] for part, begin, end in segments], out=scores)
+                pieces = [products[part][row, begin:end] for part, begin, end in segments]
+                # What no other state shows is changed in place.
+                in_place = len(pieces) == 1 and uses[segments[0][0]] == 1
+                scores = pieces[0] if in_place else np.concatenate(pieces, out=buffer)
                 relevant_scores = np.sort(scores[columns])[::-1]
                 scores[columns] = -np.inf
                 scores[own_columns] = -np.inf

@@ -180,3 +180,11 @@ def test_quickstart_shows_what_a_run_prints():
         )
     assert len([line for line in shown if re.match(r"\s*g\d{3}-", line)]) == len(names)
     assert "N x label" in shape(line_text(lines[0], 4, "label"))
+
+
+def test_measured_tables_are_those_of_the_stored_results():
+    from benchmarks.tables import with_tables
+
+    text = (ROOT / "README.md").read_text()
+    assert text.count("<!-- end of") == 4
+    assert with_tables(text) == text, "run 'python -m benchmarks.tables'"
