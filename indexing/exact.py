@@ -315,7 +315,8 @@ def _ranks_among(scores: NDArray[np.float32], relevant: NDArray[np.float32]) -> 
     if len(relevant) == 1:
         return order + num_above
     if len(relevant) <= MAX_COMPARISONS and num_above > SORT_SHARE * len(scores):
-        return order + np.array([np.count_nonzero(scores >= bound) for bound in bounds], dtype=np.int64)
+        counts = [np.count_nonzero(scores >= bound) for bound in bounds[:-1]]
+        return order + np.array([*counts, num_above], dtype=np.int64)
     return order + num_above - np.searchsorted(np.sort(scores[above]), bounds)
 
 
