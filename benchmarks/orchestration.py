@@ -14,7 +14,7 @@ from flows.environment import prepare_environment
 
 
 def orchestration(epochs: int = 50) -> Ratio:
-    """Overhead of one update flow under Prefect on a local Ray cluster; about ten minutes of compute."""
+    """Overhead of one update flow under Prefect on a local Ray cluster; about eight minutes of compute on one core."""
     with tempfile.TemporaryDirectory() as folder:
         prepare_environment(folder)
         from prefect import flow

@@ -38,7 +38,7 @@ def history(name: str, result: dict[str, Any]) -> str:
             _percent(line["served_after"]),
             _percent(line["nfr"]),
             "" if line["tax_points"] is None else f"{line['tax_points']:+.1f}",
-            *_row(result["matrix"], place),
+            *map(_percent, result["matrix"][place]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     if result["controls"]:
@@ -71,10 +71,6 @@ def _controls(result: dict[str, Any], generations: Sequence[str]) -> list[str]:
         last = " ".join(_percent(value) for value in matrix[-1][:-1])
         lines.append(f"| {name} | {_number(ac)} | {' '.join(map(_percent, flips))} | {own} | {last} |")
     return lines
-
-
-def _row(matrix: Sequence[Sequence[float | None]], place: int) -> list[str]:
-    return ["" if value is None else _percent(value) for value in matrix[place]]
 
 
 def _percent(value: float | None) -> str:

@@ -293,8 +293,7 @@ def prune_snapshots(index_root: str | Path, keep: Collection[str], *, older_than
         (path / MANIFEST_NAME).unlink(missing_ok=True)
         freed += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         shutil.rmtree(path)
-    segments = root / SEGMENTS_FOLDER
-    for path in segments.iterdir() if segments.exists() else ():
+    for path in list((root / SEGMENTS_FOLDER).glob("*")):
         if path.name.split(".")[0] not in used and path.stat().st_mtime <= before:
             freed += path.stat().st_size
             path.unlink()

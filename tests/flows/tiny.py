@@ -100,7 +100,6 @@ def new_workspace(root: Path, changes: Mapping[str, Any] | None = None) -> Path:
     write_config(root, root / "digits.parquet", changes)
     config = open_config(root)
     with open_session(str(root), config) as session:
-        session.workspace.registry.serving()
         fill_gallery(session.workspace, config)
     return root
 
