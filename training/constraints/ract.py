@@ -28,22 +28,36 @@ class Ract(nn.Module):
         self.hardest = int(hardest)
 
     def forward(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Tensor:
-        """Return one loss per predecessor; lower is better. Row i of the references is the same image as row i."""
+        """Return one loss per predecessor; lower is better. Row i of the references is the same image as row i.
+
+        With p the positive's logit, S and F the log-sum-exp of the stale and of the fresh negatives, the loss of one
+        image is log(1 + e^(S-p) + e^(F-p)). Its first two summands are a cross entropy, which torch fuses; these
+        (K, B, B) logits are most of what a predecessor costs.
+        """
         stacked = ref_emb if ref_emb.ndim == 3 else ref_emb[None]
         num_predecessors, num_images, width = stacked.shape
         fresh = functional.normalize(embeddings[:, :width].float(), dim=1)
-        same = labels[:, None] == ref_labels[None, :]
-        to_stale = ((fresh / self.tau) @ stacked.reshape(-1, width).t()).view(-1, num_predecessors, num_images)
-        to_fresh = (fresh / self.tau) @ fresh.t()
-        positives = to_stale.diagonal(dim1=0, dim2=2).t()  # (B, K)
-        stale_negatives = self._log_sum_exp(to_stale.masked_fill(same[:, None, :], -torch.inf))
-        fresh_negatives = self._log_sum_exp(to_fresh.masked_fill(same, -torch.inf))
-        denominator = torch.logaddexp(torch.logaddexp(positives, stale_negatives), fresh_negatives[:, None])
-        per_predecessor = (denominator - positives).mean(dim=0)
+        scaled = fresh / self.tau
+        hidden = torch.zeros(num_images, num_images, device=fresh.device)
+        hidden.masked_fill_(labels[:, None] == ref_labels[None, :], -torch.inf)
+        positives = (scaled * stacked).sum(dim=2)  # (K, B)
+        fresh_negatives = self._hardest(torch.addmm(hidden, scaled, fresh.t()))
+        # exp(-inf) rows (no negatives at all) must stay free of NaN in the gradient
+        fresh_negatives = fresh_negatives.clamp(min=-1e4).logsumexp(dim=1)
+        queries, references = scaled.expand(num_predecessors, -1, -1), stacked.transpose(1, 2)
+        if 0 < self.hardest < num_images:
+            negatives = self._hardest(torch.baddbmm(hidden, queries, references))
+            logits, targets = torch.cat([positives[:, :, None], negatives], dim=2), torch.zeros_like(labels)
+        else:
+            logits = torch.baddbmm(hidden.fill_diagonal_(0.0), queries, references)  # the positive among its negatives
+            targets = torch.arange(num_images, device=labels.device)
+        against_stale = functional.cross_entropy(
+            logits.flatten(0, 1), targets.repeat(num_predecessors), reduction="none"
+        ).view(num_predecessors, num_images)
+        per_predecessor = torch.logaddexp(against_stale, fresh_negatives - positives).mean(dim=1)
         return per_predecessor if ref_emb.ndim == 3 else per_predecessor[0]
 
-    def _log_sum_exp(self, similarities: Tensor) -> Tensor:
+    def _hardest(self, similarities: Tensor) -> Tensor:
         if 0 < self.hardest < similarities.shape[-1]:
-            similarities = similarities.topk(self.hardest, dim=-1).values
-        # exp(-inf) rows (no negatives at all) must stay free of NaN in the gradient
-        return similarities.clamp(min=-1e4).logsumexp(dim=-1)
+            return similarities.topk(self.hardest, dim=-1).values
+        return similarities
