@@ -116,6 +116,7 @@ def train(
     )
     if session.cluster.submits_jobs and config.num_workers:
         return submit_training(config, join(session.workspace.root, "jobs"), job)
+    session.encoders.release()  # the trainers may need every processor that the embedding workers hold
     if config.num_workers:
         session.cluster.ensure()
     with session.progress.track(f"training g{frozen.ordinal:03d} ({role})", recipe.epochs) as advance:
@@ -128,7 +129,7 @@ def embed_evaluation(session: Session, evaluation_set: EvaluationSet, generation
 
 
 def training_seconds(session: Session, generation: str) -> float:
-    """Seconds that the epochs of a generation's training took, as its card says."""
+    """Seconds that a generation's epochs and its calibration took, as its card says."""
     return float(read_card(session.workspace.generation_uri(generation)).training.get("seconds", 0.0))
 
 

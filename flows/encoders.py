@@ -10,6 +10,7 @@ from flows.cluster import RaySession
 from flows.jobs import submit_embedding
 from flows.judgement import Classifier
 from indexing.embed import EmbeddedUnit, EmbedUnit, embed_units
+from indexing.embedding_pool import EmbeddingPool
 from indexing.reindex import EmbedFunction
 from indexing.storage import join
 from training.encoder import open_encoder, read_classifier
@@ -19,7 +20,7 @@ class GenerationEncoders:
     """Embeds with stored generations: the `embed_with` of a workspace.
 
     `rows_per_s` holds the last measured throughput of one worker, for pricing a backfill; `busy_s` adds up what the
-    encoders themselves took.
+    encoders themselves took. Workers on Ray stay from one call to the next, until `release`.
     """
 
     def __init__(self, root: str, session: RaySession) -> None:
@@ -27,6 +28,15 @@ class GenerationEncoders:
         self.session = session
         self.rows_per_s: float | None = None
         self.busy_s = 0.0
+        self._pool: EmbeddingPool | None = None
+        # One object per generation, by which a worker knows that it need not open its encoder again.
+        self._opener = functools.cache(lambda uri: functools.partial(open_encoder, uri))
+
+    def release(self) -> None:
+        """End the workers, so that something else can have their processors."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
     def __call__(self, generation: str) -> EmbedFunction:
         return functools.partial(self._embed, join(self.root, "generations", generation))
@@ -37,7 +47,7 @@ class GenerationEncoders:
         deadline_s = config.deadline_hours * 3600
         if config.embed_workers == 0 or num_sources < config.in_process_below:
             num_workers = 0
-            done = embed_units(units, functools.partial(open_encoder, uri), deadline_s=deadline_s, on_unit=on_unit)
+            done = embed_units(units, self._opener(uri), deadline_s=deadline_s, on_unit=on_unit)
         elif self.session.submits_jobs:
             num_workers = config.embed_workers
             done = submit_embedding(config, join(self.root, "jobs"), uri, units)
@@ -45,15 +55,10 @@ class GenerationEncoders:
                 on_unit(unit)
         else:
             self.session.ensure()
+            if self._pool is None:
+                self._pool = EmbeddingPool(config.embed_workers, gpus_per_worker=config.embed_gpus_per_worker)
             num_workers = min(config.embed_workers, len(units))
-            done = embed_units(
-                units,
-                functools.partial(open_encoder, uri),
-                num_workers=num_workers,
-                gpus_per_worker=config.embed_gpus_per_worker,
-                deadline_s=deadline_s,
-                on_unit=on_unit,
-            )
+            done = self._pool.embed(units, self._opener(uri), deadline_s=deadline_s, on_unit=on_unit)
         seconds = sum(unit.seconds for unit in done)
         self.busy_s += seconds / max(num_workers, 1)
         self.rows_per_s = sum(unit.num_rows for unit in done) / max(seconds, 1e-6)

@@ -20,7 +20,8 @@ from typing import Any
 import pyarrow as pa
 
 from flows.config import ClusterConfig
-from indexing.embed import EmbeddedUnit, EmbedUnit, embed_units
+from indexing.embed import EmbeddedUnit, EmbedUnit
+from indexing.embedding_pool import EmbeddingPool
 from indexing.storage import exists, join, read_json, remove, write_json
 from training.generation import GenerationCard, read_card
 from training.job import TrainingJob
@@ -167,13 +168,9 @@ def _embed(specification: dict[str, Any]) -> dict[str, Any]:
     from training.encoder import open_encoder
 
     units = [EmbedUnit(**{**unit, "sources": tuple(unit["sources"])}) for unit in specification["units"]]
-    done = embed_units(
-        units,
-        functools.partial(open_encoder, specification["generation_uri"]),
-        num_workers=specification["num_workers"],
-        gpus_per_worker=specification["gpus_per_worker"],
-        deadline_s=specification["deadline_s"],
-    )
+    encoder = functools.partial(open_encoder, specification["generation_uri"])
+    with EmbeddingPool(specification["num_workers"], gpus_per_worker=specification["gpus_per_worker"]) as pool:
+        done = pool.embed(units, encoder, deadline_s=specification["deadline_s"])
     return {"units": [vars(unit) for unit in done]}
 
 

@@ -38,4 +38,7 @@ def open_session(root: str, config: PipelineConfig, progress: Progress | None = 
     limit_threads()
     with RaySession(config.cluster) as cluster:
         encoders = GenerationEncoders(root, cluster)
-        yield Session(config, Workspace(root, encoders), cluster, encoders, progress or SilentProgress())
+        try:
+            yield Session(config, Workspace(root, encoders), cluster, encoders, progress or SilentProgress())
+        finally:
+            encoders.release()

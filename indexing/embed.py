@@ -1,14 +1,13 @@
 """The one embedding engine: units of images in, one Parquet file of unit vectors per unit out.
 
-Waves, evaluation sets and predecessor caches are all embedded here; how an image is read and which network sees it is
-the business of the injected encoder (`EncodeSources`), which also overlaps decoding with the network.
+Waves, evaluation sets and predecessor caches are all embedded here, in this process or by the workers of
+`indexing.embedding_pool`; how an image is read and which network sees it is the business of the injected encoder
+(`EncodeSources`), which also overlaps decoding with the network.
 
 Invariants:
 * One unit is one file under a name that the caller chose. A file appears whole or not at all, and a unit that runs
   twice (a worker thought dead may finish as well) replaces the file by an equal one.
 * Every stored row is finite and of norm 1; a row that the encoder reports as failed is left out and reported.
-* A worker that dies is replaced and its unit runs again, `max_attempts` times at most; an exception of the encoder is
-  not tried again, because the same images would raise it again.
 
 Shapes: n rows, D width.
 """
@@ -16,10 +15,8 @@ Shapes: n rows, D width.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -36,17 +33,17 @@ __all__ = [
     "EmbeddingFileError",
     "EmbeddingInterruptedError",
     "EncodeSources",
+    "OpenEncoder",
     "embed_unit",
     "embed_units",
     "read_embeddings",
     "write_embedding_file",
 ]
 
-# The longest silent wait for workers; the deadline is looked at in between.
-POLL_S = 5.0
 NORM_TOLERANCE = 1e-5
 
 EncodeSources = Callable[[Sequence[str]], tuple[NDArray[np.float32], dict[int, str]]]
+OpenEncoder = Callable[[], EncodeSources]
 
 
 class EmbeddingFailedError(RuntimeError):
@@ -62,8 +59,8 @@ class EmbedUnit:
     """What one worker embeds at a time.
 
     `sources` name the images; `keys` has one value per source and column and travels into the file (not with a column
-    named `embedding`); `path` is the file to write: a local path, a URI, or a path inside the file system given to
-    `embed_units`.
+    named `embedding`); `path` is the file to write: a local path, a URI, or a path inside the file system that was
+    given.
     """
 
     unit_id: str
@@ -87,46 +84,34 @@ class EmbeddedUnit:
 
 def embed_units(
     units: Sequence[EmbedUnit],
-    open_encoder: Callable[[], EncodeSources],
+    open_encoder: OpenEncoder,
     *,
-    num_workers: int = 0,
-    cpus_per_worker: float = 1,
-    gpus_per_worker: float = 0,
     filesystem: fs.FileSystem | None = None,
     deadline_s: float = 3600.0,
-    max_attempts: int = 3,
     on_unit: Callable[[EmbeddedUnit], None] | None = None,
 ) -> list[EmbeddedUnit]:
-    """Embed every unit and return the results in the order of `units`.
+    """Embed every unit in this process and return the results in the order of `units`.
 
-    `open_encoder` runs once in each worker. `on_unit` runs in the calling process as soon as a unit's file is complete,
-    in order of completion, once per unit. `num_workers=0` works in this process without Ray and looks at the deadline
-    between units; otherwise Ray must have been initialised, and the workers end with the call. Each is given
-    `cpus_per_worker` and as many threads.
+    `open_encoder` runs once, and not at all without units. `on_unit` runs as soon as a unit's file is complete. The
+    deadline is looked at between units.
 
     Raises:
         EmbeddingFailedError: the encoder raised or returned vectors that cannot be stored; names the unit.
-        EmbeddingInterruptedError: workers died too often, or `deadline_s` passed.
+        EmbeddingInterruptedError: `deadline_s` passed.
     """
-    _check_units(units, num_workers, max_attempts)
-    results: dict[str, EmbeddedUnit] = {}
-
-    def finished(result: EmbeddedUnit) -> None:
-        results[result.unit_id] = result
+    check_units(units)
+    if not units:
+        return []
+    results: list[EmbeddedUnit] = []
+    deadline = time.monotonic() + deadline_s
+    encode = open_encoder()
+    for unit in units:
+        if time.monotonic() > deadline:
+            raise deadline_error(deadline_s, len(results), len(units))
+        results.append(embed_unit(unit, encode, filesystem))
         if on_unit is not None:
-            on_unit(result)
-
-    if units and num_workers:
-        pool = _RayPool(open_encoder, filesystem, num_workers, cpus_per_worker, gpus_per_worker, max_attempts)
-        pool.run(units, finished, deadline_s)
-    elif units:
-        deadline = time.monotonic() + deadline_s
-        encode = open_encoder()
-        for unit in units:
-            if time.monotonic() > deadline:
-                raise _deadline_error(deadline_s, len(results), len(units))
-            finished(embed_unit(unit, encode, filesystem))
-    return [results[unit.unit_id] for unit in units]
+            on_unit(results[-1])
+    return results
 
 
 def embed_unit(unit: EmbedUnit, encode: EncodeSources, filesystem: fs.FileSystem | None = None) -> EmbeddedUnit:
@@ -161,128 +146,6 @@ def embed_unit(unit: EmbedUnit, encode: EncodeSources, filesystem: fs.FileSystem
     )
 
 
-class _Worker:
-    """The actor: one encoder, opened by the first `ping` so that its errors are answers and not a dead actor."""
-
-    def __init__(self, open_encoder: Callable[[], EncodeSources], filesystem: fs.FileSystem | None) -> None:
-        self._open_encoder = open_encoder
-        self._filesystem = filesystem
-        self._encode: EncodeSources | None = None
-
-    def ping(self) -> None:
-        try:
-            self._encode = self._open_encoder()
-        except Exception as error:
-            raise EmbeddingFailedError(
-                f"embedding: opening the encoder in a worker raised {type(error).__name__}: {error}"
-            ) from error
-
-    def embed(self, unit: EmbedUnit) -> EmbeddedUnit:
-        assert self._encode is not None
-        return embed_unit(unit, self._encode, self._filesystem)
-
-
-class _RayPool:
-    """Workers that each do one unit at a time. A replacement gets its first unit when it has answered.
-
-    Work given to an actor that has not started yet would wait with it, for ever if the cluster has no room for it.
-    """
-
-    def __init__(
-        self,
-        open_encoder: Callable[[], EncodeSources],
-        filesystem: fs.FileSystem | None,
-        num_workers: int,
-        cpus_per_worker: float,
-        gpus_per_worker: float,
-        max_attempts: int,
-    ) -> None:
-        # The only lazy import: the in-process path and readers of embeddings must not pay seconds for Ray.
-        import ray
-
-        if not ray.is_initialized():
-            raise RuntimeError(
-                f"embedding with {num_workers} workers: expected a Ray cluster, found none; "
-                "call ray.init(...) first or use num_workers=0"
-            )
-        self._ray: Any = ray
-        threads = str(max(1, int(cpus_per_worker)))
-        self._actor_class: Any = ray.remote(_Worker).options(
-            num_cpus=cpus_per_worker,
-            num_gpus=gpus_per_worker,
-            max_restarts=0,
-            max_task_retries=0,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
-        )
-        self._arguments = (open_encoder, filesystem)
-        self._num_workers = num_workers
-        self._max_attempts = max_attempts
-        self._busy: dict[Any, tuple[EmbedUnit | None, Any]] = {}
-        self._idle: list[Any] = []
-        self._todo: deque[EmbedUnit] = deque()
-
-    def run(self, units: Sequence[EmbedUnit], finished: Callable[[EmbeddedUnit], None], deadline_s: float) -> None:
-        deadline = time.monotonic() + deadline_s
-        deaths: Counter[str | None] = Counter()
-        self._todo.extend(units)
-        num_done = 0
-        try:
-            for _ in range(min(self._num_workers, len(units))):
-                self._spawn()
-            while num_done < len(units):
-                left_s = deadline - time.monotonic()
-                if left_s <= 0:
-                    raise _deadline_error(deadline_s, num_done, len(units))
-                ready, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=min(POLL_S, left_s))
-                for reference in ready:
-                    result = self._collect(reference, deaths)
-                    self._give_work()
-                    # After the worker has its next unit: committing this one must not keep it waiting.
-                    if result is not None:
-                        num_done += 1
-                        finished(result)
-        finally:
-            for actor in [*self._idle, *(actor for _, actor in self._busy.values())]:
-                self._ray.kill(actor)
-
-    def _spawn(self) -> None:
-        actor = self._actor_class.remote(*self._arguments)
-        self._busy[actor.ping.remote()] = (None, actor)
-
-    def _give_work(self) -> None:
-        while self._todo and self._idle:
-            unit, actor = self._todo.popleft(), self._idle.pop()
-            self._busy[actor.embed.remote(unit)] = (unit, actor)
-
-    def _collect(self, reference: Any, deaths: Counter[str | None]) -> EmbeddedUnit | None:
-        """Take one answer: a finished unit, or None from a worker that has started or died."""
-        unit, actor = self._busy.pop(reference)
-        try:
-            result: EmbeddedUnit | None = self._ray.get(reference, timeout=POLL_S)
-        except self._ray.exceptions.RayTaskError as error:
-            self._ray.kill(actor)
-            # What the worker raised, without the remote traceback in its message.
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
-        except self._ray.exceptions.RayError as error:
-            # Dead, or unreachable, which is treated alike: its unit may run twice, and the same file is written twice.
-            self._ray.kill(actor)
-            name = unit.unit_id if unit else None
-            deaths[name] += 1
-            allowed = self._max_attempts * (1 if unit else self._num_workers)
-            if deaths[name] >= allowed:
-                raise EmbeddingInterruptedError(
-                    f"embedding {f'unit {name}' if unit else 'before the first unit'}: expected a worker to survive, "
-                    f"found {deaths[name]} dead ones ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                    "look at the memory of the workers and at Ray's logs"
-                ) from error
-            if unit is not None:
-                self._todo.appendleft(unit)
-            self._spawn()
-            return None
-        self._idle.append(actor)
-        return result
-
-
 def _checked_vectors(unit: EmbedUnit, vectors: NDArray[np.float32], failures: dict[int, str]) -> NDArray[np.float32]:
     """Return the vectors with norm 1; failed rows stay as they are."""
     if vectors.ndim != 2 or len(vectors) != len(unit.sources) or vectors.shape[1] == 0:
@@ -307,11 +170,8 @@ def _checked_vectors(unit: EmbedUnit, vectors: NDArray[np.float32], failures: di
     return vectors
 
 
-def _check_units(units: Sequence[EmbedUnit], num_workers: int, max_attempts: int) -> None:
-    if num_workers < 0 or max_attempts < 1:
-        raise ValueError(
-            f"embedding: expected num_workers >= 0, max_attempts >= 1; found {num_workers}, {max_attempts}"
-        )
+def check_units(units: Sequence[EmbedUnit]) -> None:
+    """Refuse units that contradict each other: ValueError."""
     for name in ("unit_id", "path"):
         values = [getattr(unit, name) for unit in units]
         if len(set(values)) != len(values):
@@ -329,7 +189,8 @@ def _check_units(units: Sequence[EmbedUnit], num_workers: int, max_attempts: int
             )
 
 
-def _deadline_error(deadline_s: float, num_done: int, num_units: int) -> EmbeddingInterruptedError:
+def deadline_error(deadline_s: float, num_done: int, num_units: int) -> EmbeddingInterruptedError:
+    """Say what was done when time was up."""
     return EmbeddingInterruptedError(
         f"embedding: expected {num_units} units within {deadline_s:g} s, found {num_done} done; "
         "run again (finished files stay) or allow more time"

@@ -25,7 +25,8 @@ ORDER = {
     "indexing": (
         "indexing", "indexing.storage", "indexing.embedding_files", "indexing.tables", "indexing.matching",
         "indexing.exact", "indexing.leases", "indexing.gallery", "indexing.planner", "indexing.embed",
-        "indexing.reindex", "indexing.maintenance", "indexing.cache", "indexing.snapshots", "indexing.search",
+        "indexing.embedding_pool", "indexing.reindex", "indexing.maintenance", "indexing.cache", "indexing.snapshots",
+        "indexing.search",
     ),
     "evaluation": (
         "evaluation", "evaluation.outcomes", "evaluation.retrieval", "evaluation.flips", "evaluation.matrix",
@@ -46,7 +47,7 @@ EVERYWHERE = ("numpy", "pydantic", "pydantic_core")
 # Library -> modules that may import it; a package stands for all its modules.
 ALLOWED = {
     "prefect": ("flows.flow_ui", "flows.operations", "flows.publish", "flows.replay", "flows.service", "flows.update"),
-    "ray": ("training.launch", "indexing.embed", "flows.cluster", "flows.jobs", "flows.search_service"),
+    "ray": ("training.launch", "indexing.embedding_pool", "flows.cluster", "flows.jobs", "flows.search_service"),
     "torch": ("training",),
     "torchvision": ("training",),
     "safetensors": ("training",),

@@ -301,6 +301,7 @@ def _constraint_terms(
 
 def _finish(run: _Run, trainee: Trainee, parent: _Parent | None, seconds: float) -> GenerationCard | None:
     """Interpolate with the parent, calibrate, compute class means, store: every rank computes, rank 0 writes."""
+    started = time.perf_counter()
     job, config, material, network = run.job, run.job.config, run.material, trainee.network
     preprocessing, device, dtype = config.preprocessing, run.device, run.dtype
     rows = trainee.head.rows.detach()
@@ -337,7 +338,7 @@ def _finish(run: _Run, trainee: Trainee, parent: _Parent | None, seconds: float)
             "classes": len(material.classes),
             "epochs": config.epochs,
             "seed": config.seed,
-            "seconds": round(seconds, 2),
+            "seconds": round(seconds + time.perf_counter() - started, 2),
             "workers": run.world_size,
             "precision": str(dtype or torch.float32).removeprefix("torch."),
             "interpolation": config.interpolation if parent is not None else 0.0,

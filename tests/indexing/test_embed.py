@@ -25,6 +25,7 @@ from indexing.embed import (
     read_embeddings,
     write_embedding_file,
 )
+from indexing.embedding_pool import EmbeddingPool
 
 WIDTH = 8
 
@@ -158,7 +159,7 @@ class TestInProcess:
     def test_every_unit_becomes_one_file_with_its_keys(self, tmp_path: Path) -> None:
         units = make_units(tmp_path, 3)
         seen: list[EmbeddedUnit] = []
-        results = embed_units(units, open_encoder, num_workers=0, on_unit=seen.append)
+        results = embed_units(units, open_encoder, on_unit=seen.append)
         assert results == seen
         assert [result.unit_id for result in results] == ["u0", "u1", "u2"]
         keys, vectors = read_embeddings([result.path for result in results])
@@ -211,7 +212,8 @@ class TestInProcess:
         def never() -> EncodeSources:
             raise AssertionError
 
-        assert embed_units([], never, num_workers=2) == []
+        assert embed_units([], never) == []
+        assert EmbeddingPool(2).embed([], never) == []
 
 
 @pytest.fixture(scope="module")
@@ -246,20 +248,41 @@ class DyingEncoder:
         return encode(sources)
 
 
+class ProcessEncoder:
+    """Its vectors say which process embeds, and by which of its openings: (process, opening, 1, 0 ...)."""
+
+    openings = 0
+
+    def __call__(self) -> EncodeSources:
+        ProcessEncoder.openings += 1
+        return self.encode
+
+    def encode(self, sources: Sequence[str]) -> tuple[NDArray[np.float32], dict[int, str]]:
+        vectors = np.zeros((len(sources), WIDTH), np.float32)
+        vectors[:, :3] = os.getpid(), ProcessEncoder.openings, 1
+        return vectors, {}
+
+
+def who(results: Sequence[EmbeddedUnit]) -> set[tuple[int, int]]:
+    """Process and opening that embedded each unit."""
+    _, vectors = read_embeddings([result.path for result in results])
+    return {(round(float(row[0] / row[2])), round(float(row[1] / row[2]))) for row in vectors.astype(np.float64)}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-class TestRayPool:
+class TestEmbeddingPool:
     @pytest.mark.timeout(180)
     def test_results_equal_those_in_process(self, tmp_path: Path) -> None:
-        alone = embed_units(make_units(tmp_path / "alone", 6), open_encoder, num_workers=0)
+        alone = embed_units(make_units(tmp_path / "alone", 6), open_encoder)
         seen: list[str] = []
-        pooled = embed_units(
-            make_units(tmp_path / "pooled", 6),
-            open_encoder,
-            num_workers=2,
-            deadline_s=150,
-            on_unit=lambda result: seen.append(result.unit_id),
-        )
+        with EmbeddingPool(2) as pool:
+            pooled = pool.embed(
+                make_units(tmp_path / "pooled", 6),
+                open_encoder,
+                deadline_s=150,
+                on_unit=lambda result: seen.append(result.unit_id),
+            )
         assert [result.unit_id for result in pooled] == [result.unit_id for result in alone]
         assert sorted(seen) == [f"u{unit}" for unit in range(6)]
         for one, other in zip(alone, pooled, strict=True):
@@ -269,13 +292,13 @@ class TestRayPool:
     def test_killed_worker_loses_no_unit_and_doubles_no_row(self, tmp_path: Path) -> None:
         encoder = DyingEncoder(tmp_path, "ok#27", times=1)
         seen: list[str] = []
-        results = embed_units(
-            make_units(tmp_path / "out", 12),
-            encoder,
-            num_workers=3,
-            deadline_s=150,
-            on_unit=lambda result: seen.append(result.unit_id),
-        )
+        with EmbeddingPool(3) as pool:
+            results = pool.embed(
+                make_units(tmp_path / "out", 12),
+                encoder,
+                deadline_s=150,
+                on_unit=lambda result: seen.append(result.unit_id),
+            )
         assert len(list(tmp_path.glob("death*"))) == 1
         assert sorted(seen) == sorted(f"u{unit}" for unit in range(12))
         keys, vectors = read_embeddings([result.path for result in results])
@@ -288,27 +311,53 @@ class TestRayPool:
     @pytest.mark.timeout(180)
     def test_a_unit_that_always_kills_its_worker_is_given_up_by_name(self, tmp_path: Path) -> None:
         encoder = DyingEncoder(tmp_path, "ok#7", times=99)
-        with pytest.raises(EmbeddingInterruptedError, match=r"unit u1: .* found 2 dead ones"):
-            embed_units(make_units(tmp_path / "out", 3), encoder, num_workers=1, max_attempts=2, deadline_s=150)
+        with (
+            EmbeddingPool(1, max_attempts=2) as pool,
+            pytest.raises(EmbeddingInterruptedError, match=r"unit u1: .* found 2 dead ones"),
+        ):
+            pool.embed(make_units(tmp_path / "out", 3), encoder, deadline_s=150)
 
     @pytest.mark.timeout(180)
-    def test_encoder_errors_are_not_tried_again(self, tmp_path: Path) -> None:
-        with pytest.raises(EmbeddingFailedError, match=r"^embedding unit u0: the encoder raised RuntimeError: cannot"):
-            embed_units(make_units(tmp_path, 1, kind="raise"), open_encoder, num_workers=1, deadline_s=150)
-
+    def test_encoder_errors_are_not_tried_again_and_the_pool_serves_the_next_call(self, tmp_path: Path) -> None:
         def broken() -> EncodeSources:
             raise FileNotFoundError("no weights")
 
-        with pytest.raises(EmbeddingFailedError, match=r"^embedding: opening the encoder in a worker raised FileNot"):
-            embed_units(make_units(tmp_path, 1), broken, num_workers=1, deadline_s=150)
+        with EmbeddingPool(1) as pool:
+            with pytest.raises(
+                EmbeddingFailedError, match=r"^embedding unit u0: the encoder raised RuntimeError: cannot"
+            ):
+                pool.embed(make_units(tmp_path, 1, kind="raise"), open_encoder, deadline_s=150)
+            with pytest.raises(
+                EmbeddingFailedError, match=r"^embedding: opening the encoder in a worker raised FileNot"
+            ):
+                pool.embed(make_units(tmp_path, 1), broken, deadline_s=150)
+            assert len(pool.embed(make_units(tmp_path, 1), open_encoder, deadline_s=150)) == 1
+
+    @pytest.mark.timeout(180)
+    def test_workers_stay_between_calls_and_open_an_encoder_once(self, tmp_path: Path) -> None:
+        first, second = ProcessEncoder(), ProcessEncoder()
+        with EmbeddingPool(1) as pool:
+            ((process, opening),) = who(pool.embed(make_units(tmp_path / "1", 2), first, deadline_s=150))
+            assert who(pool.embed(make_units(tmp_path / "2", 2), first, deadline_s=150)) == {(process, opening)}
+            assert who(pool.embed(make_units(tmp_path / "3", 2), second, deadline_s=150)) == {(process, opening + 1)}
+            os.kill(process, signal.SIGKILL)
+            ((replacement, _),) = who(pool.embed(make_units(tmp_path / "4", 2), second, deadline_s=150))
+            assert replacement != process
+            pool.close()
+            ((started, _),) = who(pool.embed(make_units(tmp_path / "5", 2), second, deadline_s=150))
+            assert started not in (process, replacement)
 
     @pytest.mark.timeout(60)
     def test_deadline_ends_a_wait_for_workers_that_cannot_start(self, tmp_path: Path) -> None:
-        with pytest.raises(EmbeddingInterruptedError, match="0 done"):
-            embed_units(make_units(tmp_path, 1), open_encoder, num_workers=1, cpus_per_worker=64, deadline_s=1)
+        with EmbeddingPool(1, cpus_per_worker=64) as pool, pytest.raises(EmbeddingInterruptedError, match="0 done"):
+            pool.embed(make_units(tmp_path, 1), open_encoder, deadline_s=1)
 
 
-def test_workers_without_a_cluster_are_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_without_workers_or_without_a_cluster_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="at least 1; found 0, 3"):
+        EmbeddingPool(0)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(RuntimeError, match=r"expected a Ray cluster, found none; call ray.init"):
-        embed_units(make_units(tmp_path, 1), open_encoder, num_workers=1)
+        EmbeddingPool(1).embed(make_units(tmp_path, 1), open_encoder)
