@@ -1,8 +1,9 @@
 """What orchestration costs: (wall time of an update - its compute) / its compute.
 
 Compute is what the stages themselves spent: epochs of training and the calibration after them, encoding, judging.
-Everything else (the flow, Ray's start, the tables, checkpoints, reading and writing) is orchestration. The first update of a workspace on the bundled
-digits, enlarged to 64 x 64 so that an epoch takes seconds, as it does where updates take minutes.
+Everything else (the flow, Ray's start, the tables, checkpoints, reading and writing) is orchestration. The first update
+of a workspace on the bundled digits, enlarged to 64 x 64 so that an epoch takes seconds, as it does where updates take
+minutes.
 """
 
 import tempfile
