@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong use, 3 the decision is to hold, 4 the deci
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ def init(
     with reported_errors():
         from flows.operations import create_workspace
 
-        path = create_workspace(_root(root), config)
+        path = create_workspace(_place(root), config)
         Console().print(f"Created {path}. Edit it, then run 'graceful ingest' and 'graceful update'.", soft_wrap=True)
 
 
@@ -72,10 +73,10 @@ def update(
         _say_that_it_starts(as_json)
         from flows.environment import prepare_environment
 
-        prepare_environment(_root(root))
+        prepare_environment(_place(root))
         from flows.operations import run_update_flow
 
-        result = run_update_flow(_root(root), _console(as_json), again=again, adopt=adopt, paragon=paragon)
+        result = run_update_flow(_place(root), _console(as_json), again=again, adopt=adopt, paragon=paragon)
         _print(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result))
         raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))
 
@@ -117,7 +118,7 @@ def status(root: RootOption = ".", as_json: JsonOption = False) -> None:
         from flows.operations import workspace_status
         from flows.terminal import print_status
 
-        found = workspace_status(_root(root))
+        found = workspace_status(_place(root))
         _print(as_json, found, lambda console: print_status(console, found))
 
 
@@ -132,7 +133,7 @@ def ingest(
     with reported_errors(as_json):
         from flows.operations import ingest_images
 
-        found = ingest_images(_root(root), images, label, _console(as_json))
+        found = ingest_images(_place(root), _place(images), label, _console(as_json))
         _print(as_json, found, lambda console: _print_counts(console, found))
 
 
@@ -147,7 +148,7 @@ def delete(
     with reported_errors(as_json):
         from flows.operations import delete_items
 
-        found = delete_items(_root(root), item_ids, forget=forget)
+        found = delete_items(_place(root), item_ids, forget=forget)
         _print(as_json, found, lambda console: _print_counts(console, found))
 
 
@@ -157,7 +158,7 @@ def collect(root: RootOption = ".", as_json: JsonOption = False) -> None:
     with reported_errors(as_json):
         from flows.operations import collect_garbage
 
-        found = collect_garbage(_root(root))
+        found = collect_garbage(_place(root))
         _print(as_json, found, lambda console: _print_counts(console, found))
 
 
@@ -173,7 +174,7 @@ def search(
     with reported_errors(as_json):
         from flows.operations import search_image
 
-        found = search_image(_root(root), image, k, generation)
+        found = search_image(_place(root), _place(image), k, generation)
         _print(as_json, found, lambda console: _print_hits(console, found))
 
 
@@ -193,7 +194,7 @@ def decide(
         from flows.operations import decide_again
         from flows.terminal import print_decision
 
-        decision, agrees = decide_again(evaluation, policy)
+        decision, agrees = decide_again(_place(evaluation), policy)
         document = {"agrees_with_recorded": agrees, "decision": decision.model_dump(mode="json")}
 
         def text(console: Console) -> None:
@@ -217,7 +218,7 @@ def rollback(
     with reported_errors(as_json):
         from flows.operations import roll_back
 
-        state = roll_back(_root(root), reason)
+        state = roll_back(_place(root), reason)
         _print(as_json, state, lambda console: console.print(f"Serving {state['champion']} again.", highlight=False))
 
 
@@ -232,7 +233,7 @@ def report(
         from flows.operations import read_report
         from flows.terminal import print_decision
 
-        location, decision = read_report(_root(root), evaluation)
+        location, decision = read_report(_place(root), evaluation)
         document = {"report": location, "decision": decision.model_dump(mode="json")}
 
         def text(console: Console) -> None:
@@ -256,14 +257,14 @@ def serve(
         if http:
             from flows.search_service import serve_searches
 
-            serve_searches(_root(root), host, port)
+            serve_searches(_place(root), host, port)
         else:
             from flows.environment import prepare_environment
 
-            prepare_environment(_root(root), logs_to_terminal=True)
+            prepare_environment(_place(root), logs_to_terminal=True)
             from flows.service import serve_updates
 
-            serve_updates(_root(root), ui_host, ui_port)
+            serve_updates(_place(root), ui_host, ui_port)
 
 
 def main() -> None:
@@ -297,8 +298,10 @@ def _say_that_it_starts(as_json: bool) -> None:
     _console(as_json).print("Starting (PyTorch, Ray and a flow server take a while to load) ...", style="dim")
 
 
-def _root(root: str) -> str:
-    return root if "://" in root else os.path.abspath(root)
+def _place(given: str | Path) -> str:
+    """An absolute local path, or a URI as it was given, of whose two slashes pathlib has made one."""
+    text = re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", str(given))
+    return text if "://" in text else os.path.abspath(text)
 
 
 def _console(as_json: bool) -> Console:

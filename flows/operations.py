@@ -154,13 +154,13 @@ def pending_generation(workspace: Workspace) -> str | None:
     return trained[-1] if trained and trained[-1] in pending else None
 
 
-def ingest_images(root: str, images: Path, label: str | None, console: Console) -> dict[str, Any]:
-    """Ingest an image, a folder or a Parquet file."""
+def ingest_images(root: str, images: str, label: str | None, console: Console) -> dict[str, Any]:
+    """Ingest an image, a folder or a Parquet file: an absolute path, or a URI."""
     require_workspace(root)
     config = load_workspace_config(root)
     found = _find_images(images, label, config.training_data.max_unreadable_share)
-    below = str(images.absolute()) if images.is_dir() else None
-    items = item_table(found, [item_id_of(source, below) for source in found.sources])
+    is_folder = not images.endswith(".parquet") and found.sources != [images]
+    items = item_table(found, [item_id_of(source, images if is_folder else None) for source in found.sources])
     unit = hashlib.sha256(f"{time.time_ns()}/{images}".encode()).hexdigest()[:16]
     with open_session(root, config, TerminalProgress(console)) as session:
         release_when_due(session)
@@ -221,15 +221,15 @@ def _where_named(workspace: Workspace, hashes: set[str]) -> tuple[list[str], lis
     return trained_on, [*manifests.values(), *sorted(uri for uri in sets if hashes & named_in_set(uri))]
 
 
-def search_image(root: str, image: Path, k: int, generation: str | None) -> dict[str, Any]:
+def search_image(root: str, image: str, k: int, generation: str | None) -> dict[str, Any]:
     """Search with one image."""
     require_workspace(root)
     searcher = GallerySearcher(_open(root), generation)
-    hits = searcher.search_images([str(image.absolute())], k)[0]
+    hits = searcher.search_images([image], k)[0]
     return {"query_generation": searcher.generation, "hits": [asdict(hit) for hit in hits]}
 
 
-def decide_again(evaluation: Path, policy_file: Path | None) -> tuple[Decision, bool]:
+def decide_again(evaluation: str, policy_file: Path | None) -> tuple[Decision, bool]:
     """Judge stored outcomes again: the decision, and whether it is the recorded one."""
     policy = None
     if policy_file is not None:
@@ -237,7 +237,7 @@ def decide_again(evaluation: Path, policy_file: Path | None) -> tuple[Decision, 
             policy = RolloutPolicy.model_validate(tomllib.loads(policy_file.read_text()).get("policy", {}))
         except (OSError, ValueError) as error:
             raise ConfigError(f"reading a policy: {error} ({policy_file})") from None
-    stored, again = recompute(str(evaluation), policy)
+    stored, again = recompute(evaluation, policy)
     return again.decision, stored.decision == again.decision
 
 
@@ -277,11 +277,11 @@ def _open(root: str) -> Workspace:
     return Workspace(root, no_encoder)
 
 
-def _find_images(images: Path, label: str | None, max_unreadable_share: float) -> LabelledImages:
+def _find_images(images: str, label: str | None, max_unreadable_share: float) -> LabelledImages:
     return load_images(
         DatasetConfig(
-            source="parquet" if images.suffix == ".parquet" else "folder",
-            path=str(images.absolute()),
+            source="parquet" if images.endswith(".parquet") else "folder",
+            path=images,
             label_columns=(label,) if label else (),
             max_unreadable_share=max_unreadable_share,
         )

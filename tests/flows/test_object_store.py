@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import threading
 
 import numpy as np
@@ -23,11 +24,15 @@ from flows.rollout import (
     release_previous,
     rollback,
 )
+from flows.session import open_session
 from flows.workspace import Workspace, require_workspace
 from indexing.maintenance import collect, forget
 from indexing.storage import exists, list_files, read_bytes, write_bytes
 from tests.flows import tiny
+from tests.flows.run_steps import FINISHED, REPEATED, run_update_steps
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, items
+from training.datasets import load_images
+from training.images import read_payloads
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -83,6 +88,58 @@ def test_command_line_creates_and_reads_a_workspace_in_the_store(bucket, digits_
     refused = run.invoke(app, ["ingest", str(digits_file), "--root", root])
     assert refused.exit_code == 2
     assert "did you mean 'name'?" in refused.stderr
+
+
+def test_whole_updates_run_in_the_store_and_are_searched_and_rolled_back(
+    bucket, digits_file, tmp_path, monkeypatch, command_environment
+):
+    """Checkpoints, generations, caches, evidence, report, waves and the lineage; only the index is on this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    root, run = f"{bucket}/whole", CliRunner()
+
+    def configure(changes=None):
+        text = "".join(f"{key} = {tiny.inline(value)}\n" for key, value in tiny.settings(digits_file, changes).items())
+        write_bytes(f"{root}/graceful.toml", text.encode())
+
+    configure()
+    config = load_workspace_config(root)
+    with open_session(root, config) as session:
+        tiny.fill_gallery(session.workspace, config)
+    assert run_update_steps(root) == FINISHED
+    configure(tiny.grown(5))
+    store = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    updated = tiny.graceful("update", "--root", root, "--json", env={**command_environment, **store})
+    assert updated.returncode == 0, updated.stderr
+    report = json.loads(updated.stdout)["report"]
+    assert report.startswith(root)
+    assert b"<html" in read_bytes(report)
+    assert run_update_steps(root) == REPEATED
+
+    def graceful(*arguments):
+        done = run.invoke(app, [*arguments, "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    status = graceful("status", "--root", root)
+    first, second = status["previous"], status["champion"]
+    assert (first[:4], second[:4]) == ("g001", "g002")
+    # A query and a new item that lie in the store themselves.
+    payload = read_payloads(load_images(config.evaluation.queries).sources[:1])[0]
+    write_bytes(f"{bucket}/photos/new/query.png", payload)
+    assert graceful("ingest", f"{bucket}/photos", "--root", root)["added"] == 1
+    hits = graceful("search", f"{bucket}/photos/new/query.png", "--root", root, "-k", "2")["hits"]
+    assert "new/query.png" in {hit["item_id"] for hit in hits}
+    newest = Workspace(root, _no_encoder).registry.events("decided")[-1].payload["evaluation"]
+    assert graceful("decide", "--from", f"{root}/evaluations/{newest}")["agrees_with_recorded"]
+    graceful("rollback", "--root", root)
+    assert graceful("status", "--root", root)["champion"] == first
+    # Only the index was written beside the store.
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def _no_encoder(generation):
+    raise AssertionError(generation)
 
 
 @pytest.fixture
