@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation.flips import flip_rates, flips_by_slice, negative_flip_rate, nfr_matrix, positive_flip_rate, state_flips
@@ -13,7 +13,6 @@ from evaluation.outcomes import Outcomes
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(PAIRS)
 def test_pfr_minus_nfr_is_the_difference_of_accuracies(pairs: list[tuple[bool, bool]]) -> None:
     before, after = np.array(pairs).T
@@ -22,7 +21,6 @@ def test_pfr_minus_nfr_is_the_difference_of_accuracies(pairs: list[tuple[bool, b
     assert rates.accuracy_before - rates.nfr == pytest.approx(np.mean(before & after))
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(PAIRS, st.randoms())
 def test_order_and_repetition_of_queries_do_not_matter(pairs: list[tuple[bool, bool]], random) -> None:
     before, after = np.array(pairs).T

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation.outcomes import (
@@ -64,7 +64,6 @@ def test_other_state_names_are_refused(name: str) -> None:
         parse_state(name)
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(st.lists(st.sets(st.integers(1, 30), max_size=6), max_size=12))
 def test_outcome_from_ranks_agrees_with_a_loop(rank_sets: list[set[int]]) -> None:
     per_query = [sorted(ranks) for ranks in rank_sets]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluation.outcomes import outcome_from_ranks
@@ -26,7 +26,6 @@ def as_ranks(rankings: list[list[bool]]) -> tuple[np.ndarray, np.ndarray]:
     return offsets, np.concatenate([np.zeros(0, np.int64), *per_query])
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(RANKINGS)
 def test_metrics_agree_with_loops_over_the_rankings(rankings: list[list[bool]]) -> None:
     offsets, ranks = as_ranks(rankings)

@@ -294,7 +294,6 @@ TestUpdateMachine = UpdateMachine.TestCase
 TestUpdateMachine.settings = settings(
     max_examples=40,
     stateful_step_count=16,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestUpdateMachine.pytestmark = [pytest.mark.timeout(400)]

@@ -58,7 +58,7 @@ def as_lists(ranks: RelevantRanks) -> list[list[int]]:
 
 
 class TestRelevantRanks:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(
         seed=st.integers(0, 2**32 - 1),
         num_queries=st.integers(0, 7),
@@ -177,7 +177,7 @@ class TestWidths:
 
 
 class TestStates:
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(seed=st.integers(0, 2**32 - 1), num_rows=st.integers(1, 40), block_rows=st.integers(1, 6))
     def test_every_state_equals_its_own_brute_force(self, seed: int, num_rows: int, block_rows: int) -> None:
         rng = np.random.default_rng(seed)
@@ -229,7 +229,7 @@ class TestStates:
 
 
 class TestTopK:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(
         seed=st.integers(0, 2**32 - 1),
         num_rows=st.integers(0, 400),

@@ -215,7 +215,7 @@ class TestSnapshots:
         assert len(list((tmp_path / "segments").iterdir())) == 2
         check(open_snapshot(tmp_path / "s3").search(grid_vectors(5, 4), 8), shelf.expected(grid_vectors(5, 4), 8))
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(
         steps=st.lists(
             st.tuples(st.sampled_from(["put", "delete"]), st.integers(0, 30), st.integers(1, 12), st.integers(1, 3)),
