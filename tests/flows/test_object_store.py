@@ -81,8 +81,7 @@ def test_command_line_creates_and_reads_a_workspace_in_the_store(bucket, digits_
     assert created.exit_code == 0, created.output
     status = json.loads(run.invoke(app, ["status", "--root", root, "--json"]).stdout)
     assert (status["champion"], status["items"]) == (None, 0)
-    tables = tiny.settings(digits_file)
-    write_bytes(f"{root}/graceful.toml", "".join(f"{k} = {tiny.inline(v)}\n" for k, v in tables.items()).encode())
+    write_bytes(f"{root}/graceful.toml", tiny.config_text(digits_file).encode())
     assert load_workspace_config(root).training.width == 16
     write_bytes(f"{root}/graceful.toml", b"nam = 1")
     refused = run.invoke(app, ["ingest", str(digits_file), "--root", root])
@@ -98,16 +97,12 @@ def test_whole_updates_run_in_the_store_and_are_searched_and_rolled_back(
     monkeypatch.chdir(tmp_path)
     root, run = f"{bucket}/whole", CliRunner()
 
-    def configure(changes=None):
-        text = "".join(f"{key} = {tiny.inline(value)}\n" for key, value in tiny.settings(digits_file, changes).items())
-        write_bytes(f"{root}/graceful.toml", text.encode())
-
-    configure()
+    write_bytes(f"{root}/graceful.toml", tiny.config_text(digits_file).encode())
     config = load_workspace_config(root)
     with open_session(root, config) as session:
         tiny.fill_gallery(session.workspace, config)
     assert run_update_steps(root) == FINISHED
-    configure(tiny.grown(5))
+    write_bytes(f"{root}/graceful.toml", tiny.config_text(digits_file, tiny.grown(5)).encode())
     store = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     updated = tiny.graceful("update", "--root", root, "--json", env={**command_environment, **store})
     assert updated.returncode == 0, updated.stderr
@@ -130,16 +125,12 @@ def test_whole_updates_run_in_the_store_and_are_searched_and_rolled_back(
     assert graceful("ingest", f"{bucket}/photos", "--root", root)["added"] == 1
     hits = graceful("search", f"{bucket}/photos/new/query.png", "--root", root, "-k", "2")["hits"]
     assert "new/query.png" in {hit["item_id"] for hit in hits}
-    newest = Workspace(root, _no_encoder).registry.events("decided")[-1].payload["evaluation"]
+    newest = Workspace(root, tiny.no_encoder).registry.events("decided")[-1].payload["evaluation"]
     assert graceful("decide", "--from", f"{root}/evaluations/{newest}")["agrees_with_recorded"]
     graceful("rollback", "--root", root)
     assert graceful("status", "--root", root)["champion"] == first
     # Only the index was written beside the store.
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
-
-
-def _no_encoder(generation):
-    raise AssertionError(generation)
 
 
 @pytest.fixture

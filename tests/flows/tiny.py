@@ -79,8 +79,13 @@ def write_config(root: Path, digits: Path, changes: Mapping[str, Any] | None = N
     """Write graceful.toml into a workspace's folder."""
     root.mkdir(parents=True, exist_ok=True)
     path = root / "graceful.toml"
-    path.write_text("".join(f"{name} = {inline(value)}\n" for name, value in settings(digits, changes).items()))
+    path.write_text(config_text(digits, changes))
     return path
+
+
+def config_text(digits: Path, changes: Mapping[str, Any] | None = None) -> str:
+    """The same configuration as TOML."""
+    return "".join(f"{name} = {inline(value)}\n" for name, value in settings(digits, changes).items())
 
 
 def grown(num_classes: int) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def new_workspace(root: Path, changes: Mapping[str, Any] | None = None) -> Path:
 
 def end_state(root: str | Path) -> dict[str, Any]:
     """What must not depend on how often an update was killed."""
-    workspace = Workspace(str(root), _no_encoder)
+    workspace = Workspace(str(root), no_encoder)
     registry, serving = workspace.registry, workspace.registry.serving()
     view = workspace.view(serving.champion)
     names = [view.readable[code] if code >= 0 else "" for code in view.owner]
@@ -160,7 +165,8 @@ def open_config(root: Path, changes: Mapping[str, Any] | None = None) -> Pipelin
     return load_config(root / "graceful.toml", str(root), dict(changes or {}))
 
 
-def _no_encoder(generation: str) -> Any:
+def no_encoder(generation: str) -> Any:
+    """The `embed_with` of a workspace that is only read."""
     raise AssertionError(f"nothing is to be embedded with {generation}")
 
 
