@@ -11,15 +11,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from benchmarks.harness import Ratio, paired
-from evaluation.flips import nfr_matrix
-from evaluation.intervals import bootstrap_means
-from evaluation.matrix import matrix_from_outcomes
-from evaluation.outcomes import Outcomes, metric_values, outcome_from_ranks, pair_state
-from indexing.embed import EmbeddedUnit, EmbedUnit, embed_units
-from indexing.exact import rank_states
-from indexing.gallery import Gallery
-from indexing.planner import OrderInputs, plan_waves, rank_items
-from indexing.reindex import carry_out
+from graceful.evaluation.flips import nfr_matrix
+from graceful.evaluation.intervals import bootstrap_means
+from graceful.evaluation.matrix import matrix_from_outcomes
+from graceful.evaluation.outcomes import Outcomes, metric_values, outcome_from_ranks, pair_state
+from graceful.indexing.embed import EmbeddedUnit, EmbedUnit, embed_units
+from graceful.indexing.exact import rank_states
+from graceful.indexing.gallery import Gallery
+from graceful.indexing.planner import OrderInputs, plan_waves, rank_items
+from graceful.indexing.reindex import carry_out
 
 _WIDTH = 128
 

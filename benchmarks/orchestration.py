@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from benchmarks.harness import Ratio
-from flows.environment import prepare_environment
+from graceful.flows.runtime.environment import prepare_environment
 
 
 def orchestration(epochs: int = 66) -> Ratio:
@@ -20,9 +20,9 @@ def orchestration(epochs: int = 66) -> Ratio:
         prepare_environment(folder)
         from prefect import flow
 
-        from flows.config import load_config
-        from flows.session import open_session
-        from flows.update import run_update
+        from graceful.flows.runtime.session import open_session
+        from graceful.flows.settings.config import load_config
+        from graceful.flows.update.flow import run_update
 
         example = Path(__file__).resolve().parent.parent / "examples" / "digits.toml"
         overrides = {

@@ -10,15 +10,16 @@ import ray
 import torch
 
 from benchmarks.harness import Ratio, paired
-from flows.cluster import RaySession
-from flows.config import ClusterConfig
-from indexing.embedding_files import write_embedding_file
-from training.datasets import DatasetConfig, load_images, write_manifest
-from training.encoder import open_encoder
-from training.generation import Preprocessing, join_uri
-from training.job import AugmentationConfig, TrainingConfig, TrainingJob
-from training.launch import run_training
-from training.predecessors import PredecessorRef
+from graceful.files import join
+from graceful.flows.runtime.cluster import RaySession
+from graceful.flows.settings.config import ClusterConfig
+from graceful.indexing.embedding_files import write_embedding_file
+from graceful.training.datasets import DatasetConfig, load_images, write_manifest
+from graceful.training.encoder import open_encoder
+from graceful.training.generation import Preprocessing
+from graceful.training.job import AugmentationConfig, TrainingConfig, TrainingJob
+from graceful.training.launch import run_training
+from graceful.training.predecessors import PredecessorRef
 
 _NUM_PREDECESSORS = 10
 
@@ -28,7 +29,7 @@ def step_cost_predecessors() -> Ratio:
     with tempfile.TemporaryDirectory() as folder:
         job, recipe = _job(folder, epochs=3)
         first = run_training(job.model_copy(update={"name": "first"}))
-        uri = join_uri(job.output_uri, first.generation_id)
+        uri = join(job.output_uri, first.generation_id)
         vectors, _ = open_encoder(uri)(load_images(_digits(folder)).sources)
         references = []
         for number in range(_NUM_PREDECESSORS):

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.outcomes import SERVED, Metric, Outcomes, fraction_state, parse_state
-from evaluation.retrieval import metric_of
+from graceful.evaluation.outcomes import SERVED, Metric, Outcomes, fraction_state, parse_state
+from graceful.evaluation.retrieval import metric_of
 
 GRID_STEPS = 20  # the grid 0, 0.05, ..., 1 holds all default fractions
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.backfill import area_under_curve
-from evaluation.decision import Decision
-from evaluation.evidence import Evidence, StateEvidence
-from evaluation.guards import Reason
-from evaluation.matrix import CompatibilityMatrix, average_compatibility, average_multimodel, criterion
-from evaluation.policy import RolloutPolicy
+from graceful.evaluation.backfill import area_under_curve
+from graceful.evaluation.decision import Decision
+from graceful.evaluation.evidence import Evidence, StateEvidence
+from graceful.evaluation.guards import Reason
+from graceful.evaluation.matrix import CompatibilityMatrix, average_compatibility, average_multimodel, criterion
+from graceful.evaluation.policy import RolloutPolicy
 
 
 def matrix_markdown(matrix: CompatibilityMatrix) -> str:

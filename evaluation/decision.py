@@ -22,8 +22,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from evaluation.cost import net_value
-from evaluation.evidence import (
+from graceful.evaluation.cost import net_value
+from graceful.evaluation.evidence import (
     NFR_FAMILIES,
     OVERALL,
     Evidence,
@@ -32,10 +32,20 @@ from evaluation.evidence import (
     gather_evidence,
     wave_zero_generations,
 )
-from evaluation.guards import Option, Reason, full_option, limit_of, pays, percent, rollout_options, standing, state_of
-from evaluation.outcomes import fraction_state
-from evaluation.policy import RolloutPolicy
-from evaluation.power import queries_for_margin, queries_for_nfr
+from graceful.evaluation.guards import (
+    Option,
+    Reason,
+    full_option,
+    limit_of,
+    pays,
+    percent,
+    rollout_options,
+    standing,
+    state_of,
+)
+from graceful.evaluation.outcomes import fraction_state
+from graceful.evaluation.policy import RolloutPolicy
+from graceful.evaluation.power import queries_for_margin, queries_for_nfr
 
 __all__ = [
     "CertificateToIssue",

@@ -21,15 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from evaluation.cost import CostInputs, OptionCost, option_costs
-from evaluation.intervals import (
+from graceful.evaluation.cost import CostInputs, OptionCost, option_costs
+from graceful.evaluation.intervals import (
     DifferenceBands,
     bands_from_means,
     bootstrap_means,
     mcnemar_exact,
     share_bounds,
 )
-from evaluation.outcomes import (
+from graceful.evaluation.outcomes import (
     SERVED,
     Comparison,
     Metric,
@@ -41,7 +41,7 @@ from evaluation.outcomes import (
     metric_values,
     pair_state,
 )
-from evaluation.policy import RolloutPolicy, Verdict, verdict_not_below
+from graceful.evaluation.policy import RolloutPolicy, Verdict, verdict_not_below
 
 OVERALL = "overall"
 NFR_FAMILIES = 2  # ways to be wrong that share alpha: a rollout along its way, and a full backfill

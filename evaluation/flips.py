@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.outcomes import Outcomes, compare, measured, right
+from graceful.evaluation.outcomes import Outcomes, compare, measured, right
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from evaluation.cost import break_even_days
-from evaluation.evidence import OVERALL, Evidence, StateEvidence
-from evaluation.outcomes import pair_state
-from evaluation.policy import RolloutPolicy, Verdict, verdict_not_above, verdict_not_below
+from graceful.evaluation.cost import break_even_days
+from graceful.evaluation.evidence import OVERALL, Evidence, StateEvidence
+from graceful.evaluation.outcomes import pair_state
+from graceful.evaluation.policy import RolloutPolicy, Verdict, verdict_not_above, verdict_not_below
 
 Guard = Literal["missing", "self-test", "certificate", "wave zero", "quality", "NFR", "dip", "cost"]
 SHARE_TOLERANCE = 1e-9  # shares are sums of floats

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.outcomes import Metric, Outcomes, pair_state
-from evaluation.retrieval import metric_of
+from graceful.evaluation.outcomes import Metric, Outcomes, pair_state
+from graceful.evaluation.retrieval import metric_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from evaluation.outcomes import Metric
+from graceful.evaluation.outcomes import Metric
 
 Verdict = Literal["PASS", "FAIL", "UNKNOWN"]
 

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from evaluation.captions import (
+from graceful.evaluation.captions import (
     curve_caption,
     decision_markdown,
     matrix_caption,
@@ -31,12 +31,12 @@ from evaluation.captions import (
     reason_row,
     share_text,
 )
-from evaluation.decision import Decision
-from evaluation.evidence import OVERALL, Evidence, StateEvidence
-from evaluation.flips import flips_by_slice
-from evaluation.matrix import CompatibilityMatrix, criterion
-from evaluation.outcomes import SERVED, Outcomes, fraction_state
-from evaluation.policy import RolloutPolicy
+from graceful.evaluation.decision import Decision
+from graceful.evaluation.evidence import OVERALL, Evidence, StateEvidence
+from graceful.evaluation.flips import flips_by_slice
+from graceful.evaluation.matrix import CompatibilityMatrix, criterion
+from graceful.evaluation.outcomes import SERVED, Outcomes, fraction_state
+from graceful.evaluation.policy import RolloutPolicy
 
 __all__ = [
     "curve_png",

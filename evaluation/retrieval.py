@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.outcomes import Metric, Outcomes, check_ranks, measured, metric_values
+from graceful.evaluation.outcomes import Metric, Outcomes, check_ranks, measured, metric_values
 
 
 def recall_at_k(first_rank: NDArray[np.integer[Any]], k: int = 1) -> float:

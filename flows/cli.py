@@ -49,7 +49,7 @@ def init(
 ) -> None:
     """Create a workspace: the folder, its empty tables and a [bold]graceful.toml[/bold] to edit."""
     with reported_errors():
-        from flows.operations import create_workspace
+        from graceful.flows.commands.operations import create_workspace
 
         path = create_workspace(_place(root), config)
         Console().print(f"Created {path}. Edit it, then run 'graceful ingest' and 'graceful update'.", soft_wrap=True)
@@ -71,10 +71,10 @@ def update(
     """
     with reported_errors(as_json):
         _say_that_it_starts(as_json)
-        from flows.environment import prepare_environment
+        from graceful.flows.runtime.environment import prepare_environment
 
         prepare_environment(_place(root))
-        from flows.operations import run_update_flow
+        from graceful.flows.commands.operations import run_update_flow
 
         result = run_update_flow(_place(root), _console(as_json), again=again, adopt=adopt, paragon=paragon)
         _print(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result))
@@ -101,11 +101,11 @@ def replay(
     """
     with reported_errors(as_json):
         _say_that_it_starts(as_json)
-        from flows.environment import prepare_environment
+        from graceful.flows.runtime.environment import prepare_environment
 
         prepare_environment(root or "workspaces")
-        from flows.operations import run_replay_flow
-        from flows.terminal import print_replay
+        from graceful.flows.commands.operations import run_replay_flow
+        from graceful.flows.terminal import print_replay
 
         result = run_replay_flow(config, root, _console(as_json), paragon=paragon, controls=controls)
         _print(as_json, result.model_dump(mode="json"), lambda console: print_replay(console, result))
@@ -115,8 +115,8 @@ def replay(
 def status(root: RootOption = ".", as_json: JsonOption = False) -> None:
     """Show who serves, who owns the gallery's rows, what is unreadable, and what is under way."""
     with reported_errors(as_json):
-        from flows.operations import workspace_status
-        from flows.terminal import print_status
+        from graceful.flows.commands.operations import workspace_status
+        from graceful.flows.terminal import print_status
 
         found = workspace_status(_place(root))
         _print(as_json, found, lambda console: print_status(console, found))
@@ -131,7 +131,7 @@ def ingest(
 ) -> None:
     """Add images to the gallery, or new revisions of changed ones, with vectors for whoever must find them."""
     with reported_errors(as_json):
-        from flows.operations import ingest_images
+        from graceful.flows.commands.operations import ingest_images
 
         found = ingest_images(_place(root), _place(images), label, _console(as_json))
         _print(as_json, found, lambda console: _print_counts(console, found))
@@ -146,7 +146,7 @@ def delete(
 ) -> None:
     """Delete items from every view, after a rollback too. With --forget nothing of them stays."""
     with reported_errors(as_json):
-        from flows.operations import delete_items
+        from graceful.flows.commands.operations import delete_items
 
         found = delete_items(_place(root), item_ids, forget=forget)
         _print(as_json, found, lambda console: _print_counts(console, found))
@@ -156,7 +156,7 @@ def delete(
 def collect(root: RootOption = ".", as_json: JsonOption = False) -> None:
     """Drop vectors that nobody can read any more: not the champion, its predecessor, a supported client or a reader."""
     with reported_errors(as_json):
-        from flows.operations import collect_garbage
+        from graceful.flows.commands.operations import collect_garbage
 
         found = collect_garbage(_place(root))
         _print(as_json, found, lambda console: _print_counts(console, found))
@@ -172,7 +172,7 @@ def search(
 ) -> None:
     """Search the gallery with an image, as production would."""
     with reported_errors(as_json):
-        from flows.operations import search_image
+        from graceful.flows.commands.operations import search_image
 
         found = search_image(_place(root), _place(image), k, generation)
         _print(as_json, found, lambda console: _print_hits(console, found))
@@ -191,8 +191,8 @@ def decide(
     Changes nothing. Exit code 1 if the same policy does not give the recorded decision.
     """
     with reported_errors(as_json):
-        from flows.operations import decide_again
-        from flows.terminal import print_decision
+        from graceful.flows.commands.operations import decide_again
+        from graceful.flows.terminal import print_decision
 
         decision, agrees = decide_again(_place(evaluation), policy)
         document = {"agrees_with_recorded": agrees, "decision": decision.model_dump(mode="json")}
@@ -216,7 +216,7 @@ def rollback(
 ) -> None:
     """Return to the previous generation: one move of a pointer, no data touched."""
     with reported_errors(as_json):
-        from flows.operations import roll_back
+        from graceful.flows.commands.operations import roll_back
 
         state = roll_back(_place(root), reason)
         _print(as_json, state, lambda console: console.print(f"Serving {state['champion']} again.", highlight=False))
@@ -230,8 +230,8 @@ def report(
 ) -> None:
     """Print the newest decision with its reasons, and where its report lies."""
     with reported_errors(as_json):
-        from flows.operations import read_report
-        from flows.terminal import print_decision
+        from graceful.flows.commands.operations import read_report
+        from graceful.flows.terminal import print_decision
 
         location, decision = read_report(_place(root), evaluation)
         document = {"report": location, "decision": decision.model_dump(mode="json")}
@@ -255,14 +255,14 @@ def serve(
     """Run updates on the schedule of the configuration, shown in the flow UI; or, with --http, answer searches."""
     with reported_errors():
         if http:
-            from flows.search_service import serve_searches
+            from graceful.flows.search.http import serve_searches
 
             serve_searches(_place(root), host, port)
         else:
-            from flows.environment import prepare_environment
+            from graceful.flows.runtime.environment import prepare_environment
 
             prepare_environment(_place(root), logs_to_terminal=True)
-            from flows.service import serve_updates
+            from graceful.flows.schedule import serve_updates
 
             serve_updates(_place(root), ui_host, ui_port)
 
@@ -286,7 +286,7 @@ def reported_errors(as_json: bool = False) -> Iterator[None]:
         if os.environ.get("GRACEFUL_DEBUG"):
             raise
         line = " ".join(str(error).split()) or type(error).__name__
-        config = sys.modules.get("flows.config")
+        config = sys.modules.get("graceful.flows.settings.config")
         wrong_use = config is not None and isinstance(error, config.ConfigError)
         if as_json:
             print(json.dumps({"error": line, "kind": type(error).__name__}))

@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from evaluation.decision import Decision
-from flows.replay import ControlResult, ReplayResult
+from graceful.evaluation.decision import Decision
+from graceful.flows.update.replay import ControlResult, ReplayResult
 
 
 def print_replay(console: Console, result: ReplayResult) -> None:

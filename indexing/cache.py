@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from indexing.embed import EmbeddedUnit, EmbedUnit
-from indexing.embedding_files import read_embeddings
-from indexing.reindex import EmbedFunction
-from indexing.storage import join, move, size_bytes
-from indexing.tables import DataFile, TableConflictError, VersionedTable
+from graceful.files import join, move, size_bytes
+from graceful.indexing.embed import EmbeddedUnit, EmbedUnit
+from graceful.indexing.embedding_files import read_embeddings
+from graceful.indexing.reindex import EmbedFunction
+from graceful.indexing.tables import DataFile, TableConflictError, VersionedTable
 
 CACHE_SCHEMA = pa.schema([("content_sha256", pa.string()), ("embedding", pa.binary())])
 

@@ -23,7 +23,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import fs
 
-from indexing.embedding_files import EMBEDDING_COLUMN, EmbeddingFileError, read_embeddings, write_embedding_file
+from graceful.errors import GracefulError
+from graceful.indexing.embedding_files import (
+    EMBEDDING_COLUMN,
+    EmbeddingFileError,
+    read_embeddings,
+    write_embedding_file,
+)
 
 __all__ = [
     "EMBEDDING_COLUMN",
@@ -46,11 +52,11 @@ EncodeSources = Callable[[Sequence[str]], tuple[NDArray[np.float32], dict[int, s
 OpenEncoder = Callable[[], EncodeSources]
 
 
-class EmbeddingFailedError(RuntimeError):
+class EmbeddingFailedError(GracefulError):
     """The encoder raised, or returned vectors that cannot be stored; not tried again."""
 
 
-class EmbeddingInterruptedError(RuntimeError):
+class EmbeddingInterruptedError(GracefulError):
     """Workers died too often or the deadline passed; the finished units' files are complete."""
 
 

@@ -11,8 +11,6 @@ Shapes: n rows, D width.
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,12 +21,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs
 
+from graceful.errors import GracefulError
+from graceful.files import writing
+
 EMBEDDING_COLUMN = "embedding"
 EMBEDDING_FORMAT_VERSION = "1"
 ROW_GROUP_ROWS = 65_536
 
 
-class EmbeddingFileError(RuntimeError):
+class EmbeddingFileError(GracefulError):
     """A Parquet file does not hold embeddings of the expected width and form."""
 
 
@@ -37,8 +38,7 @@ def write_embedding_file(
 ) -> int:
     """Write key columns and vectors (n, D) as one Parquet file and return its size in bytes.
 
-    A local file is written beside its place, synced and renamed. Elsewhere the object is sent in one piece after it is
-    complete in memory: closing a half-written upload would publish it.
+    The file appears whole or not at all; in a `filesystem` of the caller's it is sent in one piece.
     """
     if vectors.ndim != 2 or vectors.shape[1] == 0:
         raise ValueError(f"writing {path}: expected vectors (n, D) with D > 0, found shape {vectors.shape}")
@@ -56,27 +56,16 @@ def write_embedding_file(
     table = keys.append_column(field, column) if keys.num_columns else pa.table([column], schema=pa.schema([field]))
     table = table.replace_schema_metadata(metadata)
 
-    remote, target = _locate(str(path), filesystem)
-    if remote is not None:
-        sink = pa.BufferOutputStream()
-        _write_parquet(table, sink, keys.column_names)
-        buffer = sink.getvalue()
-        with remote.open_output_stream(target) as stream:
-            stream.write(buffer)
-        return int(buffer.size)
-    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-    part = f"{target}.{uuid.uuid4().hex}.part"
-    try:
-        with open(part, "wb") as file:
-            _write_parquet(table, file, keys.column_names)
-            file.flush()
-            os.fsync(file.fileno())
-        size_bytes = os.path.getsize(part)
-        os.replace(part, target)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
-    return size_bytes
+    if filesystem is None:
+        with writing(str(path)) as stream:
+            _write_parquet(table, stream, keys.column_names)
+            return int(stream.tell())
+    sink = pa.BufferOutputStream()
+    _write_parquet(table, sink, keys.column_names)
+    buffer = sink.getvalue()
+    with filesystem.open_output_stream(str(path)) as stream:
+        stream.write(buffer)
+    return int(buffer.size)
 
 
 def read_embeddings(

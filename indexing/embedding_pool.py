@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from pyarrow import fs
 
-from indexing.embed import (
+from graceful.indexing.embed import (
     EmbeddedUnit,
     EmbeddingFailedError,
     EmbeddingInterruptedError,

@@ -28,7 +28,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from indexing.matching import Matches, lay_out, match_rows, owner_codes
+from graceful.errors import GracefulError
+from graceful.indexing.matching import Matches, lay_out, match_rows, owner_codes
 
 # At most this many scores (256 MiB) are held at a time; large galleries get smaller blocks of queries.
 MAX_BLOCK_SCORES = 64 * 2**20
@@ -44,11 +45,11 @@ TIE_TOLERANCE = np.float32(2**-21)
 CHUNK = 64
 
 
-class WidthMismatchError(RuntimeError):
+class WidthMismatchError(GracefulError):
     """Query and gallery widths differ and no declared prefix allows it."""
 
 
-class NonFiniteEmbeddingError(RuntimeError):
+class NonFiniteEmbeddingError(GracefulError):
     """An embedding holds NaN or infinity."""
 
 

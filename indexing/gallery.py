@@ -25,10 +25,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from indexing.embedding_files import read_embeddings, write_embedding_file
-from indexing.leases import GalleryVersion, Leases
-from indexing.storage import crash_point, exists, join, move, remove, resolve, size_bytes
-from indexing.tables import DataFile, TableConflictError, TableSnapshot, VersionedTable
+from graceful.files import crash_point, exists, join, move, remove, resolve, size_bytes
+from graceful.indexing.embedding_files import read_embeddings, write_embedding_file
+from graceful.indexing.leases import GalleryVersion, Leases
+from graceful.indexing.tables import DataFile, TableConflictError, TableSnapshot, VersionedTable
 
 ITEMS_SCHEMA = pa.schema(
     [

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from indexing.tables import VersionedTable
+from graceful.indexing.tables import VersionedTable
 
 LEASES_SCHEMA = pa.schema(
     [

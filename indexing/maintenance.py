@@ -7,8 +7,9 @@ only when no protected view owns a single row of them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from indexing.gallery import Gallery
-from indexing.storage import list_files, remove
+from graceful.errors import GracefulError
+from graceful.files import list_files, remove
+from graceful.indexing.gallery import Gallery
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Collection:
     files: int
 
 
-class LeasedError(RuntimeError):
+class LeasedError(GracefulError):
     """What is to be removed is pinned by an open lease."""
 
 

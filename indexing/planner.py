@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from graceful.errors import GracefulError
+
 PLAN_ITEMS_SCHEMA = pa.schema([("wave", pa.int32()), ("position", pa.int64()), ("item_id", pa.string())])
 
 
@@ -32,7 +34,7 @@ class OrderInputs:
     seed: int = 0
 
 
-class MissingOrderInputError(ValueError):
+class MissingOrderInputError(GracefulError, ValueError):
     """An order was asked for without what it ranks by."""
 
 

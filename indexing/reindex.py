@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from indexing.embed import EmbeddedUnit, EmbedUnit
-from indexing.gallery import Gallery
-from indexing.storage import crash_point
+from graceful.files import crash_point
+from graceful.indexing.embed import EmbeddedUnit, EmbedUnit
+from graceful.indexing.gallery import Gallery
 
 EmbedFunction = Callable[[Sequence[EmbedUnit], Callable[[EmbeddedUnit], None]], None]
 """Embeds units with one generation's encoder and calls back as each unit's file is complete."""

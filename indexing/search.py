@@ -29,8 +29,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
-from indexing.exact import TIE_TOLERANCE, WidthMismatchError, check_finite, comparable_queries
-from indexing.snapshots import (
+from graceful.indexing.exact import TIE_TOLERANCE, WidthMismatchError, check_finite, comparable_queries
+from graceful.indexing.snapshots import (
     SEGMENTS_FOLDER,
     IndexCorruptedError,
     Manifest,

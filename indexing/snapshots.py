@@ -35,8 +35,8 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from indexing.storage import crash_point, write_bytes
-from indexing.tables import UnknownFormatError
+from graceful.errors import GracefulError, UnknownFormatError
+from graceful.files import crash_point, write_bytes
 
 FORMAT_VERSION = 1
 SEGMENTS_FOLDER = "segments"
@@ -48,7 +48,7 @@ MAX_SEGMENTS = 16
 LoadVectors = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 
 
-class IndexCorruptedError(RuntimeError):
+class IndexCorruptedError(GracefulError):
     """A file of an index snapshot is missing or is not what the manifest says; the snapshot must be rebuilt."""
 
 

@@ -21,7 +21,8 @@ from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
-from indexing.storage import crash_point, join, resolve, size_bytes
+from graceful.errors import GracefulError, UnknownFormatError
+from graceful.files import crash_point, join, resolve, size_bytes
 
 FORMAT_VERSION = "1"
 _CONFIGURATION = {
@@ -37,12 +38,8 @@ _ROW_GROUP_ROWS = 65_536
 _COMPACT_AFTER_FILES = 64
 
 
-class TableConflictError(RuntimeError):
+class TableConflictError(GracefulError):
     """Another writer committed first; nothing was written."""
-
-
-class UnknownFormatError(RuntimeError):
-    """What is stored was written by a version of this project that this one does not know."""
 
 
 @dataclass(frozen=True)

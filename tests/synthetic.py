@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from indexing.embed import EmbeddedUnit, EmbedUnit, embed_units
+from graceful.indexing.embed import EmbeddedUnit, EmbedUnit, embed_units
 
 WIDTH = 24
 

@@ -62,7 +62,7 @@ def test_command_in_a_document_exists_with_its_options(document, command):
 
 def check_command(command: str, whole: bool = True) -> None:
     """Parse a command as the command line would; carry nothing out. Not `whole`: arguments may be left out."""
-    from flows.cli import app
+    from graceful.flows.cli import app
 
     words = shlex.split(command, comments=True)[1:]
     for end in ("|", "&&", ">", ";"):
@@ -140,9 +140,9 @@ def test_quickstart_shows_what_a_run_prints():
     from rich.console import Console
 
     shown = quickstart()
-    from flows.config import load_config
-    from flows.replay import ControlResult, GenerationLine, ReplayResult, line_text
-    from flows.terminal import print_replay
+    from graceful.flows.settings.config import load_config
+    from graceful.flows.terminal import print_replay
+    from graceful.flows.update.replay import ControlResult, GenerationLine, ReplayResult, line_text
 
     config = load_config(ROOT / "examples" / "digits.toml", "/w")
     assert config.replay is not None

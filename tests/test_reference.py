@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from flows.config_reference import reference
+from graceful.flows.settings.reference import reference
 
 
 def test_configuration_reference_is_up_to_date():
     page = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
-    assert page.read_text() == reference(), "run: python -m flows.config_reference > docs/configuration.md"
+    assert page.read_text() == reference(), "run: python -m graceful.flows.settings.reference > docs/configuration.md"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from training.generation import BackboneSpec
+from graceful.training.generation import BackboneSpec
 
 
 class SmallCnn(nn.Module):

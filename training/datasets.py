@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from training.generation import resolve
-from training.images import image_column, read_payloads, unreadable_reason
-from training.manifest import DatasetNotFoundError, LabelledImages, read_manifest, write_manifest
-from training.materialise import materialise_digits, materialise_torchvision
+from graceful.errors import GracefulError
+from graceful.files import resolve
+from graceful.training.images import image_column, read_payloads, unreadable_reason
+from graceful.training.manifest import DatasetNotFoundError, LabelledImages, read_manifest, write_manifest
+from graceful.training.materialise import materialise_digits, materialise_torchvision
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -34,19 +35,19 @@ __all__ = [
 ]
 
 
-class EmptyDatasetError(RuntimeError):
+class EmptyDatasetError(GracefulError):
     """No image is left after filtering."""
 
 
-class UnreadableImagesError(RuntimeError):
+class UnreadableImagesError(GracefulError):
     """More images than allowed cannot be decoded."""
 
 
-class SingleImageClassError(RuntimeError):
+class SingleImageClassError(GracefulError):
     """A class has one image only: nothing can be learnt from it, and it cannot be evaluated."""
 
 
-class OverlapError(RuntimeError):
+class OverlapError(GracefulError):
     """The training set and the evaluation set share identities or images."""
 
 

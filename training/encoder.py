@@ -22,28 +22,27 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.backbones import build_backbone, load_initial_weights
-from training.generation import (
+from graceful.errors import GracefulError
+from graceful.files import join, read_bytes, write_bytes
+from graceful.training.backbones import build_backbone, load_initial_weights
+from graceful.training.generation import (
     CLASSIFIER_FILE,
     WEIGHTS_FILE,
     BackboneSpec,
     GenerationCard,
     Preprocessing,
-    join_uri,
     make_generation_id,
-    read_bytes,
     read_card,
-    write_bytes_atomically,
     write_card,
 )
-from training.images import UnreadableImageError, decode, read_payloads
+from graceful.training.images import UnreadableImageError, decode, read_payloads
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 MIN_AGREEMENT = 0.999
 NON_FINITE = "non-finite embedding"
 
 
-class CorruptedWeightsError(RuntimeError):
+class CorruptedWeightsError(GracefulError):
     """A stored file of a generation is not the one that its card names."""
 
 
@@ -138,7 +137,7 @@ def open_encoder(
 def open_network(generation_uri: str, device: torch.device) -> tuple[GenerationCard, nn.Module]:
     """Return card and network (evaluation mode, no gradients) of a stored generation, its weights verified."""
     card = read_card(generation_uri)
-    payload = _verified(join_uri(generation_uri, WEIGHTS_FILE), card.digest)
+    payload = _verified(join(generation_uri, WEIGHTS_FILE), card.digest)
     network = build_backbone(card.backbone, card.width, card.preprocessing.channels, card.preprocessing.image_size)
     network.load_state_dict(load_tensors(payload), strict=True)
     network.requires_grad_(False)
@@ -150,7 +149,7 @@ def read_classifier(generation_uri: str) -> tuple[GenerationCard, Tensor, Tensor
     card = read_card(generation_uri)
     if not card.has_classifier:
         return None
-    tensors = load_tensors(_verified(join_uri(generation_uri, CLASSIFIER_FILE), card.classifier_digest))
+    tensors = load_tensors(_verified(join(generation_uri, CLASSIFIER_FILE), card.classifier_digest))
     return card, tensors["rows"], tensors["class_means"]
 
 
@@ -222,15 +221,15 @@ def save_generation(
     payload = dump_tensors(state, metadata={"description": description})
     digest = hashlib.sha256(payload).hexdigest()
     generation_id = make_generation_id(ordinal, digest)
-    uri = join_uri(root_uri, generation_id)
+    uri = join(root_uri, generation_id)
     classifier_digest: str | None = None
-    write_bytes_atomically(join_uri(uri, WEIGHTS_FILE), payload)
+    write_bytes(join(uri, WEIGHTS_FILE), payload)
     if classifier is not None:
         names, rows, means = classifier
         tensors = {"rows": _unit_rows(rows, len(names), width), "class_means": _unit_rows(means, len(names), width)}
         payload = dump_tensors(tensors)
         classifier_digest = hashlib.sha256(payload).hexdigest()
-        write_bytes_atomically(join_uri(uri, CLASSIFIER_FILE), payload)
+        write_bytes(join(uri, CLASSIFIER_FILE), payload)
     card = GenerationCard(
         generation_id=generation_id,
         ordinal=ordinal,

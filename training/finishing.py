@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.encoder import autocast, embed, normalise
-from training.generation import Preprocessing
+from graceful.training.encoder import autocast, embed, normalise
+from graceful.training.generation import Preprocessing
 
 
 def interpolate(network: nn.Module, parent_state: Mapping[str, Tensor], share: float) -> None:

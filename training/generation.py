@@ -12,14 +12,14 @@ weights file, so the same id always means the same weights.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.fs as pafs
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from graceful.errors import GracefulError, UnknownFormatError
+from graceful.files import join, read_bytes, write_bytes
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "weights.safetensors"
@@ -28,12 +28,8 @@ CARD_FILE = "card.json"
 _ID_PATTERN = re.compile(r"g(\d{3,})-([0-9a-f]{6})")
 
 
-class GenerationNotFoundError(FileNotFoundError):
+class GenerationNotFoundError(GracefulError, FileNotFoundError):
     """No card at the given place: there is no generation there, or its writing never ended."""
-
-
-class UnknownFormatError(RuntimeError):
-    """A stored record has a format version that this program does not know."""
 
 
 class Preprocessing(BaseModel):
@@ -146,7 +142,7 @@ def lineage_order(generation_ids: Sequence[str]) -> list[str]:
 
 def write_card(uri: str, card: GenerationCard) -> None:
     """Write card.json into the generation's folder, atomically. Call it after every other file is in place."""
-    write_bytes_atomically(join_uri(uri, CARD_FILE), (card.model_dump_json(indent=2) + "\n").encode())
+    write_bytes(join(uri, CARD_FILE), (card.model_dump_json(indent=2) + "\n").encode())
 
 
 def read_card(uri: str) -> GenerationCard:
@@ -154,7 +150,7 @@ def read_card(uri: str) -> GenerationCard:
 
     Raises: GenerationNotFoundError, UnknownFormatError.
     """
-    place = join_uri(uri, CARD_FILE)
+    place = join(uri, CARD_FILE)
     try:
         record = json.loads(read_bytes(place))
     except FileNotFoundError:
@@ -169,49 +165,3 @@ def read_card(uri: str) -> GenerationCard:
             "version that wrote it"
         )
     return GenerationCard.model_validate(record)
-
-
-def join_uri(uri: str, *parts: str) -> str:
-    """Join a folder (path or URI) and names below it."""
-    return "/".join([uri.rstrip("/"), *parts])
-
-
-def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Return the file system and the path in it of a local path (made absolute) or of a URI."""
-    if "://" not in uri:
-        return pafs.LocalFileSystem(), os.path.abspath(uri)
-    file_system, path = pafs.FileSystem.from_uri(uri)
-    return file_system, path
-
-
-def exists(uri: str) -> bool:
-    """Say whether there is a file at `uri`."""
-    file_system, path = resolve(uri)
-    return bool(file_system.get_file_info(path).type == pafs.FileType.File)
-
-
-def read_bytes(uri: str) -> bytes:
-    """Read a whole file. Raises FileNotFoundError."""
-    file_system, path = resolve(uri)
-    with file_system.open_input_file(path) as stream:
-        return bytes(stream.read())
-
-
-def write_bytes_atomically(uri: str, payload: bytes) -> None:
-    """Write a whole file so that a reader sees all of it or nothing.
-
-    On a local disk: a temporary file, fsync, rename. On an object store an upload becomes visible when it is complete.
-    """
-    file_system, path = resolve(uri)
-    if isinstance(file_system, pafs.LocalFileSystem):
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.tmp{os.getpid()}")
-        with partial.open("wb") as stream:
-            stream.write(payload)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, target)
-        return
-    with file_system.open_output_stream(path) as stream:
-        stream.write(payload)

@@ -17,14 +17,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from training.generation import Preprocessing, join_uri, read_bytes, resolve
+from graceful.errors import GracefulError
+from graceful.files import join, read_bytes, resolve
+from graceful.training.generation import Preprocessing
 
 _CACHED_GROUPS_BYTES = 256 * 2**20
 _MAX_PIXELS = 2**28
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
-class UnreadableImageError(RuntimeError):
+class UnreadableImageError(GracefulError):
     """The bytes of one image cannot be read or decoded."""
 
 
@@ -70,9 +72,7 @@ def payloads_of(column: pa.ChunkedArray | pa.Array, place: str) -> list[bytes | 
         for row, (payload, path) in enumerate(zip(payloads, paths, strict=True)):
             if payload is None and path:
                 try:
-                    payloads[row] = read_bytes(
-                        path if path.startswith("/") or "://" in path else join_uri(folder, path)
-                    )
+                    payloads[row] = read_bytes(path if path.startswith("/") or "://" in path else join(folder, path))
                 except OSError:
                     payloads[row] = None
     return payloads

@@ -9,10 +9,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from training.constraints import CONSTRAINTS
-from training.generation import BackboneSpec, Preprocessing
-from training.heads import HEADS
-from training.predecessors import PredecessorRef
+from graceful.training.constraints import CONSTRAINTS
+from graceful.training.generation import BackboneSpec, Preprocessing
+from graceful.training.heads import HEADS
+from graceful.training.predecessors import PredecessorRef
 
 
 class HeadConfig(BaseModel):

@@ -24,15 +24,17 @@ import ray.train
 import ray.train.torch
 import torch
 
-from training.datasets import DatasetNotFoundError, EmptyDatasetError, SingleImageClassError
-from training.encoder import CorruptedWeightsError
-from training.generation import GenerationCard, GenerationNotFoundError, UnknownFormatError, join_uri, resolve
-from training.images import UnreadableImageError
-from training.job import AugmentationConfig, ConstraintConfig, HeadConfig, TrainingConfig, TrainingJob
-from training.loop import IncompatibleParentError, TrainingDeadlineError, TrainingDivergedError, train_worker
-from training.pixels import ChangedImagesError
-from training.predecessors import MisalignedCacheError
-from training.progress import TrailReporter
+from graceful.errors import GracefulError, UnknownFormatError
+from graceful.files import join, resolve
+from graceful.training.datasets import DatasetNotFoundError, EmptyDatasetError, SingleImageClassError
+from graceful.training.encoder import CorruptedWeightsError
+from graceful.training.generation import GenerationCard, GenerationNotFoundError
+from graceful.training.images import UnreadableImageError
+from graceful.training.job import AugmentationConfig, ConstraintConfig, HeadConfig, TrainingConfig, TrainingJob
+from graceful.training.loop import IncompatibleParentError, TrainingDeadlineError, TrainingDivergedError, train_worker
+from graceful.training.pixels import ChangedImagesError
+from graceful.training.predecessors import MisalignedCacheError
+from graceful.training.progress import TrailReporter
 
 __all__ = [
     "AugmentationConfig",
@@ -65,11 +67,11 @@ REFUSALS = (
 )
 
 
-class ClusterNotStartedError(RuntimeError):
+class ClusterNotStartedError(GracefulError):
     """Workers were asked for, but this process is not connected to a Ray cluster."""
 
 
-class TrainingFailedError(RuntimeError):
+class TrainingFailedError(GracefulError):
     """The workers failed more often than allowed, or could not be started."""
 
 
@@ -120,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if started:
             ray.shutdown()
-    print(join_uri(job.output_uri, card.generation_id), flush=True)
+    print(join(job.output_uri, card.generation_id), flush=True)
     return 0
 
 
@@ -175,7 +177,7 @@ def _fit(job: TrainingJob, trail: TrailReporter, tail: _Tail, deadline: float | 
             "ray.init() first or set num_workers = 0"
         )
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    run_folder = join_uri(trail.uri, "ray")
+    run_folder = join(trail.uri, "ray")
     _remove_folder(run_folder)
     trainer = ray.train.torch.TorchTrainer(
         _train_on_ray,

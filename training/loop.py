@@ -23,28 +23,36 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from training.backbones import build_backbone, load_initial_weights
-from training.constraints import CONSTRAINTS
-from training.datasets import LabelledImages, check_trainable, read_manifest
-from training.encoder import autocast, named_dtype, open_network, read_classifier, save_generation, sixteen_bit_type
-from training.finishing import calibrate, interpolate, interpolate_rows, sum_by_class
-from training.generation import GenerationCard
-from training.heads import Head, build_head, initialise_rows
-from training.job import TrainingConfig, TrainingJob
-from training.pixels import decode_all, training_batch
-from training.predecessors import Predecessors, load_predecessors, synthesise_rows
-from training.progress import Reporter
+from graceful.errors import GracefulError
+from graceful.training.backbones import build_backbone, load_initial_weights
+from graceful.training.constraints import CONSTRAINTS
+from graceful.training.datasets import LabelledImages, check_trainable, read_manifest
+from graceful.training.encoder import (
+    autocast,
+    named_dtype,
+    open_network,
+    read_classifier,
+    save_generation,
+    sixteen_bit_type,
+)
+from graceful.training.finishing import calibrate, interpolate, interpolate_rows, sum_by_class
+from graceful.training.generation import GenerationCard
+from graceful.training.heads import Head, build_head, initialise_rows
+from graceful.training.job import TrainingConfig, TrainingJob
+from graceful.training.pixels import decode_all, training_batch
+from graceful.training.predecessors import Predecessors, load_predecessors, synthesise_rows
+from graceful.training.progress import Reporter
 
 
-class TrainingDivergedError(RuntimeError):
+class TrainingDivergedError(GracefulError):
     """The loss is no longer finite."""
 
 
-class TrainingDeadlineError(RuntimeError):
+class TrainingDeadlineError(GracefulError):
     """The training did not end in time; the same job goes on from its last checkpoint."""
 
 
-class IncompatibleParentError(RuntimeError):
+class IncompatibleParentError(GracefulError):
     """The parent cannot give what the recipe takes from it."""
 
 

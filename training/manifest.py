@@ -1,6 +1,5 @@
 """Labelled images and the manifest that every training worker reads: one row (source, label, content_sha256) each."""
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +9,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from training.generation import UnknownFormatError, resolve
+from graceful.errors import GracefulError, UnknownFormatError
+from graceful.files import resolve, writing
 
 MANIFEST_FORMAT_VERSION = 1
 
 
-class DatasetNotFoundError(FileNotFoundError):
+class DatasetNotFoundError(GracefulError, FileNotFoundError):
     """The file or folder of a data set is not there."""
 
 
@@ -53,14 +53,8 @@ def write_manifest(uri: str, images: LabelledImages) -> None:
             "content_sha256": pa.array(images.content_sha256, pa.string()),
         }
     ).replace_schema_metadata({"format_version": str(MANIFEST_FORMAT_VERSION)})
-    file_system, path = resolve(uri)
-    file_system.create_dir(path.rpartition("/")[0], recursive=True)
-    if isinstance(file_system, pafs.LocalFileSystem):
-        partial = f"{path}.tmp{os.getpid()}"
-        pq.write_table(table, partial)
-        os.replace(partial, path)
-    else:
-        pq.write_table(table, path, filesystem=file_system)
+    with writing(uri) as stream:
+        pq.write_table(table, stream)
 
 
 def read_manifest(uri: str) -> LabelledImages:

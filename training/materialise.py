@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training.images import encode_png
+from graceful.files import writing
+from graceful.training.images import encode_png
 
 _ROWS_PER_GROUP = 1000
 
@@ -61,7 +62,5 @@ def _write(path: str, payloads: list[bytes], labels: list[str], further: dict[st
         [pa.array(payloads, pa.binary()), pa.nulls(len(payloads), pa.string())], names=["bytes", "path"]
     )
     table = pa.table({"image": image, "label": pa.array(labels, pa.string()), **further})
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    partial = f"{path}.tmp{os.getpid()}"
-    pq.write_table(table, partial, row_group_size=_ROWS_PER_GROUP)
-    os.replace(partial, path)
+    with writing(path) as stream:
+        pq.write_table(table, stream, row_group_size=_ROWS_PER_GROUP)

@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from training.datasets import LabelledImages
-from training.encoder import normalise
-from training.generation import Preprocessing
-from training.images import decode, read_payloads
-from training.job import AugmentationConfig
+from graceful.errors import GracefulError
+from graceful.training.datasets import LabelledImages
+from graceful.training.encoder import normalise
+from graceful.training.generation import Preprocessing
+from graceful.training.images import decode, read_payloads
+from graceful.training.job import AugmentationConfig
 
 
-class ChangedImagesError(RuntimeError):
+class ChangedImagesError(GracefulError):
     """An image is not the one that the manifest names."""
 
 

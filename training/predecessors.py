@@ -21,13 +21,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional
 
-from training.encoder import read_classifier
-from training.generation import read_card, resolve
+from graceful.errors import GracefulError
+from graceful.files import resolve
+from graceful.training.encoder import read_classifier
+from graceful.training.generation import read_card
 
 EMBEDDING_COLUMN = "embedding"
 
 
-class MisalignedCacheError(RuntimeError):
+class MisalignedCacheError(GracefulError):
     """A predecessor's stored embeddings do not fit the training manifest."""
 
 

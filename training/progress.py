@@ -17,16 +17,9 @@ from typing import Any, Protocol
 
 import torch
 
-from training.generation import (
-    GenerationCard,
-    UnknownFormatError,
-    exists,
-    join_uri,
-    read_bytes,
-    read_card,
-    resolve,
-    write_bytes_atomically,
-)
+from graceful.errors import UnknownFormatError
+from graceful.files import exists, join, read_bytes, resolve, write_bytes
+from graceful.training.generation import GenerationCard, read_card
 
 FORMAT_VERSION = 1
 logger = logging.getLogger(__name__)
@@ -49,14 +42,14 @@ class TrailReporter:
     """The trail of one run on a file system that all workers see."""
 
     def __init__(self, storage_uri: str, name: str, keep_checkpoints: int = 2) -> None:
-        self.uri = join_uri(storage_uri, name)
+        self.uri = join(storage_uri, name)
         self.keep_checkpoints = keep_checkpoints
 
     def latest(self) -> dict[str, Any] | None:
         """Return the newest state whose file is whole; a damaged one is logged and the one before it is taken."""
         for entry in reversed(self._checkpoints()):
             try:
-                payload = read_bytes(join_uri(self.uri, entry["file"]))
+                payload = read_bytes(join(self.uri, entry["file"]))
             except FileNotFoundError:
                 payload = b""
             if hashlib.sha256(payload).hexdigest() == entry["sha256"]:
@@ -72,14 +65,14 @@ class TrailReporter:
         torch.save(state, buffer)
         payload = buffer.getvalue()
         file = f"checkpoint-{state['epoch']:04d}.pt"
-        write_bytes_atomically(join_uri(self.uri, file), payload)
+        write_bytes(join(self.uri, file), payload)
         entries = [entry for entry in self._checkpoints() if entry["epoch"] < state["epoch"]]
         entries.append({"epoch": state["epoch"], "file": file, "sha256": hashlib.sha256(payload).hexdigest()})
         kept = entries[-self.keep_checkpoints :]
         self._write_json("checkpoints.json", {"format_version": FORMAT_VERSION, "checkpoints": kept})
         lines = [line for line in self.metrics() if line["epoch"] < metrics["epoch"]]
         text = "".join(json.dumps(line) + "\n" for line in [*lines, metrics])
-        write_bytes_atomically(join_uri(self.uri, "metrics.jsonl"), text.encode())
+        write_bytes(join(self.uri, "metrics.jsonl"), text.encode())
         for entry in entries[: -self.keep_checkpoints]:
             self._remove(entry["file"])
 
@@ -109,7 +102,7 @@ class TrailReporter:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the progress lines so far."""
-        place = join_uri(self.uri, "metrics.jsonl")
+        place = join(self.uri, "metrics.jsonl")
         return [json.loads(line) for line in read_bytes(place).splitlines()] if exists(place) else []
 
     def _checkpoints(self) -> list[dict[str, Any]]:
@@ -117,7 +110,7 @@ class TrailReporter:
         return [] if record is None else record["checkpoints"]
 
     def _read_json(self, file: str) -> dict[str, Any] | None:
-        place = join_uri(self.uri, file)
+        place = join(self.uri, file)
         if not exists(place):
             return None
         record: dict[str, Any] = json.loads(read_bytes(place))
@@ -129,9 +122,9 @@ class TrailReporter:
         return record
 
     def _write_json(self, file: str, record: dict[str, Any]) -> None:
-        write_bytes_atomically(join_uri(self.uri, file), (json.dumps(record, indent=2) + "\n").encode())
+        write_bytes(join(self.uri, file), (json.dumps(record, indent=2) + "\n").encode())
 
     def _remove(self, file: str) -> None:
-        file_system, path = resolve(join_uri(self.uri, file))
-        if exists(join_uri(self.uri, file)):
+        file_system, path = resolve(join(self.uri, file))
+        if exists(join(self.uri, file)):
             file_system.delete_file(path)

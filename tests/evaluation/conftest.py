@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation.evidence import Evidence, gather_evidence
-from evaluation.outcomes import SERVED, Outcomes, fraction_state, live_state, pair_state
-from evaluation.policy import RolloutPolicy
+from graceful.evaluation.evidence import Evidence, gather_evidence
+from graceful.evaluation.outcomes import SERVED, Outcomes, fraction_state, live_state, pair_state
+from graceful.evaluation.policy import RolloutPolicy
 
 FRACTIONS = RolloutPolicy().fractions
 QUICK = RolloutPolicy(num_resamples=300)

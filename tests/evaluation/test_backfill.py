@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evaluation.backfill import area_under_curve, backfill_curve, dip, smallest_sufficient_fraction
+from graceful.evaluation.backfill import area_under_curve, backfill_curve, dip, smallest_sufficient_fraction
 
 
 def test_auc_is_the_plain_mean_and_not_a_trapezoid() -> None:

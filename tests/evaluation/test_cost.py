@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from evaluation.cost import CostInputs, break_even_days, net_value, option_cost, option_costs
+from graceful.evaluation.cost import CostInputs, break_even_days, net_value, option_cost, option_costs
 
 KNOWN = CostInputs(
     rows_per_s=1000,

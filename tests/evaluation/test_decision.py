@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evaluation.cost import CostInputs
-from evaluation.decision import Decision, RolloutPolicy, decide
-from evaluation.evidence import Evidence
-from evaluation.outcomes import Outcomes
+from graceful.evaluation.cost import CostInputs
+from graceful.evaluation.decision import Decision, RolloutPolicy, decide
+from graceful.evaluation.evidence import Evidence
+from graceful.evaluation.outcomes import Outcomes
 from tests.evaluation.conftest import QUICK, gather
 
 PRICES = CostInputs(

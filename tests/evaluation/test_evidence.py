@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from evaluation.cost import CostInputs
-from evaluation.decision import certificates_to_issue
-from evaluation.evidence import Evidence, certify, wave_zero_generations
-from evaluation.outcomes import SERVED, Outcomes, add_states, fraction_state
-from evaluation.policy import RolloutPolicy
+from graceful.evaluation.cost import CostInputs
+from graceful.evaluation.decision import certificates_to_issue
+from graceful.evaluation.evidence import Evidence, certify, wave_zero_generations
+from graceful.evaluation.outcomes import SERVED, Outcomes, add_states, fraction_state
+from graceful.evaluation.policy import RolloutPolicy
 from tests.evaluation.conftest import QUICK, gather
 
 Plant = Callable[..., Outcomes]

@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.flips import flip_rates, flips_by_slice, negative_flip_rate, nfr_matrix, positive_flip_rate, state_flips
-from evaluation.outcomes import Outcomes
+from graceful.evaluation.flips import (
+    flip_rates,
+    flips_by_slice,
+    negative_flip_rate,
+    nfr_matrix,
+    positive_flip_rate,
+    state_flips,
+)
+from graceful.evaluation.outcomes import Outcomes
 
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 

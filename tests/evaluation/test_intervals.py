@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evaluation.intervals import (
+from graceful.evaluation.intervals import (
     ICC_FLOOR,
     bootstrap_means,
     clopper_pearson,
@@ -130,7 +130,7 @@ def test_bootstrap_means_agree_with_resampling_query_by_query() -> None:
 def test_blocks_of_resamples_give_what_one_block_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     values, clusters = np.random.default_rng(0).normal(size=(60, 1)), np.arange(60)
     whole = bootstrap_means(values, clusters, num_resamples=50, seed=1)
-    monkeypatch.setattr("evaluation.intervals.MAX_COUNTS_PER_BLOCK", 7 * 60)
+    monkeypatch.setattr("graceful.evaluation.intervals.MAX_COUNTS_PER_BLOCK", 7 * 60)
     np.testing.assert_allclose(bootstrap_means(values, clusters, num_resamples=50, seed=1), whole)
 
 

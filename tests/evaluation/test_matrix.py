@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evaluation.matrix import (
+from graceful.evaluation.matrix import (
     CompatibilityMatrix,
     advbct_scores,
     average_compatibility,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.outcomes import (
+from graceful.evaluation.outcomes import (
     SERVED,
     Outcomes,
     State,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evaluation.intervals import clopper_pearson
-from evaluation.power import minimal_detectable_difference, nfr_power, queries_for_margin, queries_for_nfr
+from graceful.evaluation.intervals import clopper_pearson
+from graceful.evaluation.power import minimal_detectable_difference, nfr_power, queries_for_margin, queries_for_nfr
 
 
 @pytest.mark.parametrize(("n", "one_sided", "points"), [(10_000, False, 1.25), (1000, False, 3.96), (1000, True, 3.52)])

@@ -9,13 +9,13 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from evaluation import report
-from evaluation.cost import CostInputs
-from evaluation.decision import Decision, RolloutPolicy, decide
-from evaluation.evidence import Evidence
-from evaluation.flips import nfr_matrix
-from evaluation.matrix import CompatibilityMatrix, matrix_from_outcomes
-from evaluation.outcomes import Outcomes
+from graceful.evaluation import report
+from graceful.evaluation.cost import CostInputs
+from graceful.evaluation.decision import Decision, RolloutPolicy, decide
+from graceful.evaluation.evidence import Evidence
+from graceful.evaluation.flips import nfr_matrix
+from graceful.evaluation.matrix import CompatibilityMatrix, matrix_from_outcomes
+from graceful.evaluation.outcomes import Outcomes
 from tests.evaluation.conftest import gather
 
 Plant = Callable[..., Outcomes]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluation.outcomes import outcome_from_ranks
-from evaluation.retrieval import (
+from graceful.evaluation.outcomes import outcome_from_ranks
+from graceful.evaluation.retrieval import (
     average_precision_at_r,
     cmc_curve,
     mean_average_precision,

@@ -15,7 +15,7 @@ from tests.flows import tiny
 @pytest.fixture(scope="session")
 def digits_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """scikit-learn's digits as a Parquet file."""
-    from training.materialise import materialise_digits
+    from graceful.training.materialise import materialise_digits
 
     return Path(materialise_digits(str(tmp_path_factory.mktemp("digits") / "digits.parquet")))
 

@@ -1,14 +1,14 @@
-"""An update as `flows.update.run_update` orders it, without Prefect, for tests that kill it between two writes."""
+"""An update as `run_update` orders it, without Prefect, for tests that kill it between two writes."""
 
 import os
 import sys
 
-from flows.claim import claim
-from flows.config import load_workspace_config
-from flows.session import open_session
-from flows.steps import UpdateRun, release_when_due
-from indexing.reindex import ReindexReport
-from indexing.storage import CRASH_VARIABLE
+from graceful.files import CRASH_VARIABLE
+from graceful.flows.runtime.session import open_session
+from graceful.flows.settings.config import load_workspace_config
+from graceful.flows.store.claim import claim
+from graceful.flows.update.steps import UpdateRun, release_when_due
+from graceful.indexing.reindex import ReindexReport
 
 FINISHED, REPEATED = 0, 10
 

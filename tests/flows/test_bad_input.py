@@ -15,13 +15,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from flows.cli import app, reported_errors
-from flows.operations import adopt_generation
-from flows.searcher import GallerySearcher
-from flows.session import open_session
-from flows.steps import UpdateRun
-from flows.workspace import Workspace
-from indexing.storage import set_crash_hook
+from graceful.files import set_crash_hook
+from graceful.flows.cli import app, reported_errors
+from graceful.flows.commands.operations import adopt_generation
+from graceful.flows.runtime.session import open_session
+from graceful.flows.search.searcher import GallerySearcher
+from graceful.flows.store.workspace import Workspace
+from graceful.flows.update.steps import UpdateRun
 from tests.flows import tiny
 from tests.flows.run_steps import FINISHED, REPEATED, in_child, run_update_steps
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from flows import candidate
-from flows.session import open_session
-from flows.steps import UpdateRun
+from graceful.flows.runtime.session import open_session
+from graceful.flows.update import train as candidate
+from graceful.flows.update.steps import UpdateRun
 from tests.flows import tiny
 
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from flows import claim as claiming
-from flows.claim import UpdateInProgressError, claim
+from graceful.flows.store import claim as claiming
+from graceful.flows.store.claim import UpdateInProgressError, claim
 
 
 def hold_for_ever(root: str, ready) -> None:
@@ -80,8 +80,8 @@ def test_holder_on_another_machine_is_believed_until_its_claim_runs_out(tmp_path
     elsewhere = {"host": "elsewhere", "pid": 1, "started": "1", "purpose": "an update", "nonce": 7}
     with claim(root, "first"):
         pass
-    from indexing.storage import join
-    from indexing.tables import VersionedTable
+    from graceful.files import join
+    from graceful.indexing.tables import VersionedTable
 
     table = VersionedTable(join(root, "registry", "claims"), claiming._SCHEMA)
 

@@ -8,8 +8,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from flows import cli
-from flows.cli import app, reported_errors
+from graceful.flows import cli
+from graceful.flows.cli import app, reported_errors
 from tests.flows import tiny
 
 COMMANDS = [
@@ -151,7 +151,7 @@ def test_decide_on_no_evaluation_and_under_no_policy(tmp_path):
 @pytest.mark.timeout(300)
 def test_module_and_console_script_are_the_same_command(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "status", "--root", str(tmp_path)],
+        [sys.executable, "-m", "graceful.flows.cli", "status", "--root", str(tmp_path)],
         cwd=tiny.ROOT, capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 1

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.config import ConfigError, PipelineConfig, load_config
-from flows.template import TEMPLATE
+from graceful.flows.settings.config import ConfigError, PipelineConfig, load_config
+from graceful.flows.settings.template import TEMPLATE
 from tests.flows import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -153,7 +153,7 @@ def test_examples_are_valid_and_replay_a_history(example, tmp_path, monkeypatch)
 
 def test_every_key_says_what_it_means():
     def undescribed(model, place):
-        from flows.config import _model_of
+        from graceful.flows.settings.config import _model_of
 
         for name, field in model.model_fields.items():
             inner = _model_of(field.annotation)

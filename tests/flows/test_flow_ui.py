@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.service import _flow_server
+from graceful.flows.schedule import _flow_server
 from tests.flows import tiny
 from tests.flows.run_steps import run_update_steps
 from tests.flows.test_service import environment, free_port
@@ -78,7 +78,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShownUpdate]:
         }.items():
             patch.setenv(name, value)
         with _flow_server(str(root), "127.0.0.1", port) as api:
-            command = [sys.executable, "-m", "flows.cli", "update", "--root", str(root), "--paragon"]
+            command = [sys.executable, "-m", "graceful.flows.cli", "update", "--root", str(root), "--paragon"]
             done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
             assert done.returncode in (0, 3, 4), done.stderr[-3000:]
             (run,) = httpx.post(f"{api}/flow_runs/filter", json={}, timeout=30).json()

@@ -4,8 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from flows.registry import ServingMovedError, UncertifiedGenerationError
-from flows.rollout import (
+from graceful.flows.store.registry import ServingMovedError, UncertifiedGenerationError
+from graceful.flows.store.workspace import Workspace
+from graceful.flows.update.rollout import (
     NothingToRollBackError,
     Rollout,
     continue_plan,
@@ -18,8 +19,7 @@ from flows.rollout import (
     release_previous,
     rollback,
 )
-from flows.workspace import Workspace
-from indexing.maintenance import LeasedError, collect, forget
+from graceful.indexing.maintenance import LeasedError, collect, forget
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, items
 
 G1, G2, G3 = "g001-aaaaaa", "g002-bbbbbb", "g003-cccccc"
@@ -144,7 +144,7 @@ def test_forget_refuses_live_items_and_open_leases(workspace):
 def test_hold_after_a_wave_leaves_vectors_that_nobody_sees_and_that_are_collected(workspace):
     plan = prepare(workspace, rollout(G2, fraction=0.5))
     items_of_plan = workspace.registry.plan(plan.plan_id)[1]
-    from indexing.reindex import carry_out
+    from graceful.indexing.reindex import carry_out
 
     carry_out(workspace.gallery, G2, items_of_plan, workspace.embed_with(G2), waves=[1])
     assert workspace.gallery.generations()[G2] == 3
@@ -205,7 +205,7 @@ def test_next_promotion_supersedes_the_active_plan_and_its_late_wave_is_harmless
     plan_items = workspace.registry.plan("update-g002-bbbbbb-g002-bbbbbb")[1]
     move_only(workspace, rollout(G3, certified=[G1, G2]), champion=G2)
     assert workspace.registry.serving().active_plan == "update-g003-cccccc-g003-cccccc"
-    from indexing.reindex import carry_out
+    from graceful.indexing.reindex import carry_out
 
     active = workspace.registry.serving().active_plan
     report = carry_out(

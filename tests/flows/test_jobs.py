@@ -24,15 +24,15 @@ import pytest
 from ray.job_submission import JobStatus
 from ray.util import get_node_ip_address
 
-from flows import jobs
-from flows.cluster import runtime_environment
-from flows.config import ClusterConfig
-from flows.jobs import JobFailedError, submit_embedding, submit_training
-from indexing.embed import EmbedUnit
-from indexing.embedding_files import read_embeddings
-from training.datasets import DatasetConfig, LabelledImages, load_images, write_manifest
-from training.generation import BackboneSpec, Preprocessing
-from training.job import TrainingConfig, TrainingJob
+from graceful.flows.runtime import jobs
+from graceful.flows.runtime.cluster import runtime_environment
+from graceful.flows.runtime.jobs import JobFailedError, submit_embedding, submit_training
+from graceful.flows.settings.config import ClusterConfig
+from graceful.indexing.embed import EmbedUnit
+from graceful.indexing.embedding_files import read_embeddings
+from graceful.training.datasets import DatasetConfig, LabelledImages, load_images, write_manifest
+from graceful.training.generation import BackboneSpec, Preprocessing
+from graceful.training.job import TrainingConfig, TrainingJob
 
 CODE = Path(__file__).parents[2]
 START_S = 180
@@ -263,13 +263,13 @@ def raise_interrupt(job_id: str) -> JobStatus:
 
 JOIN = """
 import ray
-from flows.cluster import RaySession
-from flows.config import ClusterConfig
+from graceful.flows.runtime.cluster import RaySession
+from graceful.flows.settings.config import ClusterConfig
 
 @ray.remote(num_cpus=1)
 def where():
-    import flows.cluster
-    return flows.cluster.__file__
+    import graceful.flows.runtime.cluster
+    return graceful.flows.runtime.cluster.__file__
 
 with RaySession(ClusterConfig(address="auto")) as session:
     session.ensure()

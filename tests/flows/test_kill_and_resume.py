@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.workspace import Workspace
-from indexing.storage import CRASH_EXIT_CODE
+from graceful.files import CRASH_EXIT_CODE
+from graceful.flows.store.workspace import Workspace
 from tests.flows import tiny
 from tests.flows.run_steps import FINISHED, REPEATED, in_child
 

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from flows.claim import UpdateInProgressError, claim
-from flows.cli import app
-from flows.config import load_workspace_config
-from flows.registry import ServingMovedError
-from flows.rollout import (
+from graceful.files import exists, list_files, read_bytes, write_bytes
+from graceful.flows.cli import app
+from graceful.flows.runtime.session import open_session
+from graceful.flows.settings.config import load_workspace_config
+from graceful.flows.store.claim import UpdateInProgressError, claim
+from graceful.flows.store.registry import ServingMovedError
+from graceful.flows.store.workspace import Workspace, require_workspace
+from graceful.flows.update.rollout import (
     Rollout,
     continue_plan,
     delete,
@@ -24,15 +27,12 @@ from flows.rollout import (
     release_previous,
     rollback,
 )
-from flows.session import open_session
-from flows.workspace import Workspace, require_workspace
-from indexing.maintenance import collect, forget
-from indexing.storage import exists, list_files, read_bytes, write_bytes
+from graceful.indexing.maintenance import collect, forget
+from graceful.training.datasets import load_images
+from graceful.training.images import read_payloads
 from tests.flows import tiny
 from tests.flows.run_steps import FINISHED, REPEATED, run_update_steps
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, items
-from training.datasets import load_images
-from training.images import read_payloads
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -237,7 +237,7 @@ def test_deleted_item_is_forgotten_and_unread_vectors_are_collected(workspace):
 
 
 def test_embedding_cache_and_evaluation_files_live_there_too(workspace):
-    from indexing.storage import read_json, write_json
+    from graceful.files import read_json, write_json
 
     cache = workspace.cache(G1)
     hashes, sources = ["a", "b"], ["synthetic:id1/0", "synthetic:id2/0"]
@@ -250,8 +250,8 @@ def test_embedding_cache_and_evaluation_files_live_there_too(workspace):
 def test_search_builds_its_index_on_this_machine(workspace, tmp_path, monkeypatch):
     """FAISS reads local files; the index is derived state."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    from flows.searcher import publish_view
-    from indexing.search import SwappableSearcher
+    from graceful.flows.search.searcher import publish_view
+    from graceful.indexing.search import SwappableSearcher
 
     snapshot = publish_view(workspace, G1, workspace.view(G1))
     searcher = SwappableSearcher(f"{workspace.index_location()}/{snapshot}")

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
 
-from flows.rollout import rollback
-from flows.search_service import MAX_BODY_BYTES, _open, make_app
-from flows.searcher import GallerySearcher, publish_view
-from indexing.exact import WidthMismatchError
-from indexing.gallery import GalleryVersion
-from indexing.search import IndexCorruptedError
+from graceful.flows.search.http import MAX_BODY_BYTES, _open, make_app
+from graceful.flows.search.searcher import GallerySearcher, publish_view
+from graceful.flows.update.rollout import rollback
+from graceful.indexing.exact import WidthMismatchError
+from graceful.indexing.gallery import GalleryVersion
+from graceful.indexing.search import IndexCorruptedError
 from tests.flows import tiny
 from tests.flows.run_steps import run_update_steps
 
@@ -198,7 +198,7 @@ def test_refreshing_without_a_change_reads_no_view(workspace: Path, monkeypatch:
 def test_only_the_newest_snapshot_of_each_query_generation_stays(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.searcher._KEPT_S", 0.0)
+    monkeypatch.setattr("graceful.flows.search.searcher._KEPT_S", 0.0)
     opened = _open(str(workspace))
     generation, index = GallerySearcher(opened).generation, Path(opened.index_location())
     view = opened.view(generation)
@@ -218,6 +218,6 @@ def test_query_vectors_of_another_width_are_refused_by_name(workspace: Path) -> 
 
 
 def test_the_endpoint_imports_neither_prefect_nor_ray() -> None:
-    code = "import sys, flows.search_service; print([m for m in ('prefect', 'ray') if m in sys.modules])"
+    code = "import sys, graceful.flows.search.http; print([m for m in ('prefect', 'ray') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=110, check=True)
     assert done.stdout.strip() == "[]"

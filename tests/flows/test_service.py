@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.environment import prepare_environment, process_start, running_server
+from graceful.flows.runtime.environment import prepare_environment, process_start, running_server
 from tests.flows import tiny
 
 CODE = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
 
 
 def graceful(*arguments: str, timeout_s: float = 200) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "flows.cli", *arguments]
+    command = [sys.executable, "-m", "graceful.flows.cli", *arguments]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout_s)
 
 
@@ -113,7 +113,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("serve")
     root = tiny.new_workspace(folder / "ws", {"schedule": SCHEDULE})
     port, log = free_port(), folder / "serve.log"
-    command = [sys.executable, "-m", "flows.cli", "serve", "--root", str(root), "--ui-port", str(port)]
+    command = [sys.executable, "-m", "graceful.flows.cli", "serve", "--root", str(root), "--ui-port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, env=environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
@@ -221,7 +221,8 @@ def test_the_flow_server_ends_when_the_process_that_wanted_it_was_killed(tmp_pat
     start = (
         "import os, subprocess, sys\n"
         "environment = {**os.environ, 'GRACEFUL_PARENT': str(os.getpid())}\n"
-        f"child = subprocess.Popen([sys.executable, '-m', 'flows.service', '127.0.0.1', '{port}'], env=environment,"
+        f"command = [sys.executable, '-m', 'graceful.flows.schedule', '127.0.0.1', '{port}']\n"
+        "child = subprocess.Popen(command, env=environment,"
         " stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )

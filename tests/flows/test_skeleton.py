@@ -4,11 +4,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from evaluation.policy import RolloutPolicy
-from flows.assess import Candidacy, assess, mix_drift
-from flows.evaluation_set import EvaluationSet
-from flows.evidence import read_evaluation, recompute, write_evaluation
-from flows.rollout import (
+from graceful.evaluation.policy import RolloutPolicy
+from graceful.flows.store.evaluation_set import EvaluationSet
+from graceful.flows.store.evaluations import read_evaluation, recompute, write_evaluation
+from graceful.flows.store.workspace import Workspace
+from graceful.flows.update.assess import Candidacy, assess, mix_drift
+from graceful.flows.update.rollout import (
     Rollout,
     continue_plan,
     embed_before_move,
@@ -19,9 +20,8 @@ from flows.rollout import (
     release_previous,
     rollback,
 )
-from flows.workspace import Workspace
+from graceful.training.datasets import LabelledImages
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row
-from training.datasets import LabelledImages
 
 IDENTITIES, PER_IDENTITY, QUERIES_EACH = 200, 3, 6
 POLICY = RolloutPolicy(num_resamples=400)

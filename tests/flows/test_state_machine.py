@@ -21,7 +21,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from flows.rollout import (
+from graceful.files import set_crash_hook
+from graceful.flows.store.workspace import Workspace
+from graceful.flows.update.rollout import (
     NothingToRollBackError,
     Rollout,
     continue_plan,
@@ -34,10 +36,8 @@ from flows.rollout import (
     release_previous,
     rollback,
 )
-from flows.workspace import Workspace
-from indexing import gallery as gallery_module
-from indexing.maintenance import collect
-from indexing.storage import set_crash_hook
+from graceful.indexing import gallery as gallery_module
+from graceful.indexing.maintenance import collect
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row
 
 ITEM_IDS = [f"item-{number}" for number in range(6)]
@@ -210,7 +210,7 @@ class UpdateMachine(RuleBasedStateMachine):
     def hold_after_a_wave(self, candidate, crash_at):
         """Vectors of a generation that never serves are seen by nobody."""
         before = self.seen(self.champion)
-        from indexing.reindex import embed_missing
+        from graceful.indexing.reindex import embed_missing
 
         self.run(
             lambda: embed_missing(self.workspace.gallery, candidate, self.models(candidate), unit_rows=2), crash_at

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli import app
+from graceful.flows.cli import app
 from tests.flows import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -106,7 +106,7 @@ def test_second_update_serves_compatibly_and_reindexes_only_the_decided_part(his
 
 
 def test_lineage_tells_the_whole_story_in_order(history):
-    from flows.workspace import Workspace
+    from graceful.flows.store.workspace import Workspace
 
     registry = Workspace(str(history["root"]), None).registry
     kinds = [event.kind for event in registry.events(update_key=history["second"]["update_key"])]

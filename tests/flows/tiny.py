@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flows.config import PipelineConfig, load_config
-from flows.items import item_table
-from flows.rollout import ingest
-from flows.session import open_session
-from flows.workspace import Workspace
-from training.datasets import LabelledImages, load_images
+from graceful.flows.runtime.session import open_session
+from graceful.flows.settings.config import PipelineConfig, load_config
+from graceful.flows.store.items import item_table
+from graceful.flows.store.workspace import Workspace
+from graceful.flows.update.rollout import ingest
+from graceful.training.datasets import LabelledImages, load_images
 
 ROOT = Path(__file__).parents[2]
 DIGITS = [str(digit) for digit in range(10)]
@@ -138,7 +138,7 @@ def graceful(*arguments: str, env: Mapping[str, str], timeout: float = 180) -> s
 
     Output goes to files: the flow server of a killed command lives on and would hold a pipe open.
     """
-    command = [sys.executable, "-m", "flows.cli", *arguments]
+    command = [sys.executable, "-m", "graceful.flows.cli", *arguments]
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command, cwd=ROOT, env=dict(env), stdout=output, stderr=errors, start_new_session=True

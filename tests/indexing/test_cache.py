@@ -5,9 +5,9 @@ import functools
 import numpy as np
 import pytest
 
-from indexing.cache import EmbeddingCache
-from indexing.embed import embed_units
-from indexing.storage import list_files, read_bytes, set_crash_hook
+from graceful.files import list_files, read_bytes, set_crash_hook
+from graceful.indexing.cache import EmbeddingCache
+from graceful.indexing.embed import embed_units
 from tests.synthetic import SyntheticGeneration, open_synthetic
 
 GENERATION = SyntheticGeneration("g001-aaaaaa", unreadable=frozenset({"synthetic:id9/9"}))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from indexing.embed import (
+from graceful.indexing.embed import (
     EMBEDDING_COLUMN,
     EmbeddedUnit,
     EmbeddingFailedError,
@@ -25,7 +25,7 @@ from indexing.embed import (
     read_embeddings,
     write_embedding_file,
 )
-from indexing.embedding_pool import EmbeddingPool
+from graceful.indexing.embedding_pool import EmbeddingPool
 
 WIDTH = 8
 

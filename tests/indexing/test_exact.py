@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import indexing.exact as exact
-from indexing.exact import (
+import graceful.indexing.exact as exact
+from graceful.indexing.exact import (
     NonFiniteEmbeddingError,
     RelevantRanks,
     WidthMismatchError,

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from indexing.embed import embed_units
-from indexing.embedding_files import read_embeddings, write_embedding_file
-from indexing.gallery import Gallery, GalleryVersion, gallery_exists
-from indexing.maintenance import forget
-from indexing.reindex import carry_out, embed_missing
-from indexing.storage import exists, set_crash_hook
+from graceful.files import exists, set_crash_hook
+from graceful.indexing.embed import embed_units
+from graceful.indexing.embedding_files import read_embeddings, write_embedding_file
+from graceful.indexing.gallery import Gallery, GalleryVersion, gallery_exists
+from graceful.indexing.maintenance import forget
+from graceful.indexing.reindex import carry_out, embed_missing
 from tests.synthetic import SyntheticGeneration, item_row, open_synthetic
 
 G1, G2, G3 = "g001-aaaaaa", "g002-bbbbbb", "g003-cccccc"

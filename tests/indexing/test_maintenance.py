@@ -6,11 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from indexing.embed import embed_units
-from indexing.gallery import Gallery
-from indexing.maintenance import LeasedError, collect, forget
-from indexing.reindex import embed_missing
-from indexing.storage import list_files
+from graceful.files import list_files
+from graceful.indexing.embed import embed_units
+from graceful.indexing.gallery import Gallery
+from graceful.indexing.maintenance import LeasedError, collect, forget
+from graceful.indexing.reindex import embed_missing
 from tests.synthetic import SyntheticGeneration, item_row, open_synthetic
 
 G1, G2, G3 = "g001-aaaaaa", "g002-bbbbbb", "g003-cccccc"
@@ -45,7 +45,7 @@ def owners(gallery, *readable):
 
 
 def bytes_of(gallery):
-    from indexing.storage import read_bytes
+    from graceful.files import read_bytes
 
     return b"".join(read_bytes(file) for file in list_files(gallery.location) if file.endswith(".parquet"))
 
@@ -89,7 +89,7 @@ def test_nothing_to_protect_is_a_mistake_and_not_a_reason_to_drop_everything(gal
 
 def test_collection_spares_files_that_workers_have_not_committed_yet(gallery):
     staged = gallery.staging_file(G3, "unit")
-    from indexing.embedding_files import write_embedding_file
+    from graceful.indexing.embedding_files import write_embedding_file
 
     write_embedding_file(
         staged, pa.table({"item_id": ["item-1"], "revision": pa.array([1], pa.int64())}),
@@ -131,7 +131,7 @@ def test_forgotten_item_leaves_no_trace_and_the_others_stay(gallery):
 def test_forgotten_item_is_in_no_log_entry_either(gallery):
     gallery.delete(["item-2"], unit="d")
     forget(gallery, ["item-2"])
-    from indexing.storage import read_bytes
+    from graceful.files import read_bytes
 
     assert not [file for file in list_files(gallery.location) if b"item-2" in read_bytes(file)]
 

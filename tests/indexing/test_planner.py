@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from indexing.planner import (
+from graceful.indexing.planner import (
     ORDERS,
     MissingOrderInputError,
     OrderInputs,

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import indexing.search as search
-from indexing.exact import NonFiniteEmbeddingError, WidthMismatchError, top_k
-from indexing.search import (
+import graceful.indexing.search as search
+from graceful.errors import UnknownFormatError
+from graceful.files import set_crash_hook
+from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError, top_k
+from graceful.indexing.search import (
     IndexCorruptedError,
     Manifest,
     SearchResult,
@@ -29,8 +31,6 @@ from indexing.search import (
     read_manifest,
     write_segment,
 )
-from indexing.storage import set_crash_hook
-from indexing.tables import UnknownFormatError
 
 WIDTH = 6
 
@@ -157,7 +157,7 @@ class TestSnapshots:
         manifest = shelf.publish(tmp_path, "s1", manifest)
         assert shelf.loaded == names(0, 25)  # the 15 rows of g1 that live on come from its segment
         assert [(entry.segment.num_rows, entry.num_current) for entry in manifest.segments] == [(15, 15), (25, 25)]
-        monkeypatch.setattr("indexing.snapshots.MAX_SEGMENTS", 3)
+        monkeypatch.setattr("graceful.indexing.snapshots.MAX_SEGMENTS", 3)
         counts = []
         for step in range(4):
             shelf.put(names(100 + step, 101 + step), "g2", 10 + step)

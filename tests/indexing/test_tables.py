@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from indexing import tables
-from indexing.storage import join, resolve, set_crash_hook, size_bytes
-from indexing.tables import DataFile, TableConflictError, UnknownFormatError, VersionedTable
+from graceful.errors import UnknownFormatError
+from graceful.files import join, resolve, set_crash_hook, size_bytes
+from graceful.indexing import tables
+from graceful.indexing.tables import DataFile, TableConflictError, VersionedTable
 
 SCHEMA = pa.schema([("name", pa.string()), ("number", pa.int64())])
 BY_GENERATION = pa.schema([("name", pa.string()), ("generation", pa.string())])

@@ -11,9 +11,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from training.datasets import DatasetConfig, LabelledImages, load_images, write_manifest
-from training.generation import BackboneSpec, Preprocessing
-from training.job import AugmentationConfig, TrainingConfig, TrainingJob
+from graceful.training.datasets import DatasetConfig, LabelledImages, load_images, write_manifest
+from graceful.training.generation import BackboneSpec, Preprocessing
+from graceful.training.job import AugmentationConfig, TrainingConfig, TrainingJob
 
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from training.constraints import CONSTRAINTS
+from graceful.training.constraints import CONSTRAINTS
 
 BATCH, CLASSES, WIDTH, PREDECESSORS = 7, 4, 6, 3
 

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from training.datasets import (
+from graceful.errors import UnknownFormatError
+from graceful.training.datasets import (
     DatasetConfig,
     DatasetNotFoundError,
     EmptyDatasetError,
@@ -28,8 +29,8 @@ from training.datasets import (
     read_manifest,
     write_manifest,
 )
-from training.generation import Preprocessing, UnknownFormatError
-from training.images import UnreadableImageError, decode, encode_png, read_payloads
+from graceful.training.generation import Preprocessing
+from graceful.training.images import UnreadableImageError, decode, encode_png, read_payloads
 
 RNG = np.random.default_rng(0)
 PNGS = [encode_png(RNG.integers(0, 255, (9, 9), dtype=np.uint8)) for _ in range(12)]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from training.backbones import build_backbone
-from training.datasets import LabelledImages
-from training.encoder import (
+from graceful.files import join
+from graceful.training.backbones import build_backbone
+from graceful.training.datasets import LabelledImages
+from graceful.training.encoder import (
     CorruptedWeightsError,
     SourceEncoder,
     adopt,
@@ -21,9 +22,9 @@ from training.encoder import (
     read_classifier,
     save_generation,
 )
-from training.encoder import normalise as network_input
-from training.generation import BackboneSpec, Preprocessing, join_uri, read_card
-from training.images import decode, encode_png, read_payloads
+from graceful.training.encoder import normalise as network_input
+from graceful.training.generation import BackboneSpec, Preprocessing, read_card
+from graceful.training.images import decode, encode_png, read_payloads
 
 SMALL = BackboneSpec(name="small_cnn", kwargs={"block_widths": [8, 16]})
 
@@ -54,7 +55,7 @@ def test_encoder_gives_the_networks_unit_vectors_in_order(generation_uri: str, d
     sources = digits.sources[:70][::-1]
     pixels = np.stack([decode(payload, card.preprocessing) for payload in read_payloads(sources)])
     expected = normalize(network(network_input(torch.from_numpy(pixels), card.preprocessing)), dim=1).numpy()
-    vectors, failures = open_encoder(generation_uri, batch_size=16)(sources)
+    vectors, failures = open_encoder(generation_uri, batch_size=16, precision="float32")(sources)
     assert failures == {}
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
@@ -92,7 +93,7 @@ def test_vectors_without_direction_are_failures(tmp_path: Path) -> None:
     for name, level in (("dark", 0), ("grey", 90), ("bright", 255)):
         (tmp_path / f"{name}.png").write_bytes(encode_png(np.full((8, 8), level, dtype=np.uint8)))
         sources.append(str(tmp_path / f"{name}.png"))
-    vectors, failures = open_encoder(join_uri(str(tmp_path), card.generation_id))(sources)
+    vectors, failures = open_encoder(join(str(tmp_path), card.generation_id))(sources)
     assert failures == {0: "non-finite embedding", 2: "non-finite embedding"}
     assert np.isnan(vectors).all(axis=1).tolist() == [True, False, True]
 
@@ -146,7 +147,7 @@ def test_adopted_encoder_is_a_generation_without_classifier(
         ordinal=0,
         prefix_widths=(8,),
     )
-    uri = join_uri(str(tmp_path), card.generation_id)
+    uri = join(str(tmp_path), card.generation_id)
     assert (card.origin, card.width, card.prefix_widths, card.has_classifier) == ("adopted", 20, (8,), False)
     assert read_card(uri) == card
     assert read_classifier(uri) is None

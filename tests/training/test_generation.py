@@ -6,18 +6,17 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from training.generation import (
+from graceful.errors import UnknownFormatError
+from graceful.files import join, resolve
+from graceful.training.generation import (
     BackboneSpec,
     GenerationCard,
     GenerationNotFoundError,
     Preprocessing,
-    UnknownFormatError,
-    join_uri,
     lineage_order,
     make_generation_id,
     ordinal_of,
     read_card,
-    resolve,
     write_card,
 )
 
@@ -95,4 +94,4 @@ def test_preprocessing_needs_one_mean_per_channel() -> None:
 
 def test_local_paths_become_absolute() -> None:
     assert resolve("somewhere")[1] == str(Path("somewhere").absolute())
-    assert join_uri("s3://bucket/root/", "g001-aaaaaa", "card.json") == "s3://bucket/root/g001-aaaaaa/card.json"
+    assert join("s3://bucket/root/", "g001-aaaaaa", "card.json") == "s3://bucket/root/g001-aaaaaa/card.json"

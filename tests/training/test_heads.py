@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
-from training.heads import HEADS, build_head, initialise_rows
+from graceful.training.heads import HEADS, build_head, initialise_rows
 
 SCALE, MARGIN = 10.0, 0.2
 

@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.datasets import LabelledImages
-from training.encoder import open_encoder
-from training.generation import join_uri
-from training.job import TrainingConfig, TrainingJob
-from training.launch import ClusterNotStartedError, run_training
-from training.pixels import ChangedImagesError
-from training.progress import TrailReporter
+from graceful.files import join
+from graceful.training.datasets import LabelledImages
+from graceful.training.encoder import open_encoder
+from graceful.training.job import TrainingConfig, TrainingJob
+from graceful.training.launch import ClusterNotStartedError, run_training
+from graceful.training.pixels import ChangedImagesError
+from graceful.training.progress import TrailReporter
 
 MakeJob = Callable[..., TrainingJob]
 ROOT = Path(__file__).parents[2]
 
 
 def recall_at_1(job: TrainingJob, generation_id: str, images: LabelledImages) -> float:
-    vectors, _ = open_encoder(join_uri(job.output_uri, generation_id))(images.sources)
+    vectors, _ = open_encoder(join(job.output_uri, generation_id))(images.sources)
     scores = vectors @ vectors.T
     np.fill_diagonal(scores, -2)
     return float((images.labels[scores.argmax(axis=1)] == images.labels).mean())
@@ -126,8 +126,8 @@ def descends_from_this_cluster(pid: int) -> bool:
 DRIVER = """
 import json, sys
 import ray
-from training.job import TrainingJob
-from training.launch import run_training
+from graceful.training.job import TrainingJob
+from graceful.training.launch import run_training
 
 if __name__ == "__main__":
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False)

@@ -13,23 +13,24 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn.functional import normalize
 
-from training.datasets import LabelledImages, SingleImageClassError
-from training.encoder import adopt, normalise, open_encoder, open_network, read_classifier
-from training.finishing import calibrate, interpolate, interpolate_rows
-from training.generation import GenerationCard, Preprocessing, join_uri
-from training.images import decode, read_payloads
-from training.job import ConstraintConfig, TrainingConfig, TrainingJob
-from training.launch import run_training
-from training.loop import IncompatibleParentError, TrainingDeadlineError, TrainingDivergedError, train_worker
-from training.pixels import ChangedImagesError, affine, crop_flip, training_batch
-from training.predecessors import PredecessorRef
-from training.progress import TrailReporter
+from graceful.files import join
+from graceful.training.datasets import LabelledImages, SingleImageClassError
+from graceful.training.encoder import adopt, normalise, open_encoder, open_network, read_classifier
+from graceful.training.finishing import calibrate, interpolate, interpolate_rows
+from graceful.training.generation import GenerationCard, Preprocessing
+from graceful.training.images import decode, read_payloads
+from graceful.training.job import ConstraintConfig, TrainingConfig, TrainingJob
+from graceful.training.launch import run_training
+from graceful.training.loop import IncompatibleParentError, TrainingDeadlineError, TrainingDivergedError, train_worker
+from graceful.training.pixels import ChangedImagesError, affine, crop_flip, training_batch
+from graceful.training.predecessors import PredecessorRef
+from graceful.training.progress import TrailReporter
 
 MakeJob = Callable[..., TrainingJob]
 
 
 def folder(job: TrainingJob, card: GenerationCard) -> str:
-    return join_uri(job.output_uri, card.generation_id)
+    return join(job.output_uri, card.generation_id)
 
 
 def recall_at_1(queries: np.ndarray, gallery: np.ndarray, labels: np.ndarray) -> float:
@@ -117,7 +118,7 @@ def test_adopted_predecessor_and_wider_generation_are_constrained_on_the_prefix(
 ) -> None:
     monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
     adopted = adopt("factories:flat", preprocessing=preprocessing, out_uri=str(tmp_path / "generations"), ordinal=0)
-    uri = join_uri(str(tmp_path / "generations"), adopted.generation_id)
+    uri = join(str(tmp_path / "generations"), adopted.generation_id)
     recipe = config.model_copy(update={"epochs": 12})
     job = succeed(make_job, write_embeddings, digits, uri, parent_uri=None, config=recipe)
     card = run_training(job)

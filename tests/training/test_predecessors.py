@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from training.backbones import build_backbone
-from training.encoder import save_generation
-from training.generation import BackboneSpec, Preprocessing
-from training.predecessors import (
+from graceful.training.backbones import build_backbone
+from graceful.training.encoder import save_generation
+from graceful.training.generation import BackboneSpec, Preprocessing
+from graceful.training.predecessors import (
     MisalignedCacheError,
     PredecessorRef,
     Predecessors,

@@ -18,9 +18,9 @@ To add one: a file with a class, an entry in CONSTRAINTS, a test against its for
 from collections.abc import Callable
 from typing import Any
 
-from training.constraints.bct import InfluenceLoss
-from training.constraints.cross_contrast import CrossContrast
-from training.constraints.ract import Ract
+from graceful.training.constraints.bct import InfluenceLoss
+from graceful.training.constraints.cross_contrast import CrossContrast
+from graceful.training.constraints.ract import Ract
 
 CONSTRAINTS: dict[str, Callable[..., Any]] = {
     "bct": InfluenceLoss,

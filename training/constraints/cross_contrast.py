@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from training.constraints.bct import reference_cross_entropy
+from graceful.training.constraints.bct import reference_cross_entropy
 
 
 class CrossContrast(nn.Module):

@@ -1,0 +1,136 @@
+"""One Ray cluster for a whole update: started or joined when the first work needs it, and ended by whoever started it.
+
+`local` starts a cluster inside this process; it dies with the process. `auto` (or `host:port`) joins a running one and
+leaves it running. `http://head:8265` never joins: the work is submitted as Ray jobs (see `runtime.jobs`), so that it
+survives the process that asked for it. Nodes of a real cluster get this code through the runtime environment made here.
+"""
+
+import atexit
+import functools
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ray
+
+import graceful
+from graceful.errors import GracefulError
+from graceful.flows.settings.config import ClusterConfig
+
+_PACKAGES = ("training", "indexing", "evaluation", "flows")
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_SINGLE_BOX = {
+    # The controller looks several times before a training starts: with one look a second every start takes 7 s more.
+    # Five a second take 7 % of a core while it lasts.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+_START_ATTEMPTS = 3
+
+
+class ClusterStartError(GracefulError):
+    """A local Ray cluster did not come up."""
+
+
+class RaySession:
+    """A cluster for one update. Entering costs nothing; `ensure` starts or joins."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self.config = config
+        self._started = False
+
+    @property
+    def submits_jobs(self) -> bool:
+        """Whether work goes to a head's job server instead of a driver in this process."""
+        return self.config.address.startswith("http")
+
+    def __enter__(self) -> "RaySession":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._started:
+            ray.shutdown()
+            self._started = False
+
+    def ensure(self) -> None:
+        """Start or join the cluster unless this process is connected to one already."""
+        if self.submits_jobs or ray.is_initialized():
+            return
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        if self.config.address == "local":
+            for name, value in _SINGLE_BOX.items():
+                os.environ.setdefault(name, value)
+            # A cluster that lives and dies with this process on this machine needs no token.
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            self._start_local()
+        else:
+            # A Ray job has got this environment with its submission; naming the same variables again is refused.
+            in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+            ray.init(
+                address=self.config.address,
+                runtime_env=None if in_job else runtime_environment(),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        self._started = True
+
+    def _start_local(self) -> None:
+        """Start a cluster in this process. Ray gives its node 30 s, which a busy machine may not keep: try again."""
+        for attempt in range(1, _START_ATTEMPTS + 1):
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=max(os.cpu_count() or 1, self.config.num_workers * self.config.cpus_per_worker + 1),
+                    include_dashboard=False,
+                    object_store_memory=self.config.object_store_mib * 2**20,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    configure_logging=True,
+                )
+                return
+            except Exception as error:  # Ray raises a bare Exception when the node times out
+                ray.shutdown()
+                if "timed out" not in str(error) or attempt == _START_ATTEMPTS:
+                    raise ClusterStartError(
+                        f"starting a local Ray cluster: not up, attempt {attempt} ({str(error).splitlines()[0]}); "
+                        'free some memory and processors, or join a running one with cluster.address = "auto"'
+                    ) from error
+
+
+def runtime_environment() -> dict[str, Any]:
+    """What workers on other nodes need: this code (when it runs from a checkout) and the store's credentials."""
+    names = [name for name in os.environ if name.startswith(("AWS_", "GRACEFUL_"))]
+    environment: dict[str, Any] = {"env_vars": {name: os.environ[name] for name in names}}
+    staged = _staged_checkout()
+    if staged is not None:
+        environment["py_modules"] = [staged]
+    return environment
+
+
+@functools.cache
+def _staged_checkout() -> str | None:
+    """The package as one folder, for shipping, when this code runs from a checkout; its folders lie apart there."""
+    checkout = Path(graceful.__file__).resolve().parent.parent
+    if not (checkout / "pyproject.toml").exists():
+        return None
+    folder = tempfile.mkdtemp(prefix="graceful-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    package = Path(folder, "graceful")
+    shutil.copytree(checkout / "graceful", package, ignore=_LEFT_OUT)
+    for name in _PACKAGES:
+        shutil.copytree(checkout / name, package / name, ignore=_LEFT_OUT)
+    return str(package)

@@ -1,0 +1,82 @@
+"""How a generation's encoder is put to work: in this process, by Ray actors, or as a Ray job."""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from graceful.files import join
+from graceful.flows.runtime.cluster import RaySession
+from graceful.flows.runtime.jobs import submit_embedding
+from graceful.flows.update.bench import Classifier
+from graceful.indexing.embed import EmbeddedUnit, EmbedUnit, embed_units
+from graceful.indexing.embedding_pool import EmbeddingPool
+from graceful.indexing.reindex import EmbedFunction
+from graceful.training.encoder import open_encoder, read_classifier
+
+
+class GenerationEncoders:
+    """Embeds with stored generations: the `embed_with` of a workspace.
+
+    `rows_per_s` holds the last measured throughput of one worker, for pricing a backfill; `busy_s` adds up what the
+    encoders themselves took. Workers on Ray stay from one call to the next, until `release`.
+    """
+
+    def __init__(self, root: str, session: RaySession) -> None:
+        self.root = root
+        self.session = session
+        self.rows_per_s: float | None = None
+        self.busy_s = 0.0
+        self._pool: EmbeddingPool | None = None
+        # One object per generation, by which a worker knows that it need not open its encoder again.
+        self._opener = functools.cache(lambda uri: functools.partial(open_encoder, uri))
+
+    def release(self) -> None:
+        """End the workers, so that something else can have their processors."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def __call__(self, generation: str) -> EmbedFunction:
+        return functools.partial(self._embed, join(self.root, "generations", generation))
+
+    def _embed(self, uri: str, units: Sequence[EmbedUnit], on_unit: Callable[[EmbeddedUnit], None]) -> None:
+        config = self.session.config
+        num_sources = sum(len(unit.sources) for unit in units)
+        deadline_s = config.deadline_hours * 3600
+        if config.embed_workers == 0 or num_sources < config.in_process_below:
+            num_workers = 0
+            done = embed_units(units, self._opener(uri), deadline_s=deadline_s, on_unit=on_unit)
+        elif self.session.submits_jobs:
+            num_workers = config.embed_workers
+            done = submit_embedding(config, join(self.root, "jobs"), uri, units)
+            for unit in done:
+                on_unit(unit)
+        else:
+            self.session.ensure()
+            if self._pool is None:
+                self._pool = EmbeddingPool(config.embed_workers, gpus_per_worker=config.embed_gpus_per_worker)
+            num_workers = min(config.embed_workers, len(units))
+            done = self._pool.embed(units, self._opener(uri), deadline_s=deadline_s, on_unit=on_unit)
+        seconds = sum(unit.seconds for unit in done)
+        self.busy_s += seconds / max(num_workers, 1)
+        self.rows_per_s = sum(unit.num_rows for unit in done) / max(seconds, 1e-6)
+
+
+def load_classifier(generation_uri: str) -> Classifier | None:
+    """Read a generation's classifier rows and class means; None for an adopted encoder."""
+    found = read_classifier(generation_uri)
+    if found is None:
+        return None
+    card, rows, means = found
+    return Classifier(card.classes, _unit(rows.numpy()), _unit(means.numpy()))
+
+
+def limit_threads(threads: int | None = None) -> None:
+    """Let encoders in this process use the cores that it has, unless the environment says otherwise."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads or os.cpu_count() or 1))
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)).astype(np.float32)

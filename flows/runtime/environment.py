@@ -1,0 +1,60 @@
+"""Environment variables that Prefect and Ray read when they are imported: quiet, local, and without telemetry.
+
+Everything is a default: what the caller has set stays. Call before the first import of prefect or ray.
+"""
+
+import json
+import os
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from graceful.flows.store.processes import process_start
+
+SERVER_FILE = "server.json"
+
+_DEFAULTS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    # The newer of the two interfaces asks an outside address whatever is switched off.
+    "PREFECT_SERVER_UI_V2_ENABLED": "false",
+    # Migrating a new database on a busy machine takes longer than the default of 20 s.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+
+
+def prepare_environment(root: str, *, logs_to_terminal: bool = False) -> None:
+    """Set the defaults; the flow server's database lies in the workspace when that is a local folder.
+
+    What a run logs shows in the flow UI, with the traceback of a failure; on the terminal only with `logs_to_terminal`.
+
+    A server that `graceful serve` runs for this workspace is used, so that its UI shows what is started by hand too.
+    """
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO")
+    if not logs_to_terminal:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    if "://" in root:
+        return
+    server = running_server(root)
+    if server is not None:
+        os.environ.setdefault("PREFECT_API_URL", server)
+    home = os.environ.setdefault("PREFECT_HOME", os.path.join(os.path.abspath(root), ".prefect"))
+    os.makedirs(home, exist_ok=True)
+
+
+def running_server(root: str) -> str | None:
+    """API address of the flow server that runs for a workspace on this machine, if one does and answers."""
+    try:
+        state = json.loads(Path(root, ".prefect", SERVER_FILE).read_text())
+        if state["host"] != socket.gethostname() or process_start(state["pid"]) != state["process_start"]:
+            return None
+        with urllib.request.urlopen(f"{state['api_url']}/health", timeout=5):
+            return str(state["api_url"])
+    except (OSError, ValueError, KeyError, urllib.error.URLError):
+        return None

@@ -1,0 +1,69 @@
+"""What a running update shows in the flow UI: log lines, and a progress artifact for each long step."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.logging import get_run_logger
+
+from graceful.flows.runtime.progress import Advance, Progress
+
+_SECONDS_BETWEEN_UPDATES = 2.0
+
+
+class FlowProgress:
+    """Reports to the flow run that it is called in, and to another progress (a terminal) if there is one."""
+
+    def __init__(self, beside: Progress | None = None) -> None:
+        self.beside = beside
+
+    def say(self, text: str) -> None:
+        """Write a log line of the run."""
+        if _in_run():
+            get_run_logger().info(text)
+        if self.beside is not None:
+            self.beside.say(text)
+
+    @contextmanager
+    def track(self, label: str, total: int) -> Iterator[Advance]:
+        """Keep a progress artifact of the task, updated every few seconds."""
+        counter = _Counter(label, total) if _in_run() and total > 0 else None
+        if self.beside is None:
+            yield (counter.advance if counter else _ignore)
+        else:
+            with self.beside.track(label, total) as advance:
+
+                def both(count: int) -> None:
+                    advance(count)
+                    if counter:
+                        counter.advance(count)
+
+                yield both
+        if counter:
+            counter.finish()
+
+
+class _Counter:
+    def __init__(self, label: str, total: int) -> None:
+        self._total, self._done, self._written = total, 0, time.monotonic()
+        self._artifact: Any = create_progress_artifact(progress=0.0, description=label)
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        if time.monotonic() - self._written > _SECONDS_BETWEEN_UPDATES:
+            self._written = time.monotonic()
+            update_progress_artifact(self._artifact, progress=min(100.0, 100.0 * self._done / self._total))
+
+    def finish(self) -> None:
+        update_progress_artifact(self._artifact, progress=100.0)
+
+
+def _in_run() -> bool:
+    return FlowRunContext.get() is not None or TaskRunContext.get() is not None
+
+
+def _ignore(count: int) -> None:
+    """Count nothing."""

@@ -1,0 +1,263 @@
+"""`graceful serve`: updates on a schedule, and the flow UI to watch, trigger and cancel them.
+
+One command runs two things: a Prefect server, whose database lies in the workspace, and a runner that carries out the
+runs of one deployment, each in a process of its own. Invariants:
+
+* At most one update at a time: the deployment's concurrency limit makes a second run wait, and whatever else is
+  started (another machine, `graceful update` by hand) meets the workspace's claim, for which a scheduled run waits.
+* SIGINT and SIGTERM end runs, runner and server and leave no process; a run that was ended goes on where it was when
+  the next one starts. If this process is killed, the server notices and ends too.
+* While it runs, other commands in the same workspace find the server through `.prefect/server.json` and show there.
+
+A team with a Prefect server of its own sets PREFECT_API_URL: then no server is started.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graceful.errors import GracefulError
+from graceful.flows.runtime.environment import SERVER_FILE, running_server
+from graceful.flows.store.processes import process_start
+
+if TYPE_CHECKING:
+    from prefect.runner import Runner
+
+    from graceful.flows.settings.config import PipelineConfig
+
+START_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 20.0
+# Runs prove every 30 s that they live (the shortest that Prefect allows); three silent minutes are a crash.
+HEARTBEAT_S = 30
+ZOMBIE_AFTER_S = 180
+
+
+class ServiceError(GracefulError):
+    """The flow server cannot be started, or ended by itself."""
+
+
+def serve_updates(root: str, host: str = "127.0.0.1", port: int = 4200) -> None:
+    """Run updates of a workspace on the schedule of its configuration until interrupted.
+
+    Raises:
+        ConfigError: the configuration, or its schedule, cannot be used.
+        ServiceError: the flow server cannot be started.
+    """
+    from graceful.flows.settings.config import ConfigError, load_workspace_config
+    from graceful.flows.store.workspace import require_workspace
+
+    if "://" in root:
+        raise ConfigError(f"scheduling updates: expected a workspace in a local folder, found {root}")
+    require_workspace(root)
+    config = load_workspace_config(root)
+    os.environ.setdefault("PREFECT_RUNNER_POLL_FREQUENCY", "5")
+    os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_S))
+    with _terminated_as_interrupted(), _flow_server(root, host, port) as api_url:
+        os.environ["PREFECT_API_URL"] = api_url
+        asyncio.run(_run(root, config, api_url))
+
+
+@contextlib.contextmanager
+def _flow_server(root: str, host: str, port: int) -> Iterator[str]:
+    """The address of a server that runs for this workspace; one is started, and ended, if there is none."""
+    known = os.environ.get("PREFECT_API_URL") or running_server(root)
+    if known:
+        yield known
+        return
+    with contextlib.closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServiceError(
+                f"starting the flow server: cannot listen on {host}:{port} ({error.strerror}); give another --ui-port"
+            ) from None
+    home = Path(root) / ".prefect"
+    home.mkdir(exist_ok=True)
+    reached_at = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    api_url = f"http://{f'[{reached_at}]' if ':' in reached_at else reached_at}:{port}/api"
+    log = home / "server.log"
+    environment = {**os.environ, "PREFECT_HOME": str(home), "GRACEFUL_PARENT": str(os.getpid())}
+    # Where the pages ask for data: wherever they were loaded from. The default is port 4200, whatever the real one is.
+    environment.setdefault("PREFECT_SERVER_UI_API_URL", "/api")
+    with log.open("ab") as output:
+        # A session of its own: Ctrl-C in the terminal reaches this process only, which ends the server last.
+        server = subprocess.Popen(
+            [sys.executable, "-m", "graceful.flows.schedule", host, str(port)],
+            env=environment, cwd=root, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+        )  # fmt: skip
+    found = home / SERVER_FILE
+    try:
+        _wait_until_healthy(server, api_url, log)
+        state = {"api_url": api_url, "host": socket.gethostname(), "pid": server.pid}
+        state["process_start"] = process_start(server.pid)
+        found.write_text(json.dumps(state, indent=2) + "\n")
+        yield api_url
+    finally:
+        found.unlink(missing_ok=True)
+        _end(server)
+
+
+def _wait_until_healthy(server: "subprocess.Popen[bytes]", api_url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{api_url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            pass
+        if server.poll() is not None or time.monotonic() > deadline:
+            why = f"it ended with {server.returncode}" if server.poll() is not None else "it does not answer"
+            tail = " ".join(log.read_text(errors="replace")[-400:].split())
+            raise ServiceError(f"starting the flow server: {why}; its log ends: {tail} ({log})")
+        time.sleep(0.25)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End a process and what it started, kindly at first."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+            break
+
+
+async def _run(root: str, config: "PipelineConfig", api_url: str) -> None:
+    """Register the deployment and carry out its runs until a signal comes."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
+    from prefect.deployments.runner import EntrypointType
+    from prefect.runner import Runner
+    from prefect.schedules import Cron
+
+    from graceful.flows.settings.config import ConfigError
+    from graceful.flows.update.flow import update
+
+    try:
+        schedule = Cron(config.schedule.cron, timezone=config.schedule.timezone)
+        times = await _next_times(config, 1)
+    except ValueError as error:
+        line = " ".join(str(error).split())
+        raise ConfigError(f"scheduling updates: [schedule] cannot be used: {line}; see 'man 5 crontab'") from None
+    # The runs of a service that was stopped go on with the next start: the schedule is not paused at the end.
+    runner = Runner(name=config.name, pause_on_shutdown=False)
+    deployment: Any = await update.ato_deployment(
+        config.name,
+        schedules=[schedule],
+        parameters={"workspace": root},
+        description=f"Updates of {root}. Started by 'graceful serve'.",
+        tags=["graceful"],
+        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
+        entrypoint_type=EntrypointType.MODULE_PATH,
+    )
+    await runner.aadd_deployment(deployment)
+    async with get_client() as client:
+        await _crash_zombies(client)
+    print(f"Flow UI: {api_url.removesuffix('/api')}/deployments", flush=True)
+    print(f"Next update of {config.name}: {times[0]:%Y-%m-%d %H:%M %Z} (cron {config.schedule.cron!r})", flush=True)
+    await _until_signalled(runner)
+
+
+async def _until_signalled(runner: "Runner") -> None:
+    """Carry out runs; at the first SIGINT or SIGTERM cancel those under way and return."""
+    loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    running = asyncio.create_task(runner.start())
+    while not runner.started and not running.done():
+        await asyncio.sleep(0.05)
+    # After start(), which installs a handler of its own that leaves the runs' processes behind.
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(sign, stopped.set)
+    waiting = asyncio.create_task(stopped.wait())
+    await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    if stopped.is_set() and not running.done():
+        print("Stopping: runs under way are cancelled; the next update goes on where they were.", flush=True)
+        await runner.astop()
+    waiting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+
+
+async def _next_times(config: "PipelineConfig", count: int) -> list[Any]:
+    from prefect.server.schemas.schedules import CronSchedule
+
+    return await CronSchedule(cron=config.schedule.cron, timezone=config.schedule.timezone).get_dates(count)
+
+
+async def _crash_zombies(client: Any) -> None:
+    """Have the server mark runs as crashed whose heartbeat stopped: a killed machine cannot say so itself."""
+    from datetime import timedelta
+
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+    from prefect.events.schemas.events import ResourceSpecification
+
+    name = "graceful: runs without heartbeat have crashed"
+    if await client.read_automations_by_name(name):
+        return
+    ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+    await client.create_automation(
+        AutomationCore(
+            name=name,
+            trigger=EventTrigger(
+                match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+                for_each={"prefect.resource.id"},
+                after={"prefect.flow-run.heartbeat"},
+                expect={"prefect.flow-run.heartbeat", *ends},
+                posture=Posture.Proactive,
+                threshold=1,
+                within=timedelta(seconds=ZOMBIE_AFTER_S),
+            ),
+            actions=[
+                ChangeFlowRunState(
+                    state=StateType.CRASHED, name="Crashed", message="The run's heartbeat stopped.", force=False
+                )
+            ],
+        )
+    )
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM end this process as Ctrl-C does: through every `finally`."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _serve_flows(host: str, port: str) -> None:
+    """Be the flow server; end when the process that wanted it has gone."""
+    parent = int(os.environ["GRACEFUL_PARENT"])
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
+    sys.argv = ["prefect", "server", "start", "--host", host, "--port", port]
+    runpy.run_module("prefect", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _serve_flows(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Answering queries: the searcher for applications, and the HTTP endpoint over it."""

@@ -1,0 +1,240 @@
+"""The HTTP endpoint: one FastAPI application over a GallerySearcher. No Prefect, no Ray.
+
+    GET  /health    200 while searches are answered, 503 before a generation serves
+    GET  /status    who serves, which snapshot, and whether the last look at the serving state succeeded
+    POST /search    an image (raw bytes, or a form with one file) or {"vector": [...]}; ?k=10
+
+The serving state is followed in the background. A look that fails (a damaged snapshot, a store that does not answer)
+leaves the snapshot in place that serves, and shows in /status. Every answer names the query generation and the
+snapshot that it comes from, whole. Safe to run in any number of processes on one workspace.
+"""
+
+import asyncio
+import contextlib
+import email.parser
+import email.policy
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, HTTPException, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from graceful.flows.search.searcher import (
+    GallerySearcher,
+    Hit,
+    NothingServedError,
+    ServedSnapshot,
+    UnreadableQueryError,
+)
+from graceful.flows.store.workspace import Workspace, require_workspace
+from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
+
+REFRESH_S = 5.0
+MAX_BODY_BYTES = 32 * 2**20
+MAX_K = 1_000
+
+_log = logging.getLogger("graceful.search")
+
+
+class VectorQuery(BaseModel):
+    """A query that the client has encoded itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    vector: list[float] = Field(description="One embedding, made by the serving generation.")
+    generation: str | None = Field(
+        default=None, description="Who made it; a query of another generation than the serving one is refused."
+    )
+    k: int | None = Field(default=None, ge=1, le=MAX_K, description="How many items to return.")
+
+
+class FoundItem(BaseModel):
+    """One item found; `generation` is the one whose vector it was found by."""
+
+    item_id: str
+    score: float
+    generation: str
+    source: str
+    label: str
+
+
+class Answer(BaseModel):
+    """Hits, best first, and what they come from."""
+
+    query_generation: str
+    snapshot_id: str
+    hits: list[FoundItem]
+
+
+class SearchState:
+    """The searcher behind the application, and how the last look at the serving state went."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.searcher: GallerySearcher | None = None
+        self.error: str | None = None
+        self.looked_at = 0.0
+        self.moved_at = 0.0
+        self._one_encoding = threading.Lock()
+
+    def refresh(self) -> None:
+        """Look at the serving state; never raises: what went wrong is kept for /status."""
+        try:
+            if self.searcher is None:
+                self.searcher = GallerySearcher(_open(self.root))
+                moved = True
+            else:
+                moved = self.searcher.refresh()
+            self.error = None
+        except Exception as error:
+            moved, line = False, f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if line != self.error:
+                _log.warning("following the serving state: %s", line)
+            self.error = line
+        self.looked_at = time.time()
+        if moved and self.searcher is not None:
+            self.moved_at = self.looked_at
+            _log.info("serving %s (snapshot %s)", self.searcher.generation, self.searcher.snapshot_id)
+
+    def served(self) -> ServedSnapshot:
+        """What answers now; 503 where nothing does."""
+        if self.searcher is None:
+            raise HTTPException(503, self.error or "no generation serves yet")
+        return self.searcher.served
+
+    def search_payload(self, served: ServedSnapshot, payload: bytes, k: int) -> list[Hit]:
+        """Search with an image; one at a time is encoded, with all threads, instead of many that wait for cores."""
+        with self._one_encoding:
+            return served.search_payload(payload, k)
+
+    def status(self) -> dict[str, Any]:
+        """What /status says."""
+        served = None if self.searcher is None else self.searcher.served
+        return {
+            "query_generation": served.generation if served else None,
+            "snapshot_id": served.snapshot_id if served else None,
+            "width": served.width if served else None,
+            "rows_by_generation": served.rows_by_generation if served else {},
+            "unreadable": served.num_unreadable if served else None,
+            "serving_since": self.moved_at or None,
+            "last_look": {"at": self.looked_at or None, "ok": self.error is None, "error": self.error},
+        }
+
+
+def make_app(root: str, *, refresh_s: float = REFRESH_S) -> FastAPI:
+    """Return the application over a workspace; it looks at the serving state every `refresh_s` seconds."""
+    state = SearchState(root)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await run_in_threadpool(state.refresh)
+        following = asyncio.create_task(_follow(state, refresh_s))
+        try:
+            yield
+        finally:
+            following.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await following
+
+    app = FastAPI(
+        title="graceful search", lifespan=lifespan, openapi_url="/openapi.json", docs_url=None, redoc_url=None
+    )
+    app.state.search = state
+
+    @app.get("/health")
+    def health() -> JSONResponse:
+        serving = state.searcher is not None
+        return JSONResponse({"status": "ok" if serving else "nothing served"}, 200 if serving else 503)
+
+    @app.get("/status")
+    def status() -> dict[str, Any]:
+        return state.status()
+
+    @app.post("/search")
+    async def search(request: Request, k: Annotated[int, Query(ge=1, le=MAX_K)] = 10) -> Answer:
+        body = await _body(request)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        served = state.served()
+        try:
+            if kind == "application/json":
+                query = _vector_query(body)
+                if query.generation not in (None, served.generation):
+                    raise HTTPException(
+                        409,
+                        f"the query was encoded by {query.generation}, but {served.generation} serves; encode it again",
+                    )
+                vector = np.asarray([query.vector], np.float32)
+                hits = (await run_in_threadpool(served.search_vectors, vector, query.k or k))[0]
+            else:
+                payload = _form_file(body, request.headers["content-type"]) if kind == "multipart/form-data" else body
+                if not payload:
+                    raise HTTPException(400, "searching: expected an image or a vector in the body, found nothing")
+                hits = await run_in_threadpool(state.search_payload, served, payload, k)
+        except (UnreadableQueryError, WidthMismatchError, NonFiniteEmbeddingError) as error:
+            raise HTTPException(422, str(error)) from None
+        found = [FoundItem(**asdict(hit)) for hit in hits]
+        return Answer(query_generation=served.generation, snapshot_id=served.snapshot_id, hits=found)
+
+    return app
+
+
+def serve_searches(root: str, host: str, port: int) -> None:
+    """Answer searches over HTTP until interrupted."""
+    require_workspace(root)
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    _log.info("searches of %s: POST http://%s:%d/search", root, host, port)
+    uvicorn.run(make_app(root), host=host, port=port, log_level="warning", access_log=False)
+
+
+async def _follow(state: SearchState, refresh_s: float) -> None:
+    while True:
+        await asyncio.sleep(refresh_s)
+        await run_in_threadpool(state.refresh)
+
+
+async def _body(request: Request) -> bytes:
+    """Read the body, and refuse one that is too large before all of it is in memory."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise HTTPException(413, f"searching: expected at most {MAX_BODY_BYTES >> 20} MiB; send a smaller image")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _vector_query(body: bytes) -> VectorQuery:
+    try:
+        return VectorQuery.model_validate_json(body)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"]) or "body"
+        raise HTTPException(422, f'searching: {place}: {problem["msg"]}; send {{"vector": [...]}}') from None
+
+
+def _form_file(body: bytes, content_type: str) -> bytes:
+    """Return the one file of a multipart form. The standard library reads it: a query is one small body in memory."""
+    parser = email.parser.BytesParser(policy=email.policy.HTTP)
+    form = parser.parsebytes(b"Content-Type: " + content_type.encode("latin-1") + b"\r\n\r\n" + body)
+    files = [part for part in form.iter_parts() if part.get_filename()] if form.is_multipart() else []
+    if len(files) != 1:
+        raise HTTPException(400, f"searching: expected a form with one file, found {len(files)}")
+    payload = files[0].get_payload(decode=True)
+    return payload if isinstance(payload, bytes) else b""
+
+
+def _open(root: str) -> Workspace:
+    def no_encoder(generation: str) -> Any:
+        raise NothingServedError(f"embedding with {generation}: the search endpoint writes no vectors")
+
+    return Workspace(root, no_encoder)

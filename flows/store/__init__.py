@@ -1,0 +1,1 @@
+"""What is remembered beside the gallery: workspace, lineage, certificates, plans, evaluations, the claim."""

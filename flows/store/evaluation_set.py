@@ -1,0 +1,152 @@
+"""Evaluation sets: queries and gallery with identities, clusters and slices, stored once and never changed.
+
+A set's id is the digest of its rows, so that an evaluation names exactly what it was made on. Stored as one Parquet
+file with a column `role` (query, gallery); the gallery's rows are images whose production counterparts, found by
+content, say which generation owns them.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from graceful.files import exists, join, resolve
+from graceful.training.datasets import DatasetConfig, LabelledImages, assert_disjoint, load_images
+
+FORMAT_VERSION = "1"
+
+
+class EvaluationConfig(BaseModel):
+    """Which images are queries and which are the gallery that they search."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    queries: DatasetConfig = Field(description="Images that are searched with; their labels are the identities.")
+    gallery: DatasetConfig | None = Field(
+        default=None, description="Images that are searched; by default the queries, each one's own item excluded."
+    )
+    protocol: Literal["open_set", "closed_set"] = Field(
+        description="open_set: no identity of it may be in the training set; closed_set: no image of it may be."
+    )
+    shared_images: Literal["refuse", "drop_from_training"] = Field(
+        default="refuse",
+        description="closed_set: what to do with training images that are evaluation images too; dropped ones are "
+        "counted in every result.",
+    )
+    cluster: str | None = Field(
+        default=None, description="Attribute whose values are resampled together; by default the identity."
+    )
+    slices: tuple[str, ...] = Field(default=(), description="Attributes of the queries that are reported as slices.")
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Q queries and N gallery rows. `same_items`: queries and gallery are the same rows, own item excluded."""
+
+    set_id: str
+    queries: LabelledImages
+    gallery: LabelledImages
+    clusters: NDArray[np.str_]
+    slices: dict[str, NDArray[np.str_]]
+
+    @property
+    def images(self) -> tuple[list[str], list[str]]:
+        """Content hashes and sources of every image, each image once."""
+        hashes = [*self.queries.content_sha256, *self.gallery.content_sha256]
+        sources = [*self.queries.sources, *self.gallery.sources]
+        unique = dict(zip(hashes, sources, strict=True))
+        return list(unique), list(unique.values())
+
+
+def load_evaluation_set(config: EvaluationConfig) -> EvaluationSet:
+    """Find the images of an evaluation set. Raises the errors of `load_images`."""
+    wanted = tuple(dict.fromkeys([*config.slices, *([config.cluster] if config.cluster else [])]))
+    attributes = tuple(dict.fromkeys([*config.queries.attributes, *wanted]))
+    queries = load_images(config.queries.model_copy(update={"attributes": attributes}))
+    gallery = queries if config.gallery is None else load_images(config.gallery)
+    clusters = queries.labels if config.cluster is None else queries.attributes[config.cluster]
+    slices = {name: queries.attributes[name] for name in config.slices}
+    return EvaluationSet(_digest(queries, gallery, clusters, slices), queries, gallery, clusters, slices)
+
+
+def separate(
+    config: EvaluationConfig, training_images: LabelledImages, evaluation_set: EvaluationSet
+) -> tuple[LabelledImages, int]:
+    """Keep training away from what it is judged by; returns the images to train on, and how many were dropped.
+
+    Raises: OverlapError, where identities (open set) or images (closed set) are shared and not to be dropped.
+    """
+    if config.protocol == "closed_set" and config.shared_images == "drop_from_training":
+        shared = {*evaluation_set.queries.content_sha256, *evaluation_set.gallery.content_sha256}
+        keep = np.array([digest not in shared for digest in training_images.content_sha256], bool)
+        training_images = training_images.take(keep)
+        num_dropped = int((~keep).sum())
+    else:
+        num_dropped = 0
+    by: Literal["identity", "image"] = "identity" if config.protocol == "open_set" else "image"
+    for images in (evaluation_set.queries, evaluation_set.gallery):
+        assert_disjoint(training_images, images, by=by)
+    return training_images, num_dropped
+
+
+def evaluation_set_uri(root: str, set_id: str) -> str:
+    """Location of a stored set."""
+    return join(root, "evaluation_sets", set_id)
+
+
+def named_in_set(location: str) -> set[str]:
+    """Content hashes of the images of a stored set."""
+    filesystem, path = resolve(join(location, "rows.parquet"))
+    return set(pq.read_table(path, columns=["content_sha256"], filesystem=filesystem)["content_sha256"].to_pylist())
+
+
+def save_evaluation_set(root: str, evaluation_set: EvaluationSet) -> str:
+    """Store a set below `root` unless it is there; returns its location."""
+    location = evaluation_set_uri(root, evaluation_set.set_id)
+    if not exists(join(location, "rows.parquet")):
+        filesystem, path = resolve(location)
+        filesystem.create_dir(path, recursive=True)
+        table = pa.concat_tables(
+            [
+                _rows("query", evaluation_set.queries, evaluation_set.clusters, evaluation_set.slices),
+                _rows("gallery", evaluation_set.gallery, evaluation_set.gallery.labels, {}),
+            ],
+            promote_options="default",
+        ).replace_schema_metadata({"format_version": FORMAT_VERSION})
+        pq.write_table(table, f"{path}/rows.parquet", filesystem=filesystem)
+    return location
+
+
+def _rows(
+    role: str, images: LabelledImages, clusters: NDArray[np.str_], slices: dict[str, NDArray[np.str_]]
+) -> pa.Table:
+    return pa.table(
+        {
+            "role": [role] * len(images),
+            "source": images.sources,
+            "content_sha256": images.content_sha256,
+            "identity": images.labels.tolist(),
+            "cluster": clusters.tolist(),
+            **{f"slice_{name}": values.tolist() for name, values in slices.items()},
+        }
+    )
+
+
+def _digest(
+    queries: LabelledImages,
+    gallery: LabelledImages,
+    clusters: NDArray[np.str_],
+    slices: dict[str, NDArray[np.str_]],
+) -> str:
+    parts: Sequence[object] = (
+        queries.content_sha256, queries.labels.tolist(), gallery.content_sha256, gallery.labels.tolist(),
+        clusters.tolist(), {name: values.tolist() for name, values in sorted(slices.items())},
+    )  # fmt: skip
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,104 @@
+"""Writes and reads evaluations: per-query outcomes in Parquet, evidence, policy and decision in JSON.
+
+An evaluation is complete when its decision is there; it is written last. Everything else can be computed again from
+the outcomes, and `recompute` does.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from graceful.errors import GracefulError, UnknownFormatError
+from graceful.evaluation.decision import Decision, decide, gather_evidence
+from graceful.evaluation.evidence import Evidence
+from graceful.evaluation.outcomes import Outcomes, from_columns, to_columns
+from graceful.evaluation.policy import RolloutPolicy
+from graceful.files import exists, join, read_json, resolve, write_json
+
+FORMAT_VERSION = 1
+
+
+class EvaluationMissingError(GracefulError, FileNotFoundError):
+    """There is no complete evaluation at this location."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation as it is stored. `context` holds the arguments of `gather_evidence` beside outcomes and policy."""
+
+    outcomes: Outcomes
+    policy: RolloutPolicy
+    context: dict[str, Any]
+    evidence: Evidence
+    decision: Decision
+
+
+def judge(outcomes: Outcomes, policy: RolloutPolicy, context: dict[str, Any]) -> Evaluation:
+    """Gather the evidence and decide: pure, so that stored outcomes give the stored decision again."""
+    evidence = gather_evidence(outcomes, policy, **context)
+    return Evaluation(outcomes, policy, context, evidence, decide(evidence, policy))
+
+
+def write_evaluation(location: str, evaluation: Evaluation) -> None:
+    """Store an evaluation, the decision last."""
+    filesystem, path = resolve(location)
+    filesystem.create_dir(path, recursive=True)
+    table = pa.table({name: pa.array(values) for name, values in to_columns(evaluation.outcomes).items()})
+    table = table.replace_schema_metadata({"format_version": str(FORMAT_VERSION)})
+    pq.write_table(table, f"{path}/outcomes.parquet", filesystem=filesystem)
+    context = {**evaluation.context}
+    if context.get("cost") is not None:
+        context["cost"] = context["cost"].model_dump(mode="json")
+    write_json(join(location, "context.json"), {"format_version": FORMAT_VERSION, **context})
+    write_json(join(location, "policy.json"), evaluation.policy.model_dump(mode="json"))
+    write_json(join(location, "evidence.json"), evaluation.evidence.model_dump(mode="json"))
+    write_json(join(location, "decision.json"), evaluation.decision.model_dump(mode="json"))
+
+
+def read_outcomes(location: str) -> Outcomes:
+    """Read the per-query outcomes of an evaluation."""
+    filesystem, path = resolve(join(location, "outcomes.parquet"))
+    try:
+        table = pq.read_table(path, filesystem=filesystem)
+    except FileNotFoundError:
+        raise EvaluationMissingError(
+            f"reading an evaluation: expected outcomes.parquet, found none (in {location}); name a folder below "
+            "evaluations/ of a workspace"
+        ) from None
+    found = (table.schema.metadata or {}).get(b"format_version", b"none").decode()
+    if found != str(FORMAT_VERSION):
+        raise UnknownFormatError(
+            f"reading outcomes: expected format version {FORMAT_VERSION}, found {found} (in {location})"
+        )
+    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.schema.names}
+    return from_columns({n: v.astype(np.str_) if v.dtype == object else v for n, v in columns.items()})
+
+
+def read_evaluation(location: str) -> Evaluation:
+    """Read an evaluation as it was stored. Raises EvaluationMissingError."""
+    outcomes = read_outcomes(location)
+    if not exists(join(location, "decision.json")):
+        raise EvaluationMissingError(f"reading an evaluation: expected decision.json, found none (in {location})")
+    context = read_json(join(location, "context.json"))
+    context.pop("format_version")
+    return Evaluation(
+        outcomes,
+        RolloutPolicy.model_validate(read_json(join(location, "policy.json"))),
+        context,
+        Evidence.model_validate(read_json(join(location, "evidence.json"))),
+        Decision.model_validate(read_json(join(location, "decision.json"))),
+    )
+
+
+def recompute(location: str, policy: RolloutPolicy | None = None) -> tuple[Evaluation, Evaluation]:
+    """Read an evaluation and judge its outcomes again (under another policy if one is given): (stored, recomputed)."""
+    from graceful.evaluation.cost import CostInputs
+
+    stored = read_evaluation(location)
+    context = dict(stored.context)
+    if context.get("cost") is not None:
+        context["cost"] = CostInputs.model_validate(context["cost"])
+    return stored, judge(stored.outcomes, policy or stored.policy, context)

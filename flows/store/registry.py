@@ -1,0 +1,269 @@
+"""What the pipeline remembers beside the gallery: lineage, certificates, plans and the serving state.
+
+Four versioned tables below `registry/`, all append-only; the newest row of `serving` is the serving state, and its
+rows are the promotion history. The serving state moves only by compare-and-swap and always names the decision (or the
+operator) that moved it. `readable` turns certificates into the list that the gallery's reading rule takes.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict
+
+from graceful.errors import GracefulError
+from graceful.files import crash_point, join
+from graceful.indexing.planner import PLAN_ITEMS_SCHEMA
+from graceful.indexing.tables import TableConflictError, VersionedTable
+from graceful.training.generation import ordinal_of
+
+LINEAGE_SCHEMA = pa.schema(
+    [
+        ("event_id", pa.string()),
+        ("kind", pa.string()),
+        ("update_key", pa.string()),
+        ("generation", pa.string()),
+        ("at", pa.float64()),
+        ("payload", pa.string()),
+    ]
+)
+CERTIFICATES_SCHEMA = pa.schema(
+    [
+        ("query_generation", pa.string()),
+        ("gallery_generation", pa.string()),
+        ("in_force", pa.bool_()),
+        ("reason", pa.string()),
+        ("at", pa.float64()),
+    ]
+)
+PLANS_SCHEMA = pa.schema([("plan_id", pa.string()), ("plan", pa.string()), *PLAN_ITEMS_SCHEMA])
+SERVING_SCHEMA = pa.schema([("sequence", pa.int64()), ("at", pa.float64()), ("state", pa.string())])
+
+EventKind = Literal[
+    "update_started", "trained", "adopted", "decided", "promoted", "held", "pending", "rolled_back",
+    "overridden", "plan_completed", "previous_released", "retired", "update_completed",
+]  # fmt: skip
+
+
+class UncertifiedGenerationError(GracefulError):
+    """A query of this generation may not be answered: the generation has no certificate for itself."""
+
+
+class ServingMovedError(GracefulError):
+    """Another update moved the serving state first; nothing was changed."""
+
+
+class ServingState(BaseModel):
+    """Who answers queries now. `sequence` numbers the moves; 0 is the empty workspace."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sequence: int = 0
+    champion: str | None = None
+    previous: str | None = None
+    active_plan: str | None = None
+    moved_by: str = ""
+
+
+class Plan(BaseModel):
+    """An ordered list of items to re-embed with one generation; its items stand in the plans table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan_id: str
+    generation: str
+    order: str
+    seed: int
+    fraction: float
+    num_items: int
+    num_wave_zero: int
+    num_waves: int
+    before_move: Literal["all", "wave_zero"]
+    decision: str
+
+
+class Event(BaseModel):
+    """One thing that happened, in the order of the lineage table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    event_id: str
+    kind: str
+    update_key: str = ""
+    generation: str = ""
+    at: float = 0.0
+    payload: dict[str, Any] = {}
+
+
+class Registry:
+    """A handle on the registry below one location."""
+
+    def __init__(self, location: str) -> None:
+        """Open the registry, or create it empty."""
+        self._lineage = VersionedTable(join(location, "lineage"), LINEAGE_SCHEMA)
+        self._certificates = VersionedTable(join(location, "certificates"), CERTIFICATES_SCHEMA)
+        self._plans = VersionedTable(join(location, "plans"), PLANS_SCHEMA)
+        self._serving = VersionedTable(join(location, "serving"), SERVING_SCHEMA)
+
+    # Lineage ----------------------------------------------------------------------------------------------------------
+
+    def record(
+        self,
+        kind: EventKind,
+        *,
+        update_key: str = "",
+        generation: str = "",
+        occurrence: int = 1,
+        payload: dict[str, Any] | None = None,
+    ) -> bool:
+        """Append an event. Within an update each kind happens once per generation: a repetition writes nothing."""
+        event_id = f"{update_key}/{kind}/{generation}/{occurrence}" if update_key else uuid.uuid4().hex
+        row = {
+            "event_id": event_id,
+            "kind": kind,
+            "update_key": update_key,
+            "generation": generation,
+            "at": time.time(),
+            "payload": json.dumps(payload or {}, sort_keys=True, default=str),
+        }
+        return _append(self._lineage, [row], unit=event_id)
+
+    def events(self, kind: EventKind | None = None, update_key: str | None = None) -> list[Event]:
+        """Events in the order in which they happened."""
+        rows = self._lineage.snapshot().rows().sort_by("at").to_pylist()
+        events = [Event(**{**row, "payload": json.loads(row["payload"])}) for row in rows]
+        return [
+            event
+            for event in events
+            if (kind is None or event.kind == kind) and (update_key is None or event.update_key == update_key)
+        ]
+
+    def generations(self) -> list[str]:
+        """Every generation ever trained or adopted, by ordinal."""
+        ids = {event.generation for event in self.events() if event.kind in ("trained", "adopted")}
+        return sorted(ids, key=ordinal_of)
+
+    def served_generations(self) -> list[str]:
+        """Every generation that has ever been champion, by ordinal: the predecessors of the next one."""
+        ids = {state.champion for state in self.serving_history() if state.champion}
+        return sorted(ids, key=ordinal_of)
+
+    # Certificates -----------------------------------------------------------------------------------------------------
+
+    def certify(self, pairs: Sequence[tuple[str, str]], *, reason: str) -> None:
+        """Issue certificates (query generation, gallery generation); those in force already are left alone."""
+        current = self.certificates()
+        new = [pair for pair in pairs if pair not in current]
+        self._write_certificates(new, in_force=True, reason=reason)
+
+    def revoke(self, pairs: Sequence[tuple[str, str]], *, reason: str) -> None:
+        """Revoke certificates; rows read through them become unreadable for that query generation."""
+        self._write_certificates(pairs, in_force=False, reason=reason)
+
+    def certificates(self) -> set[tuple[str, str]]:
+        """Pairs (query generation, gallery generation) in force."""
+        rows = self._certificates.snapshot().rows().sort_by("at").to_pylist()
+        latest = {(row["query_generation"], row["gallery_generation"]): row["in_force"] for row in rows}
+        return {pair for pair, in_force in latest.items() if in_force}
+
+    def readable(self, query_generation: str) -> list[str]:
+        """Generations whose vectors a query generation may be scored against, oldest first.
+
+        Raises:
+            UncertifiedGenerationError: the generation has no certificate for itself.
+        """
+        pairs = self.certificates()
+        if (query_generation, query_generation) not in pairs:
+            allowed = sorted({query for query, gallery in pairs if query == gallery}, key=ordinal_of)
+            raise UncertifiedGenerationError(
+                f"reading the gallery as {query_generation}: expected a certificate for itself, found none; "
+                f"generations that may query: {', '.join(allowed) or 'none yet'}"
+            )
+        return sorted((gallery for query, gallery in pairs if query == query_generation), key=ordinal_of)
+
+    def _write_certificates(self, pairs: Sequence[tuple[str, str]], *, in_force: bool, reason: str) -> None:
+        at = time.time()
+        rows = [
+            {"query_generation": query, "gallery_generation": gallery, "in_force": in_force, "reason": reason, "at": at}
+            for query, gallery in pairs
+        ]
+        if rows:
+            _append(self._certificates, rows)
+
+    # Plans ------------------------------------------------------------------------------------------------------------
+
+    def save_plan(self, plan: Plan, items: pa.Table) -> None:
+        """Store a plan and its items (PLAN_ITEMS_SCHEMA) in one commit; a plan saved before is left alone."""
+        text = plan.model_dump_json()
+        # Row -1 carries the plan itself, so that a plan without items exists too.
+        header = pa.table({"wave": [-1], "position": [-1], "item_id": [""]}, schema=PLAN_ITEMS_SCHEMA)
+        rows = pa.concat_tables([header, items])
+        rows = rows.add_column(0, "plan", pa.array([text] + [""] * items.num_rows, pa.string()))
+        rows = rows.add_column(0, "plan_id", pa.array([plan.plan_id] * rows.num_rows, pa.string()))
+        self._plans.append(rows, unit=plan.plan_id)
+
+    def plan(self, plan_id: str) -> tuple[Plan, pa.Table]:
+        """Read a plan and its items in plan order."""
+        rows = self._plans.snapshot().rows()
+        rows = rows.filter(pc.equal(rows["plan_id"], plan_id)).sort_by("position")
+        if not rows.num_rows:
+            raise KeyError(f"reading plan {plan_id}: it is not in the registry")
+        return Plan.model_validate_json(rows["plan"][0].as_py()), rows.slice(1).select(PLAN_ITEMS_SCHEMA.names)
+
+    # Serving ----------------------------------------------------------------------------------------------------------
+
+    def serving(self) -> ServingState:
+        """The serving state now."""
+        history = self.serving_history()
+        return history[-1] if history else ServingState()
+
+    def serving_history(self) -> list[ServingState]:
+        """Every serving state there has been, oldest first."""
+        return self._serving_history_at(None)
+
+    def move_serving(self, expected: ServingState, **changes: Any) -> ServingState:
+        """Compare-and-swap: apply `changes` if the serving state is still `expected`.
+
+        Raises:
+            ServingMovedError: it is not; nothing was changed.
+        """
+        version = self._serving.version()
+        history = self._serving_history_at(version)
+        found = history[-1] if history else ServingState()
+        if found != expected:
+            raise _moved(expected, found)
+        state = expected.model_copy(update={**changes, "sequence": expected.sequence + 1})
+        crash_point("before-serving-moves")
+        row = {"sequence": state.sequence, "at": time.time(), "state": state.model_dump_json()}
+        try:
+            _append(self._serving, [row], expected_version=version)
+        except TableConflictError as error:
+            raise _moved(expected, self.serving()) from error
+        crash_point("after-serving-moved")
+        return state
+
+    def _serving_history_at(self, version: int | None) -> list[ServingState]:
+        rows = self._serving.snapshot(version).rows().sort_by("sequence").to_pylist()
+        return [ServingState.model_validate_json(row["state"]) for row in rows]
+
+
+def _append(
+    table: VersionedTable, rows: list[dict[str, Any]], *, unit: str | None = None, expected_version: int | None = None
+) -> bool:
+    written = table.append(
+        pa.Table.from_pylist(rows, schema=table.schema), unit=unit, expected_version=expected_version
+    )
+    if expected_version is None:
+        table.compact()
+    return written
+
+
+def _moved(expected: ServingState, found: ServingState) -> ServingMovedError:
+    return ServingMovedError(
+        f"moving the serving state refused: expected move {expected.sequence}, found {found.sequence} "
+        f"(champion {found.champion}; another update finished first); run 'graceful update' again"
+    )

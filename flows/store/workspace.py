@@ -1,0 +1,94 @@
+"""A workspace: the root below which everything the pipeline remembers lies, and the handles on it.
+
+The layout is written down here once; every other module asks for a location by name.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+from graceful.errors import GracefulError
+from graceful.files import exists, is_remote, join
+from graceful.flows.store.registry import Registry
+from graceful.indexing.cache import EmbeddingCache
+from graceful.indexing.gallery import Gallery, GalleryVersion, View
+from graceful.indexing.reindex import EmbedFunction
+
+EmbedWith = Callable[[str], EmbedFunction]
+"""Generation id -> function that embeds units with that generation's encoder."""
+
+
+class WorkspaceMissingError(GracefulError):
+    """There is no workspace at this location."""
+
+
+class Workspace:
+    """Handles on the gallery and the registry below one root, and how to embed with a generation."""
+
+    def __init__(self, root: str, embed_with: EmbedWith) -> None:
+        """Open the workspace; its tables are created on first use."""
+        self.root = root
+        self.embed_with = embed_with
+
+    @cached_property
+    def gallery(self) -> Gallery:
+        """The gallery."""
+        return Gallery(join(self.root, "gallery"))
+
+    @cached_property
+    def registry(self) -> Registry:
+        """The registry."""
+        return Registry(join(self.root, "registry"))
+
+    def cache(self, generation: str) -> EmbeddingCache:
+        """The embedding cache of a generation."""
+        return EmbeddingCache(join(self.root, "caches", generation))
+
+    def generation_uri(self, generation: str) -> str:
+        """The folder of a generation."""
+        return join(self.root, "generations", generation)
+
+    def evaluation_uri(self, evaluation_id: str) -> str:
+        """The folder of an evaluation: outcomes, evidence, decision, report."""
+        return join(self.root, "evaluations", evaluation_id)
+
+    def update_uri(self, update_key: str) -> str:
+        """The folder of an update's frozen inputs."""
+        return join(self.root, "updates", update_key)
+
+    def manifest_uri(self, update_key: str) -> str:
+        """The list of images that an update trains on."""
+        return join(self.update_uri(update_key), "training.parquet")
+
+    def index_location(self) -> str:
+        """The folder of index snapshots.
+
+        FAISS reads local files: of a workspace in an object store, every machine builds the index for itself.
+        """
+        if not is_remote(self.root):
+            return join(self.root, "index")
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        return os.path.join(home, "graceful", "index", hashlib.sha256(self.root.encode()).hexdigest()[:16])
+
+    def view(self, query_generation: str, version: GalleryVersion | None = None) -> View:
+        """What a query generation sees: the reading rule applied to its certificates."""
+        return self.gallery.view(self.registry.readable(query_generation), version)
+
+    def protected(self, supported: Sequence[str] = (), pending: Sequence[str] = ()) -> list[list[str]]:
+        """Readable lists of every query generation that must keep seeing what it sees."""
+        serving = self.registry.serving()
+        plan = self.registry.plan(serving.active_plan)[0].generation if serving.active_plan else None
+        names = [serving.champion, serving.previous, plan, *supported, *pending]
+        certified = {query for query, gallery in self.registry.certificates() if query == gallery}
+        lists = [self.registry.readable(name) for name in dict.fromkeys(names) if name in certified]
+        # A generation that is being embedded before it is certified protects its own vectors.
+        return lists + [[name] for name in dict.fromkeys(names) if name and name not in certified]
+
+
+def require_workspace(root: str) -> None:
+    """Raise WorkspaceMissingError, saying what to do, unless there is a workspace at `root`."""
+    if not exists(join(root, "registry")):
+        raise WorkspaceMissingError(
+            f"opening the workspace: expected one at {root}, found none; create it with 'graceful init'"
+        )

@@ -1,0 +1,1 @@
+"""An update: its order, its steps, the decision carried out, and the report of it."""

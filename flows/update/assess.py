@@ -1,0 +1,110 @@
+"""Judges a candidate: ranks, outcomes, certificates, evidence, decision."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graceful.evaluation.cost import CostInputs
+from graceful.evaluation.decision import certify
+from graceful.evaluation.policy import RolloutPolicy
+from graceful.flows.store.evaluation_set import EvaluationSet
+from graceful.flows.store.evaluations import Evaluation, judge
+from graceful.flows.store.workspace import Workspace
+from graceful.flows.update.bench import UNREADABLE, Bench, Classifier, plan_ranking, production_owners
+from graceful.training.generation import ordinal_of
+
+Vectors = Callable[[str, Sequence[str]], NDArray[np.float32]]
+"""(generation, content hashes) -> embeddings (n, D) made before."""
+
+
+@dataclass(frozen=True)
+class Candidacy:
+    """Who is judged, against whom, and how the gallery would be re-indexed."""
+
+    candidate: str
+    champion: str | None
+    generations: tuple[str, ...]
+    policy: RolloutPolicy
+    order: str
+    clients: tuple[str, ...] = ()
+    seed: int = 0
+    paragon: str | None = None
+    classifiers: Mapping[str, Classifier] | None = None
+    prefix_widths: Mapping[str, Sequence[int]] | None = None
+    cost: CostInputs | None = None
+
+
+def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candidacy, vectors: Vectors) -> Evaluation:
+    """Measure every state that would be served and the diagnosis around it, and decide.
+
+    `candidacy.generations` are all generations of the matrix beside the candidate, by ordinal. `candidacy.clients` are
+    older ones that still query; the champion is not among them: after a rollback it must see what it sees now.
+    """
+    candidate, champion = candidacy.candidate, candidacy.champion
+    lineage = sorted({*candidacy.generations, candidate}, key=ordinal_of)
+    everyone = [*lineage, *([candidacy.paragon] if candidacy.paragon else [])]
+    bench = Bench(
+        evaluation_set,
+        {name: vectors(name, evaluation_set.queries.content_sha256) for name in everyone},
+        {name: vectors(name, evaluation_set.gallery.content_sha256) for name in everyone},
+        candidacy.prefix_widths or {},
+    )
+    bench.measure_pairs([(query, gallery) for query in lineage for gallery in lineage[: lineage.index(query) + 1]])
+    bench.measure_pairs([(client, candidate) for client in candidacy.clients])
+    if candidacy.paragon is not None:
+        bench.measure_pairs([(candidacy.paragon, candidacy.paragon)])
+    for name, classifier in (candidacy.classifiers or {}).items():
+        if name in everyone:
+            bench.measure_classification(name, classifier)
+    context: dict[str, Any] = {
+        "order": candidacy.order,
+        "live_owners": {},
+        "candidate": candidate,
+        "champion": champion,
+        "is_first": champion is None,
+        "cost": candidacy.cost,
+        "unreadable_share": None,
+        "clients": list(candidacy.clients),
+    }
+    if champion is None:
+        return judge(bench.outcomes(), candidacy.policy, context)
+    view = workspace.view(champion)
+    shares = live_shares(workspace, champion)
+    owners = production_owners(evaluation_set, view, champion)
+    bench.measure_served(champion, owners)
+    for query in (champion, candidate):
+        bench.measure_live(query, owners, list(shares))
+    certificates = certify(
+        bench.outcomes(), candidacy.policy, live_owners=shares, candidate=candidate, champion=champion
+    )
+    passed = sorted((c.gallery_generation for c in certificates if c.verdict == "PASS"), key=ordinal_of)
+    seen = workspace.gallery.view([*passed, candidate])
+    otherwise = champion if champion in passed else UNREADABLE
+    before = production_owners(evaluation_set, seen, otherwise)
+    ranking = plan_ranking(
+        evaluation_set, before, lineage, candidacy.order, candidacy.seed, bench.gallery_vectors,
+        candidacy.classifiers or {},
+    )  # fmt: skip
+    bench.measure_fractions(candidate, before, ranking, candidacy.policy.fractions)
+    context["live_owners"] = shares
+    context["unreadable_share"] = len(view.unreadable()) / max(view.num_items, 1)
+    return judge(bench.outcomes(), candidacy.policy, context)
+
+
+def live_shares(workspace: Workspace, champion: str) -> dict[str, float]:
+    """Share of the gallery that each generation owns in the champion's view; those that own nothing are left out."""
+    view = workspace.view(champion)
+    rows = view.rows_by_generation()
+    return {name: count / view.num_items for name, count in rows.items() if count}
+
+
+def mix_drift(workspace: Workspace, evaluation: Evaluation) -> float:
+    """Largest change of any generation's share of the gallery since the evidence was gathered."""
+    champion = evaluation.decision.champion
+    if champion is None:
+        return 0.0
+    now, then = live_shares(workspace, champion), evaluation.evidence.live_owners
+    return max((abs(now.get(name, 0.0) - then.get(name, 0.0)) for name in {*now, *then}), default=0.0)
