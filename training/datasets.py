@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from graceful.errors import GracefulError
+from graceful.errors import GracefulError, UsageError
 from graceful.files import resolve
 from graceful.training.images import image_column, read_payloads, unreadable_reason
 from graceful.training.manifest import DatasetNotFoundError, LabelledImages, read_manifest, write_manifest
@@ -100,7 +100,7 @@ class DatasetConfig(BaseModel):
     @model_validator(mode="after")
     def _complete(self) -> "DatasetConfig":
         if (self.source == "torchvision") != (self.torchvision_name is not None):
-            raise ValueError('data set: torchvision_name belongs to source = "torchvision", and is needed there')
+            raise UsageError('data set: torchvision_name belongs to source = "torchvision", and is needed there')
         return self
 
     @property
@@ -179,7 +179,7 @@ def growing_classes(
     group_array = label_array if groups is None else np.asarray(groups, dtype=np.str_)
     names = np.unique(group_array)
     if list(counts) != sorted(counts) or not len(counts) or counts[0] < 1 or counts[-1] > len(names):
-        raise ValueError(
+        raise UsageError(
             f"growing classes: expected ascending counts from 1 to {len(names)}, found {list(counts)}; the data has "
             f"{len(names)} groups"
         )
@@ -268,7 +268,7 @@ def _parquet_rows(config: DatasetConfig) -> _Candidates:
                 if name not in schema.names
             ]
             if missing:
-                raise ValueError(
+                raise UsageError(
                     f"loading images: expected the columns {missing}, found {schema.names} (in {place}); correct "
                     "label_columns, where, attributes or image_column"
                 )
@@ -287,7 +287,7 @@ def _parquet_rows(config: DatasetConfig) -> _Candidates:
     unlabelled = np.logical_or.reduce([columns[name] == None for name in config.label_columns])  # noqa: E711
     if unlabelled.any():
         first = sources[int(np.argmax(unlabelled))]
-        raise ValueError(
+        raise UsageError(
             f"loading images: expected a label in every row, found {int(unlabelled.sum())} without (first {first}); "
             "fill or remove them"
         )
@@ -297,7 +297,7 @@ def _parquet_rows(config: DatasetConfig) -> _Candidates:
 def _folder_rows(config: DatasetConfig) -> _Candidates:
     unknown = [name for name in (*config.label_columns, *config.where, *config.attributes) if name != "label"]
     if unknown:
-        raise ValueError(
+        raise UsageError(
             f"loading images: expected only the column label in an image folder, found {sorted(set(unknown))}"
         )
     sources: list[str] = []

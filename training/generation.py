@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from graceful.errors import GracefulError, UnknownFormatError
+from graceful.errors import GracefulError, UnknownFormatError, UsageError
 from graceful.files import join, read_bytes, write_bytes
 
 FORMAT_VERSION = 1
@@ -45,12 +45,12 @@ class Preprocessing(BaseModel):
     @model_validator(mode="after")
     def _one_value_per_channel(self) -> "Preprocessing":
         if len(self.mean) != self.channels or len(self.std) != self.channels:
-            raise ValueError(
+            raise UsageError(
                 f"preprocessing: expected {self.channels} values in mean and std, found {len(self.mean)} and "
                 f"{len(self.std)}; give one per channel"
             )
         if min(self.std) <= 0:
-            raise ValueError(f"preprocessing: expected std > 0, found {self.std}")
+            raise UsageError(f"preprocessing: expected std > 0, found {self.std}")
         return self
 
     def fingerprint(self) -> str:
@@ -102,12 +102,12 @@ class GenerationCard(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> "GenerationCard":
         if make_generation_id(self.ordinal, self.digest) != self.generation_id:
-            raise ValueError(
+            raise UsageError(
                 f"card of {self.generation_id}: expected the id {make_generation_id(self.ordinal, self.digest)} that "
                 "ordinal and digest give; the card was edited or mixed up"
             )
         if self.preprocessing.fingerprint() != self.preprocessing_fingerprint:
-            raise ValueError(
+            raise UsageError(
                 f"card of {self.generation_id}: expected preprocessing fingerprint {self.preprocessing.fingerprint()}, "
                 f"found {self.preprocessing_fingerprint}"
             )
@@ -131,7 +131,7 @@ def ordinal_of(generation_id: str) -> int:
     """
     match = _ID_PATTERN.fullmatch(generation_id)
     if match is None:
-        raise ValueError(f"reading a generation id: expected a form like g003-9f2c1a, found {generation_id!r}")
+        raise UsageError(f"reading a generation id: expected a form like g003-9f2c1a, found {generation_id!r}")
     return int(match.group(1))
 
 

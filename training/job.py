@@ -9,10 +9,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from graceful.errors import UsageError
 from graceful.training.constraints import CONSTRAINTS
 from graceful.training.generation import BackboneSpec, Preprocessing
 from graceful.training.heads import HEADS
 from graceful.training.predecessors import PredecessorRef
+
+TRAINING_VERSION = 1
+"""Version of what a recipe means. Raise it with every change after which the same job gives other weights: a loss, the
+loop, an augmentation, the calibration. Trainings of another version are not taken up again."""
 
 
 class HeadConfig(BaseModel):
@@ -28,7 +33,7 @@ class HeadConfig(BaseModel):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in HEADS:
-            raise ValueError(f"head: expected one of {sorted(HEADS)}, found {value!r}")
+            raise UsageError(f"head: expected one of {sorted(HEADS)}, found {value!r}")
         return value
 
 
@@ -45,11 +50,11 @@ class ConstraintConfig(BaseModel):
     @model_validator(mode="after")
     def _known(self) -> "ConstraintConfig":
         if self.name not in CONSTRAINTS:
-            raise ValueError(f"constraint: expected one of {sorted(CONSTRAINTS)}, found {self.name!r}")
+            raise UsageError(f"constraint: expected one of {sorted(CONSTRAINTS)}, found {self.name!r}")
         try:
             CONSTRAINTS[self.name](**self.parameters)
         except TypeError as error:
-            raise ValueError(f"constraint {self.name}: {error}") from error
+            raise UsageError(f"constraint {self.name}: {error}") from error
         return self
 
 
@@ -115,12 +120,12 @@ class TrainingConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":
         if self.start == "scratch" and self.interpolation > 0:
-            raise ValueError(
+            raise UsageError(
                 "training config: interpolation needs weights that started at the parent's; set interpolation = 0 with "
                 'start = "scratch"'
             )
         if any(not 0 < prefix < self.width for prefix in self.prefix_widths):
-            raise ValueError(f"training config: expected prefix widths below {self.width}, found {self.prefix_widths}")
+            raise UsageError(f"training config: expected prefix widths below {self.width}, found {self.prefix_widths}")
         return self
 
     def without_constraints(self) -> "TrainingConfig":
@@ -162,5 +167,5 @@ class TrainingJob(BaseModel):
     def _consistent(self) -> "TrainingJob":
         ids = [reference.generation_id for reference in self.predecessors]
         if len(set(ids)) != len(ids):
-            raise ValueError(f"training job: expected distinct predecessors, found {ids}")
+            raise UsageError(f"training job: expected distinct predecessors, found {ids}")
         return self
