@@ -111,7 +111,7 @@ def _absolute_imports_of(module: str, lazy: bool) -> Iterator[str]:
             assert node.level == 0, f"{module}: imports are absolute, found a relative one in line {node.lineno}"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                yield inner if inner.removeprefix("graceful.") in MODULES else str(node.module)
+                yield inner if inner.removeprefix("graceful.") in (*MODULES, *LEAF) else str(node.module)
 
 
 def may_import(module: str, library: str) -> bool:

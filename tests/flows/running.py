@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Mapping
 
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
 from graceful.files import CRASH_VARIABLE
 from graceful.flows import cli
 from graceful.flows.commands import updates  # noqa: F401  imported before a child is forked: it starts in no time
@@ -35,4 +37,6 @@ def command_in_child(
         os.dup2(file, 1)
         os.dup2(file, 2)
     sys.argv = ["graceful", *arguments]
-    cli.main()
+    # Prefect was imported before the fork and has read the environment of then.
+    with temporary_settings({PREFECT_API_URL: os.environ.get("PREFECT_API_URL", "")}):
+        cli.main()

@@ -312,8 +312,9 @@ def test_corrupted_weights_are_refused_by_their_digest(workspace_root, tmp_path,
 
 
 @pytest.mark.timeout(200)
-def test_of_two_updates_started_at_once_one_is_refused(spawn, flow_server, bootstrapped, tmp_path):
+def test_of_two_updates_started_at_once_one_is_refused(spawn, flow_server, bootstrapped, tmp_path, digits_file):
     root = tiny.copy_workspace(bootstrapped, tmp_path / "workspace")
+    write(root, digits_file, training__epochs=60)  # long enough that the second meets the first
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
     arguments = ["update", "--root", str(root)]
     processes = [spawn(running.command_in_child, arguments, "", str(log), flow_server) for log in logs]
