@@ -114,6 +114,20 @@ class GenerationCard(BaseModel):
         return self
 
 
+class PredecessorRef(BaseModel):
+    """One predecessor and where its embeddings of the training images are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    generation_id: str = Field(description="Its id.")
+    generation_uri: str = Field(description="Its folder.")
+    embeddings_uri: str | tuple[str, ...] = Field(
+        description="Parquet file or files with the column embedding (fixed-size binary, little-endian float32 or "
+        "float16), one row per row of the manifest, in its order."
+    )
+    weight: float = Field(default=1.0, ge=0, description="Factor of this predecessor in every constraint.")
+
+
 def make_generation_id(ordinal: int, weights_sha256: str) -> str:
     """Return the id of a generation.
 

@@ -10,10 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from graceful.errors import UsageError
-from graceful.training.constraints import CONSTRAINTS
-from graceful.training.generation import BackboneSpec, Preprocessing
-from graceful.training.heads import HEADS
-from graceful.training.predecessors import PredecessorRef
+from graceful.training.generation import BackboneSpec, PredecessorRef, Preprocessing
 
 TRAINING_VERSION = 1
 """Version of what a recipe means. Raise it with every change after which the same job gives other weights: a loss, the
@@ -32,6 +29,8 @@ class HeadConfig(BaseModel):
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
+        from graceful.training.heads import HEADS  # brings torch, which a command that trains nothing does without
+
         if value not in HEADS:
             raise UsageError(f"head: expected one of {sorted(HEADS)}, found {value!r}")
         return value
@@ -49,6 +48,8 @@ class ConstraintConfig(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> "ConstraintConfig":
+        from graceful.training.constraints import CONSTRAINTS  # as above
+
         if self.name not in CONSTRAINTS:
             raise UsageError(f"constraint: expected one of {sorted(CONSTRAINTS)}, found {self.name!r}")
         try:
@@ -72,10 +73,10 @@ class AugmentationConfig(BaseModel):
 
 
 def recipe_constraints() -> tuple[ConstraintConfig, ...]:
-    """Return recipe R's constraints."""
+    """Return recipe R's constraints; both are known, so that they need no look at the classes, which bring torch."""
     return (
-        ConstraintConfig(name="cross_contrast", reduction="sum"),
-        ConstraintConfig(name="ract", reduction="mean"),
+        ConstraintConfig.model_construct(name="cross_contrast", reduction="sum"),
+        ConstraintConfig.model_construct(name="ract", reduction="mean"),
     )
 
 

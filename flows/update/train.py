@@ -18,10 +18,9 @@ from graceful.flows.runtime.session import Session
 from graceful.flows.store.events import Trained, UpdateStarted
 from graceful.flows.update.freeze import Inputs, trained_before
 from graceful.indexing.embedding_files import write_embedding_file
-from graceful.training.generation import GenerationCard
+from graceful.training.generation import GenerationCard, PredecessorRef
 from graceful.training.job import TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
-from graceful.training.predecessors import PredecessorRef
 
 
 class EmbeddingFailuresError(GracefulError):
