@@ -22,6 +22,7 @@ class UpdateStarted(_Happened):
 
     kind: Literal["update_started"] = "update_started"
     update_key: str
+    material_key: str
     training_key: str
     ordinal: int
     champion: str | None

@@ -1,7 +1,8 @@
 """The inputs of an update, fixed before it starts: data, champion, predecessors, evaluation set, and the key of it all.
 
-Two keys, because two things may change. `training_key = digest(images, recipe, parent, predecessors, TRAINING_VERSION)`
-names a candidate: the same inputs train nothing again, whatever the policy, the prices or the schedule say.
+Three keys, because three things may change. `material_key = digest(images, recipe, TRAINING_VERSION)`: a champion made
+of the same material leaves nothing to train. `training_key = digest(material_key, parent, predecessors)` names a
+candidate: it is not trained twice, whatever the policy, the prices or the schedule say.
 `update_key = digest(images, evaluation set, configuration, TRAINING_VERSION, JUDGING_VERSION)` names an update: the
 same command resumes the same one, and a changed one starts anew. The versions are declared beside the code
 that they describe; a comment changes neither. What is frozen stands in the lineage before anything is trained.
@@ -60,16 +61,17 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     attempts = [event.payload for event in registry.events(UpdateStarted) if event.update_key.split("-")[0] == base]
     champion = registry.serving().champion
     busy = session.encoders.busy_s
+    material_key = digest([data, config.training.model_dump(mode="json"), adopted, TRAINING_VERSION])[:16]
+    served = _made_the_champion(registry, material_key)
+    if served is not None and not attempts and not again:
+        return Inputs(session, served, evaluation_set, images, busy)
     if attempts and not again:
         last = attempts[-1]
         if last.champion == champion or registry.events(Decided, last.update_key):
             return Inputs(session, last, evaluation_set, images, busy)
     update_key = base if not attempts else f"{base}-{len(attempts) + 1}"
     predecessors = tuple(_predecessors(session))
-    training_key = (
-        adopted
-        or digest([data, config.training.model_dump(mode="json"), champion, predecessors, TRAINING_VERSION])[:16]
-    )
+    training_key = adopted or digest([material_key, champion, predecessors])[:16]
     known = adopted or trained_before(registry, training_key)
     retired = {event.generation for event in registry.events(Retired) if event.payload.reason}
     generations = [name for name in registry.generations() if name != known and name not in retired]
@@ -80,6 +82,7 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     newest = max([ordinal_of(name) for name in registry.generations()], default=0)
     frozen = UpdateStarted(
         update_key=update_key,
+        material_key=material_key,
         training_key=training_key,
         ordinal=newest + 1 if known is None else ordinal_of(known),
         champion=champion,
@@ -94,6 +97,17 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     )
     registry.record(frozen, update_key=update_key)
     return Inputs(session, frozen, evaluation_set, images, busy)
+
+
+def _made_the_champion(registry: Registry, material_key: str) -> UpdateStarted | None:
+    """The update that made the champion, where it was made of these very images and this recipe.
+
+    Then there is nothing new to train, whatever else has changed: another policy judges the next candidate.
+    """
+    champion = registry.serving().champion
+    made = {event.update_key for event in registry.events(Trained) if event.generation == champion}
+    found = [event.payload for event in registry.events(UpdateStarted) if event.update_key in made]
+    return next((start for start in found if start.material_key == material_key), None)
 
 
 def trained_before(registry: Registry, training_key: str) -> str | None:
