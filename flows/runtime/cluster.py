@@ -10,7 +10,9 @@ import functools
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -87,6 +89,9 @@ class RaySession:
                 logging_level=logging.ERROR,
             )
         self._started = True
+        if threading.current_thread() is threading.main_thread():
+            # Ray puts a handler of its own in place, which prints a native stack trace and aborts: ours comes back.
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
     def _start_local(self) -> None:
         """Start a cluster in this process. Ray gives its node 30 s, which a busy machine may not keep: try again."""
