@@ -70,11 +70,11 @@ def flow_server(
     environment.setdefault("PREFECT_SERVER_UI_API_URL", "/api")
     with log.open("ab") as output:
         # A session of its own: Ctrl-C in the terminal reaches this process only, which ends the server last.
-        server: subprocess.Popen[bytes] | None = subprocess.Popen(
+        server = subprocess.Popen(
             [sys.executable, "-m", "graceful.flows.runtime.server", host, str(port)],
             env=environment, cwd=home, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
-    found = home / SERVER_FILE
+    found, still_needed = home / SERVER_FILE, False
     try:
         os.environ["PREFECT_API_URL"] = api_url
         meanwhile()
@@ -87,13 +87,13 @@ def flow_server(
     except KeyboardInterrupt:
         if not found_by_others:
             # Prefect has still something to tell the server; it ends by itself when this process has ended.
-            server = None
+            still_needed = True
         raise
     finally:
         os.environ.pop("PREFECT_API_URL", None)
         if found_by_others:
             found.unlink(missing_ok=True)
-        if server is not None:
+        if not still_needed:
             _end(server)
 
 
