@@ -63,6 +63,7 @@ ALLOWED = {
     "pytorch_metric_learning": ("training",),
     "sklearn": ("training.materialise",),
     "PIL": ("training.images",),
+    "cachetools": ("training.images",),
     "faiss": ("indexing.search", "indexing.snapshots"),
     "deltalake": ("indexing.tables",),
     "pyarrow": ("indexing", "training", "flows"),
