@@ -39,6 +39,7 @@ _SINGLE_BOX = {
 
 
 _START_ATTEMPTS = 3
+_SECONDS_TO_END = 4.0
 
 
 class ClusterStartError(GracefulError):
@@ -64,8 +65,14 @@ class RaySession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._started:
-            ray.shutdown()
             self._started = False
+            if kind is None or issubclass(kind, Exception):
+                ray.shutdown()
+                return
+            # Interrupted: the signal may have ended Ray's own processes, and then it waits for them for a minute.
+            ending = threading.Thread(target=ray.shutdown, daemon=True, name="ray-shutdown")
+            ending.start()
+            ending.join(_SECONDS_TO_END)
 
     def ensure(self) -> None:
         """Start or join the cluster unless this process is connected to one already."""
