@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 from graceful.evaluation.decision import Decision
 from graceful.flows.runtime.progress import Progress, SilentProgress
-from graceful.flows.settings.gallery import GalleryConfig
+from graceful.flows.settings.config import GalleryConfig
 from graceful.flows.store.evaluations import Evaluation
 from graceful.flows.store.events import Decided, Overridden
 from graceful.flows.store.workspace import Workspace
