@@ -268,6 +268,24 @@ def serve(
             serve_updates(_place(root), ui_host, ui_port)
 
 
+@app.command()
+def demo(
+    root: Annotated[
+        str | None, typer.Option("--root", "-r", help="New folder for the demo; by default a temporary one that stays.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Walk through every outcome in seconds, without training: synthetic encoders; real gallery, gate and rollback."""
+    with reported_errors(as_json):
+        from dataclasses import asdict
+
+        from graceful.flows.commands.demo import run_demo
+
+        result = run_demo(None if root is None else _place(root), _console(as_json))
+        if as_json:
+            print(json.dumps(asdict(result), indent=2))
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

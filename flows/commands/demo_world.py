@@ -64,7 +64,7 @@ class SyntheticModels:
 
     def __init__(self, *generations: SyntheticGeneration) -> None:
         self.generations = {generation.generation_id: generation for generation in generations}
-        self.before_unit: Callable[[EmbedUnit], None] = lambda unit: None
+        self.before_unit: Callable[[EmbedUnit], None] = lambda unit: None  # noqa: ARG005
         self.num_embedded = 0
 
     def add(self, generation: SyntheticGeneration) -> None:
