@@ -111,9 +111,9 @@ def _cell(values: Sequence[Sequence[float | None]], row: int, column: int, crite
 
 def _cells(reason: Reason) -> tuple[str, ...]:
     """A guard as it is printed: guard, where, limit, value, bound, n, verdict."""
-    scope = (
-        "" if reason.scope == OVERALL else f"rows of {reason.scope}" if reason.guard == "certificate" else reason.scope
-    )
+    scope = "" if reason.scope == OVERALL else reason.scope
+    if reason.guard in ("certificate", "wave zero"):
+        scope = f"rows of {reason.scope}" if reason.guard == "certificate" else "rows it cannot read"
     where = ", ".join(part for part in (scope, _state(reason.state)) if part)
     show = {"quality": _points, "dip": _points, "certificate": _points, "cost": _days}.get(reason.guard, _share)
     numbers = (show(value) for value in (reason.threshold, reason.value, reason.bound))

@@ -46,9 +46,8 @@ ORDER = {
         "flows.update.publish", "flows.update.order", "flows.update.replay", "flows.update.flow",
         "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.http",
         "flows.schedule", "flows.commands", "flows.commands.status", "flows.commands.evaluations",
-        "flows.commands.operations", "flows.commands.updates", "flows.commands.suggestions", "flows.commands.demo_world",
-        "flows.commands.demo",
-        "flows.terminal", "flows.cli",
+        "flows.commands.operations", "flows.commands.updates", "flows.commands.suggestions",
+        "flows.commands.demo_world", "flows.commands.demo", "flows.terminal", "flows.cli",
     ),
 }  # fmt: skip
 

@@ -73,6 +73,8 @@ WIDTH = 80
 class FolderInUseError(UsageError):
     """The demo would write into a folder that holds something."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class Found:
