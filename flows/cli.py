@@ -78,7 +78,7 @@ def update(
         from graceful.flows.commands.updates import update_workspace
 
         result = update_workspace(_place(root), _console(as_json), again=again, adopt=adopt, paragon=paragon)
-        _print(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result))
+        _print(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result, _place(root)))
         raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))
 
 
@@ -105,7 +105,12 @@ def replay(
         from graceful.flows.terminal import print_replay
 
         result = replay_history(config, root, _console(as_json), paragon=paragon, controls=controls)
-        _print(as_json, result.model_dump(mode="json"), lambda console: print_replay(console, result))
+
+        def text(console: Console) -> None:
+            print_replay(console, result)
+            _print_next(console, result.root, result.report)
+
+        _print(as_json, result.model_dump(mode="json"), text)
 
 
 @app.command()
@@ -264,6 +269,24 @@ def serve(
             serve_updates(_place(root), ui_host, ui_port)
 
 
+@app.command()
+def demo(
+    root: Annotated[
+        str | None, typer.Option("--root", "-r", help="New folder for the demo; by default a temporary one that stays.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Walk through every outcome in seconds, without training: synthetic encoders; real gallery, gate and rollback."""
+    with reported_errors(as_json):
+        from dataclasses import asdict
+
+        from graceful.flows.commands.demo import run_demo
+
+        result = run_demo(None if root is None else _place(root), _console(as_json))
+        if as_json:
+            print(json.dumps(asdict(result), indent=2))
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: the command ends as after Ctrl-C."""
 
@@ -361,11 +384,19 @@ def _print(as_json: bool, document: Any, text: Callable[[Console], None]) -> Non
         text(Console())
 
 
-def _print_update(console: Console, result: Any) -> None:
+def _print_next(console: Console, root: str, report: str) -> None:
+    from graceful.flows.commands.suggestions import next_commands
+    from graceful.flows.terminal import print_next
+
+    print_next(console, next_commands(root, report))
+
+
+def _print_update(console: Console, result: Any, root: str) -> None:
     again = " (decided before; --again judges anew)" if result.repeated else ""
     console.print(f"[bold]{result.candidate}: {result.outcome}[/bold]{again}", highlight=False)
     console.print(result.summary, highlight=False)
     console.print(f"Serving {result.champion}.  Report: {result.report}", highlight=False, soft_wrap=True)
+    _print_next(console, root, result.report)
 
 
 def _print_counts(console: Console, found: dict[str, Any]) -> None:

@@ -40,13 +40,15 @@ ORDER = {
         "flows.settings", "flows.settings.template", "flows.settings.config", "flows.settings.reference",
         "flows.runtime", "flows.runtime.environment", "flows.runtime.server", "flows.runtime.progress",
         "flows.runtime.cluster", "flows.runtime.jobs", "flows.runtime.encoders", "flows.runtime.session",
-        "flows.runtime.flow_ui", "flows.update", "flows.update.bench", "flows.update.assess",
-        "flows.update.rollout", "flows.update.freeze",
+        "flows.runtime.flow_ui",
+        "flows.update", "flows.update.bench", "flows.update.assess", "flows.update.rollout", "flows.update.act",
+        "flows.update.freeze",
         "flows.update.train", "flows.update.judge", "flows.update.conclude", "flows.update.diagnosis",
         "flows.update.publish", "flows.update.order", "flows.update.replay", "flows.update.flow",
-        "flows.search", "flows.search.searcher", "flows.search.http",
+        "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.http",
         "flows.schedule", "flows.commands", "flows.commands.status", "flows.commands.evaluations",
-        "flows.commands.operations", "flows.commands.updates", "flows.terminal", "flows.cli",
+        "flows.commands.operations", "flows.commands.updates", "flows.commands.suggestions",
+        "flows.commands.demo_world", "flows.commands.demo", "flows.terminal", "flows.cli",
     ),
 }  # fmt: skip
 
@@ -79,6 +81,7 @@ FORBIDDEN = {"flows.cli": ("pyarrow", "prefect", "ray", *PACKAGES[:3])}
 # Plain Python: an update, a search and a judgement run the same without Prefect.
 WITHOUT_PREFECT = (
     "flows.search.searcher", "flows.search.http", "flows.update.order", "flows.update.replay", "flows.commands.status",
+    "flows.commands.demo",
 )  # fmt: skip
 
 
@@ -191,6 +194,10 @@ def test_command_line_imports_nothing_heavy_before_a_command_runs():
 
 def test_searching_loads_neither_prefect_nor_ray():
     assert loaded_after("import graceful.flows.search.searcher", "prefect", "ray", "torch") == {"torch"}
+
+
+def test_the_demo_loads_neither_torch_nor_ray_nor_prefect():
+    assert loaded_after("import graceful.flows.commands.demo", "torch", "ray", "prefect", "faiss") == {"faiss"}
 
 
 def test_judging_stored_outcomes_loads_no_framework():

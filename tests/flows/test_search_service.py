@@ -215,7 +215,7 @@ def test_refreshing_without_a_change_reads_no_view(workspace: Path, monkeypatch:
 def test_only_the_newest_snapshot_of_each_query_generation_stays(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graceful.flows.search.searcher._KEPT_S", 0.0)
+    monkeypatch.setattr("graceful.flows.search.views._KEPT_S", 0.0)
     opened = open_workspace(str(workspace))
     generation, index = GallerySearcher(opened).generation, Path(opened.index_location())
     view = opened.view(generation)
