@@ -1,17 +1,22 @@
 """Results as a person reads them in a terminal: matrices, decisions, status."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from graceful.evaluation.decision import Decision
-from graceful.evaluation.evidence import OVERALL
-from graceful.evaluation.guards import Reason
-from graceful.flows.update.replay import ControlResult, ReplayResult
+if TYPE_CHECKING:  # what is printed; a command that prints a status must not load what made it
+    from graceful.evaluation.decision import Decision
+    from graceful.evaluation.guards import Reason
+    from graceful.flows.update.replay import ControlResult, ReplayResult
+
+OVERALL = "overall"
+"""Scope of a guard that is about all queries: it needs no words."""
 
 
 def print_replay(console: Console, result: ReplayResult) -> None:
@@ -71,6 +76,41 @@ def print_next(console: Console, commands: Sequence[str]) -> None:
         console.print("Next:", highlight=False)
     for command in commands:
         console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_history(console: Console, history: dict[str, Any]) -> None:
+    """Generations, what was decided about them and by whom; then every move of what serves."""
+    for found in history["generations"]:
+        marks = [word for word in ("serves", "served_before", "retired") if found[word]]
+        parts = [found["generation"], found["origin"], found["made"], found["decision"] or "not judged"]
+        console.print(f"[bold]{'  '.join(parts)}[/bold]  {', '.join(marks).replace('_', ' ')}", highlight=False)
+        if found["decided_by"] != "gate":
+            console.print(f"    {found['decided_by']}: {found['reason']}", highlight=False, markup=False)
+        elif found["why"]:
+            console.print(f"    {found['why']}", highlight=False, markup=False)
+    if history["moves"]:
+        console.print("Moves:", highlight=False)
+    for move in history["moves"]:
+        rest = ", ".join(str(move[name]) for name in ("to", "ordered", "reason", "by") if name in move)
+        line = f"  {move['when']}  {move['what'].replace('_', ' ')} {move['generation']}  {rest}"
+        console.print(line.rstrip(), highlight=False, markup=False)
+
+
+def print_flips(console: Console, found: dict[str, Any]) -> None:
+    """Queries that would go from right to wrong."""
+    if found["against"] is None:
+        console.print(f"{found['generation']}: nothing served before it, so nothing can flip.", highlight=False)
+        return
+    console.print(
+        f"{found['generation']} against {found['against']}, {_state(found['state'])}: {found['num_flips']:,} of "
+        f"{found['num_queries']:,} queries go from right to wrong, {found['num_repaired']:,} from wrong to right.",
+        highlight=False,
+    )
+    for flip in found["flips"]:
+        after = f"found at {flip['rank_after']:,}" if flip["rank_after"] else "not found"
+        console.print(f"  {flip['identity']}  {flip['query']}  {after}", highlight=False, markup=False, soft_wrap=True)
+    if found["num_flips"] > len(found["flips"]):
+        console.print(f"  ... and {found['num_flips'] - len(found['flips']):,} more (--limit)", highlight=False)
 
 
 def _print_control(console: Console, control: ControlResult) -> None:

@@ -37,7 +37,7 @@ from graceful.flows.update.act import Case, decide_and_act
 from graceful.flows.update.assess import Candidacy, assess, record_decision
 from graceful.flows.update.conclude import conclude
 from graceful.flows.update.publish import publish
-from graceful.flows.update.rollout import ingest, rollback
+from graceful.flows.update.serving import ingest, rollback
 from graceful.indexing.embed import EmbedUnit
 from graceful.indexing.reindex import ReindexReport
 from graceful.indexing.search import open_snapshot

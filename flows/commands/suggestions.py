@@ -4,6 +4,7 @@ import os
 import shlex
 
 from graceful.files import is_remote
+from graceful.flows.store.events import Decided
 from graceful.flows.store.workspace import open_workspace
 
 
@@ -16,6 +17,13 @@ def next_commands(root: str, report: str) -> list[str]:
     if not is_remote(report):
         commands.append(f"python3 -m webbrowser file://{shlex.quote(os.path.abspath(report))}")
     commands.append(f"graceful report --root {place}")
+    decided = workspace.registry.events(Decided)
+    if decided and decided[-1].payload.outcome in ("HOLD", "INCONCLUSIVE"):
+        candidate = decided[-1].generation
+        if candidate != serving.champion:
+            commands.append(f"graceful flips {candidate} --root {place}")
+            commands.append(f"graceful accept {candidate} --reason '...' --root {place}")
+            commands.append(f"graceful reject {candidate} --reason '...' --root {place}")
     if serving.champion is not None:
         view = workspace.view(serving.champion)
         readable = (view.owner >= 0).nonzero()[0]

@@ -20,10 +20,10 @@ from graceful.flows.update.rollout import (
     Rollout,
     continue_plan,
     embed_before_move,
-    operator,
     prepare,
     promote,
 )
+from graceful.flows.update.serving import operator
 from graceful.indexing.reindex import ReindexReport
 
 T = TypeVar("T")
@@ -39,6 +39,17 @@ class Step(Protocol):
 def plain(name: str, act: Callable[[], T]) -> T:  # noqa: ARG001
     """Carry out a step, and nothing around it."""
     return act()
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the operator wants carried out where the decision serves nothing new.
+
+    `fraction` None: a full backfill; else the candidate serves after wave 0, and so much is re-indexed afterwards.
+    """
+
+    reason: str
+    fraction: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ def decide_and_act(
     case: Case,
     *,
     do: Step = plain,
-    serve_anyway: bool = False,
+    order: Order | None = None,
     settled: Callable[[], object] = lambda: None,
 ) -> tuple[Decided, Evaluation, ReindexReport]:
     """Judge a candidate and carry the decision out; a decision to hold is carried out by moving nothing.
@@ -73,15 +84,14 @@ def decide_and_act(
     Args:
         case: What is decided about.
         do: What surrounds each step.
-        serve_anyway: Where the decision serves nothing new, order a full backfill; decision and order both stand in the
-            lineage.
+        order: The operator's, where the decision serves nothing new; decision and order both stand in the lineage.
         settled: Called when the serving state has moved, or will not: the re-index after it excludes nobody.
     """
     decided, evaluation = do("judge", case.judge)
     # Published as soon as it is known: the waves that follow may take hours, or be killed.
     do("publish the decision", lambda: case.publish(decided, evaluation))
     report = ReindexReport()
-    rollout = _rollout(case, decided, evaluation, serve_anyway)
+    rollout = _rollout(case, decided, evaluation, order)
     if rollout is not None:
         report = do("embed before the move", lambda: _embed_before_move(case, rollout))
         do("move serving state", lambda: _move(case, rollout))
@@ -110,13 +120,16 @@ def record_order(workspace: Workspace, decision: Decision, update_key: str, orde
     )
 
 
-def _rollout(case: Case, decided: Decided, evaluation: Evaluation, serve_anyway: bool) -> Rollout | None:
+def _rollout(case: Case, decided: Decided, evaluation: Evaluation, order: Order | None) -> Rollout | None:
     key, name, gallery = case.update_key, decided.evaluation, case.gallery
     rollout = Rollout.of(evaluation.decision, update_key=key, evaluation=name, gallery=gallery)
-    if rollout is not None or not serve_anyway:
+    if rollout is not None or order is None:
         return rollout
-    record_order(case.workspace, evaluation.decision, key, "FULL_BACKFILL", "the history serves every generation")
-    return Rollout.ordered_by_operator(evaluation.evidence, update_key=key, evaluation=name, gallery=gallery)
+    what = "FULL_BACKFILL" if order.fraction is None else f"COMPATIBLE_ROLLOUT {order.fraction:.0%}"
+    record_order(case.workspace, evaluation.decision, key, what, order.reason)
+    return Rollout.ordered_by_operator(
+        evaluation.evidence, update_key=key, evaluation=name, gallery=gallery, fraction=order.fraction
+    )
 
 
 def _embed_before_move(case: Case, rollout: Rollout) -> ReindexReport:

@@ -7,7 +7,7 @@ from graceful.evaluation.decision import Decision
 from graceful.files import join, remove
 from graceful.flows.store.events import Held, Pending, Promoted, Retired, UpdateCompleted
 from graceful.flows.store.workspace import Workspace
-from graceful.flows.update.rollout import release_previous
+from graceful.flows.update.serving import release_previous
 
 if TYPE_CHECKING:
     from graceful.flows.runtime.session import Session

@@ -18,15 +18,17 @@ from graceful.flows.runtime.session import Session
 from graceful.flows.store.claim import claim
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
 from graceful.flows.store.events import Decided
-from graceful.flows.update.act import Case, Step, decide_and_act, plain
+from graceful.flows.update.act import Case, Order, Step, decide_and_act, plain
 from graceful.flows.update.conclude import completed, conclude, release_when_due
 from graceful.flows.update.freeze import Inputs, freeze
 from graceful.flows.update.judge import class_distance, judge, recorded
 from graceful.flows.update.publish import publish
+from graceful.flows.update.serving import MoveRefusedError
 from graceful.flows.update.train import embed_evaluation, extend_cache, train_candidate, train_paragon
 from graceful.indexing.reindex import ReindexReport
 
 T = TypeVar("T")
+_HISTORY = "the history serves every generation"
 
 
 class UpdateResult(BaseModel):
@@ -115,8 +117,52 @@ def update(
             progress=session.progress,
             class_distance=lambda view: class_distance(inputs, view),
         )
-        decided, evaluation, report = decide_and_act(case, do=do, serve_anyway=serve_anyway, settled=held.close)
+        decided, evaluation, report = decide_and_act(
+            case, do=do, order=Order(_HISTORY) if serve_anyway else None, settled=held.close
+        )
     return _result(inputs, decided, evaluation, report)
+
+
+def accept(session: Session, generation: str, order: Order, *, step: Step = plain) -> Decided:
+    """Carry out the operator's word on a candidate that the gate held or left open. Nothing is trained.
+
+    The same way as after a decision: certificates, wave 0 or everything, the move, the waves, the report. Killed and
+    called again, it goes on.
+
+    Raises:
+        MoveRefusedError: nobody decided about the generation, it serves already, or another one served then.
+    """
+    workspace, registry = session.workspace, session.workspace.registry
+    found = [event for event in registry.events(Decided) if event.generation == generation]
+    if not found:
+        raise MoveRefusedError(
+            f"accepting {generation}: expected a decision about it, found none; run 'graceful update' to judge it"
+        )
+    decided, key = found[-1].payload, found[-1].update_key
+    evaluation = read_evaluation(workspace.evaluation_uri(decided.evaluation))
+    champion = evaluation.decision.champion
+    with ExitStack() as held:
+        held.enter_context(claim(workspace.root, f"accepting {generation}"))
+        serving = registry.serving()
+        if serving.champion == generation and serving.active_plan is None:
+            raise MoveRefusedError(f"accepting {generation}: it serves already")
+        if serving.champion not in (generation, champion):
+            raise MoveRefusedError(
+                f"accepting {generation}: expected champion {champion}, about which it was judged, found "
+                f"{serving.champion}; run 'graceful update --again' to judge it against that"
+            )
+        case = Case(
+            workspace=workspace,
+            update_key=key,
+            champion=champion,
+            gallery=session.config.gallery,
+            judge=lambda: (decided, evaluation),
+            publish=lambda *made: publish(workspace, *made, name=session.config.name, progress=session.progress),
+            conclude=lambda decision: conclude(workspace, key, decision),
+            progress=session.progress,
+        )
+        decide_and_act(case, do=step, order=order, settled=held.close)
+    return decided
 
 
 def _conclude(inputs: Inputs, decision: Decision) -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from graceful.files import set_crash_hook
 from graceful.flows.cli import app, reported_errors
-from graceful.flows.commands.updates import adopt_generation
+from graceful.flows.commands.adopt import adopt_generation
 from graceful.flows.search.searcher import GallerySearcher
 from graceful.flows.store.events import Promoted, UpdateStarted
 from graceful.flows.store.workspace import Workspace
@@ -248,7 +248,7 @@ def foreign_encoders(tmp_path, monkeypatch):
 
 
 def judge_adopted(root: Path, factory: str) -> UpdateResult:
-    name = adopt_generation(Workspace(str(root)), tiny.open_config(root), factory)
+    name = adopt_generation(Workspace(str(root)), tiny.open_config(root), "foreign", factory)
     return running.update(root, adopted=name)
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from graceful.flows.search.http import MAX_BODY_BYTES, make_app
 from graceful.flows.search.searcher import GallerySearcher, publish_view
 from graceful.flows.store.workspace import open_workspace
-from graceful.flows.update.rollout import rollback
+from graceful.flows.update.serving import rollback
 from graceful.indexing.exact import WidthMismatchError
 from graceful.indexing.gallery import GalleryVersion
 from graceful.indexing.search import IndexCorruptedError

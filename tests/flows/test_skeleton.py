@@ -16,7 +16,8 @@ from graceful.flows.store.workspace import Workspace
 from graceful.flows.update import act
 from graceful.flows.update.act import Case, decide_and_act
 from graceful.flows.update.assess import Candidacy, assess, mix_drift, record_decision
-from graceful.flows.update.rollout import Rollout, generations_to_write, ingest, release_previous, rollback
+from graceful.flows.update.rollout import Rollout
+from graceful.flows.update.serving import generations_to_write, ingest, release_previous, rollback
 from graceful.indexing.reindex import ReindexReport
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, labelled
 

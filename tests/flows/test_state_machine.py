@@ -25,16 +25,12 @@ from graceful.evaluation.decision import CertificateToIssue, Decision
 from graceful.files import set_crash_hook
 from graceful.flows.settings.config import GalleryConfig
 from graceful.flows.store.workspace import Workspace
-from graceful.flows.update.rollout import (
+from graceful.flows.update.rollout import Rollout, continue_plan, embed_before_move, prepare, promote
+from graceful.flows.update.serving import (
     NothingToRollBackError,
-    Rollout,
-    continue_plan,
     delete,
-    embed_before_move,
     generations_to_write,
     ingest,
-    prepare,
-    promote,
     release_previous,
     rollback,
 )
