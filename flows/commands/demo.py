@@ -234,9 +234,10 @@ class Demo:
         self.say(
             f"{ANOTHER_SPACE.generation_id} is a new architecture. On the vectors of {old.gallery_generation} its "
             f"queries are {_points(old.difference)} points off: it gets no certificate and may never be scored against "
-            f"them. On a gallery of its own it wins {_points(full.difference)} points, breaks "
-            f"{_percent(full.nfr)}, and pays for the work before the next model is due. So the whole gallery is "
-            f"embedded first; in all {len(during)} looks meanwhile {during[0] if during else 'nobody'} served, alone:"
+            f"them. On a gallery of its own it wins {_points(full.difference)} points, "
+            f"breaks {_percent(full.nfr)} of what works today, and pays for the work before the next model is due. So "
+            f"the whole gallery was embedded first, while {' and then '.join(dict.fromkeys(during))} went on "
+            "answering, and then the pointer moved:"
         )
         self.gallery()
         self.search("replaced")
@@ -376,7 +377,7 @@ def _right(evaluation: Evaluation, state: str) -> float:
 
 
 def _percent(share: float | None) -> str:
-    return "an unknown share" if share is None else f"{100 * share:.3g} %"
+    return "an unknown share" if share is None else f"{100 * share:.1f}".removesuffix(".0") + " %"
 
 
 def _points(share: float | None) -> str:
