@@ -177,7 +177,11 @@ class Demo:
             f"points better, and {_percent(state.nfr)} of the searches that work today would fail. But with so few "
             f"queries that share may be anything up to {_percent(state.nfr_upper)}, and the limit is "
             f"{_percent(POLICY.max_nfr)}. So nothing moves, and the gate says what would help: "
-            + ("more queries than anyone has." if needed is None else f"about {needed:,} more queries.")
+            + (
+                "more queries than anyone has."
+                if needed is None
+                else f"about {needed:,} more queries, if the rest looks like these."
+            )
         )
 
     def compatible(self) -> None:
@@ -219,8 +223,8 @@ class Demo:
         self.say(
             f"{FORGETFUL.generation_id} wins {_points(full.difference)} points on average. A leaderboard would ship "
             f"it. But it has forgotten {len(FORGETFUL.lost)} products: {_percent(full.nfr)} of the searches that work "
-            f"today would fail (surely at least {_percent(full.nfr_lower)}, limit {_percent(POLICY.max_nfr)}), always "
-            "for the same people, even with the whole gallery re-embedded. Nothing moves."
+            f"today would fail (surely at least {_percent(full.nfr_lower)}, limit {_percent(POLICY.max_nfr)}), whoever "
+            "looks for one of those, even with the whole gallery re-embedded. Nothing moves."
         )
 
     def another_space(self) -> None:
