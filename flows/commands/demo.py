@@ -177,7 +177,11 @@ class Demo:
             f"points better, and {_percent(state.nfr)} of the searches that work today would fail. But with so few "
             f"queries that share may be anything up to {_percent(state.nfr_upper)}, and the limit is "
             f"{_percent(POLICY.max_nfr)}. So nothing moves, and the gate says what would help: "
-            + ("more queries than anyone has." if needed is None else f"about {needed:,} more queries.")
+            + (
+                "more queries than anyone has."
+                if needed is None
+                else f"about {needed:,} more queries, if the rest looks like these."
+            )
         )
 
     def compatible(self) -> None:
@@ -219,8 +223,8 @@ class Demo:
         self.say(
             f"{FORGETFUL.generation_id} wins {_points(full.difference)} points on average. A leaderboard would ship "
             f"it. But it has forgotten {len(FORGETFUL.lost)} products: {_percent(full.nfr)} of the searches that work "
-            f"today would fail (surely at least {_percent(full.nfr_lower)}, limit {_percent(POLICY.max_nfr)}), always "
-            "for the same people, even with the whole gallery re-embedded. Nothing moves."
+            f"today would fail (surely at least {_percent(full.nfr_lower)}, limit {_percent(POLICY.max_nfr)}), whoever "
+            "looks for one of those, even with the whole gallery re-embedded. Nothing moves."
         )
 
     def another_space(self) -> None:
@@ -234,9 +238,10 @@ class Demo:
         self.say(
             f"{ANOTHER_SPACE.generation_id} is a new architecture. On the vectors of {old.gallery_generation} its "
             f"queries are {_points(old.difference)} points off: it gets no certificate and may never be scored against "
-            f"them. On a gallery of its own it wins {_points(full.difference)} points, breaks "
-            f"{_percent(full.nfr)}, and pays for the work before the next model is due. So the whole gallery is "
-            f"embedded first; in all {len(during)} looks meanwhile {during[0] if during else 'nobody'} served, alone:"
+            f"them. On a gallery of its own it wins {_points(full.difference)} points, "
+            f"breaks {_percent(full.nfr)} of what works today, and pays for the work before the next model is due. So "
+            f"the whole gallery was embedded first, while {' and then '.join(dict.fromkeys(during))} went on "
+            "answering, and then the pointer moved:"
         )
         self.gallery()
         self.search("replaced")
@@ -376,7 +381,7 @@ def _right(evaluation: Evaluation, state: str) -> float:
 
 
 def _percent(share: float | None) -> str:
-    return "an unknown share" if share is None else f"{100 * share:.3g} %"
+    return "an unknown share" if share is None else f"{100 * share:.1f}".removesuffix(".0") + " %"
 
 
 def _points(share: float | None) -> str:
