@@ -16,7 +16,8 @@ PACKAGES = ("training", "indexing", "evaluation", "flows")
 # Within a package a module imports only modules before it.
 ORDER = {
     "training": (
-        "training", "training.generation", "training.manifest", "training.images", "training.materialise",
+        "training", "training.generation", "training.manifest", "training.images", "training.measure",
+        "training.materialise", "training.folders", "training.rows",
         "training.datasets", "training.backbones", "training.heads", "training.encoder", "training.predecessors",
         "training.constraints.bct", "training.constraints.cross_contrast", "training.constraints.ract",
         "training.constraints", "training.job", "training.pixels", "training.progress", "training.finishing",
@@ -65,7 +66,7 @@ ALLOWED = {
     "safetensors": ("training",),
     "pytorch_metric_learning": ("training",),
     "sklearn": ("training.materialise",),
-    "PIL": ("training.images",),
+    "PIL": ("training.images", "training.measure"),
     "faiss": ("indexing.search", "indexing.snapshots"),
     "deltalake": ("indexing.tables",),
     "pyarrow": ("indexing", "training", "flows"),
