@@ -16,11 +16,11 @@ PACKAGES = ("training", "indexing", "evaluation", "flows")
 # Within a package a module imports only modules before it.
 ORDER = {
     "training": (
-        "training", "training.generation", "training.manifest", "training.images", "training.measure",
+        "training", "training.generation", "training.choices", "training.job", "training.manifest", "training.images", "training.measure",
         "training.materialise", "training.folders", "training.rows",
         "training.datasets", "training.backbones", "training.heads", "training.encoder", "training.predecessors",
         "training.constraints.bct", "training.constraints.cross_contrast", "training.constraints.ract",
-        "training.constraints", "training.job", "training.pixels", "training.progress", "training.finishing",
+        "training.constraints", "training.pixels", "training.progress", "training.finishing",
         "training.loop", "training.launch",
     ),
     "indexing": (
@@ -37,7 +37,7 @@ ORDER = {
     "flows": (
         "flows", "flows.store", "flows.store.processes", "flows.store.items", "flows.store.evaluation_set",
         "flows.store.registry", "flows.store.workspace", "flows.store.claim", "flows.store.evaluations",
-        "flows.settings", "flows.settings.template", "flows.settings.config", "flows.settings.reference",
+        "flows.settings", "flows.settings.template", "flows.settings.cron", "flows.settings.config", "flows.settings.reference",
         "flows.runtime", "flows.runtime.environment", "flows.runtime.progress", "flows.runtime.cluster",
         "flows.runtime.jobs", "flows.runtime.encoders", "flows.runtime.session", "flows.runtime.flow_ui",
         "flows.update", "flows.update.bench", "flows.update.assess", "flows.update.rollout", "flows.update.freeze",
@@ -195,6 +195,11 @@ def test_command_line_imports_nothing_heavy_before_a_command_runs():
 
 def test_searching_loads_neither_prefect_nor_ray():
     assert loaded_after("import graceful.flows.search.searcher", "prefect", "ray", "torch") == {"torch"}
+
+
+def test_reading_a_configuration_and_opening_a_workspace_load_no_framework():
+    statement = "import graceful.flows.settings.config, graceful.flows.store.workspace, graceful.flows.commands.check"
+    assert loaded_after(statement, "torch", "ray", "faiss", "prefect", "pytorch_metric_learning") == set()
 
 
 def test_judging_stored_outcomes_loads_no_framework():

@@ -1,4 +1,5 @@
-"""What one training is: the recipe (TrainingConfig) and the order to carry it out (TrainingJob). Plain JSON values.
+"""What one training is: the recipe (TrainingConfig) and the order to carry it out (TrainingJob). Plain JSON values,
+read without loading torch.
 
 The defaults are recipe R: fine-tune from the parent with classifier rows started at the parent's class means, one
 cross-contrast term and one RACT term against every predecessor, interpolate with the parent, then calibrate batch norm.
@@ -9,10 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from graceful.training.constraints import CONSTRAINTS
+from graceful.training.choices import CONSTRAINT_PARAMETERS, HEAD_NAMES
 from graceful.training.generation import BackboneSpec, Preprocessing
-from graceful.training.heads import HEADS
-from graceful.training.predecessors import PredecessorRef
 
 
 class HeadConfig(BaseModel):
@@ -27,8 +26,8 @@ class HeadConfig(BaseModel):
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in HEADS:
-            raise ValueError(f"head: expected one of {sorted(HEADS)}, found {value!r}")
+        if value not in HEAD_NAMES:
+            raise ValueError(f"head: expected one of {list(HEAD_NAMES)}, found {value!r}")
         return value
 
 
@@ -44,12 +43,12 @@ class ConstraintConfig(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> "ConstraintConfig":
-        if self.name not in CONSTRAINTS:
-            raise ValueError(f"constraint: expected one of {sorted(CONSTRAINTS)}, found {self.name!r}")
-        try:
-            CONSTRAINTS[self.name](**self.parameters)
-        except TypeError as error:
-            raise ValueError(f"constraint {self.name}: {error}") from error
+        if self.name not in CONSTRAINT_PARAMETERS:
+            raise ValueError(f"constraint: expected one of {sorted(CONSTRAINT_PARAMETERS)}, found {self.name!r}")
+        known = CONSTRAINT_PARAMETERS[self.name]
+        unknown = sorted(set(self.parameters) - set(known))
+        if unknown:
+            raise ValueError(f"constraint {self.name}: expected the parameters {list(known)}, found {unknown}")
         return self
 
 
@@ -126,6 +125,20 @@ class TrainingConfig(BaseModel):
     def without_constraints(self) -> "TrainingConfig":
         """Return the paragon's recipe: the same training, tied to no predecessor."""
         return self.model_copy(update={"constraints": (), "interpolation": 0.0})
+
+
+class PredecessorRef(BaseModel):
+    """One predecessor and where its embeddings of the training images are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    generation_id: str = Field(description="Its id.")
+    generation_uri: str = Field(description="Its folder.")
+    embeddings_uri: str | tuple[str, ...] = Field(
+        description="Parquet file or files with the column embedding (fixed-size binary, little-endian float32 or "
+        "float16), one row per row of the manifest, in its order."
+    )
+    weight: float = Field(default=1.0, ge=0, description="Factor of this predecessor in every constraint.")
 
 
 class TrainingJob(BaseModel):

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,26 +24,13 @@ from graceful.errors import GracefulError
 from graceful.files import resolve
 from graceful.training.encoder import read_classifier
 from graceful.training.generation import read_card
+from graceful.training.job import PredecessorRef
 
 EMBEDDING_COLUMN = "embedding"
 
 
 class MisalignedCacheError(GracefulError):
     """A predecessor's stored embeddings do not fit the training manifest."""
-
-
-class PredecessorRef(BaseModel):
-    """One predecessor and where its embeddings of the training images are."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    generation_id: str = Field(description="Its id.")
-    generation_uri: str = Field(description="Its folder.")
-    embeddings_uri: str | tuple[str, ...] = Field(
-        description="Parquet file or files with the column embedding (fixed-size binary, little-endian float32 or "
-        "float16), one row per row of the manifest, in its order."
-    )
-    weight: float = Field(default=1.0, ge=0, description="Factor of this predecessor in every constraint.")
 
 
 @dataclass(frozen=True)
