@@ -49,7 +49,7 @@ def init(
 ) -> None:
     """Create a workspace: the folder, its empty tables and a [bold]graceful.toml[/bold] to edit."""
     with reported_errors():
-        from graceful.flows.commands.operations import create_workspace
+        from graceful.flows.commands.setup import create_workspace
 
         path = create_workspace(_place(root), config)
         Console().print(f"Created {path}. Edit it, then run 'graceful ingest' and 'graceful update'.", soft_wrap=True)
@@ -124,17 +124,29 @@ def status(root: RootOption = ".", as_json: JsonOption = False) -> None:
 
 @app.command()
 def ingest(
-    images: Annotated[Path, typer.Argument(help="Image, folder of images, or Parquet file with an image column.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Images, folders of images, or Parquet files with an image column.")
+    ],
     root: RootOption = ".",
-    label: Annotated[str | None, typer.Option(help="Parquet column with labels, if there is one.")] = None,
+    label: Annotated[str | None, typer.Option(help="Parquet or CSV column with labels, if there is one.")] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="First part of the items' ids; by default the name of the folder or file.")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let these images replace items of the same id from another place.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Add images to the gallery, or new revisions of changed ones, with vectors for whoever must find them."""
+    """Add images to the gallery, or new revisions of changed ones, with vectors for whoever must find them.
+
+    An item's id names its collection: photos/2024/cat.jpg, train#17. An id that belongs to another image is refused.
+    """
     with reported_errors(as_json):
         from graceful.flows.commands.operations import ingest_images
 
-        found = ingest_images(_place(root), _place(images), label, _console(as_json))
-        _print(as_json, found, lambda console: _print_counts(console, found))
+        places = [_place(place) for place in images]
+        found = ingest_images(_place(root), places, label, _console(as_json), prefix=prefix, may_replace=replace)
+        _print(as_json, found, lambda console: _print_ingested(console, found))
 
 
 @app.command()
@@ -326,6 +338,23 @@ def _print_update(console: Console, result: Any) -> None:
 def _print_counts(console: Console, found: dict[str, Any]) -> None:
     for name, value in found.items():
         console.print(f"{name.replace('_', ' ')}: {value}", highlight=False)
+
+
+def _print_ingested(console: Console, found: dict[str, Any]) -> None:
+    counts = ", ".join(f"{found[name]:,} {name}" for name in ("added", "changed", "unchanged"))
+    console.print(f"Items: {counts}.", highlight=False)
+    for generation, count in found["vectors"].items():
+        console.print(f"Vectors of {generation}: {count:,} written.", highlight=False)
+    for generation, count in found["failures"].items():
+        console.print(f"Images that {generation} could not embed: {count:,}; see 'graceful status'.", highlight=False)
+    if not found["vectors"]:
+        console.print("No generation serves yet: the first 'graceful update' embeds them.", highlight=False)
+    if found["unreadable"]:
+        console.print(f"Not ingested, since they cannot be decoded: {len(found['unreadable']):,}", highlight=False)
+    for entry in found["unreadable"][:20]:
+        console.print(f"  {entry['source']}: {entry['reason']}", highlight=False, soft_wrap=True, markup=False)
+    if len(found["unreadable"]) > 20:
+        console.print("  and so on; --json lists all of them", highlight=False)
 
 
 def _print_hits(console: Console, found: dict[str, Any]) -> None:

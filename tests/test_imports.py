@@ -16,12 +16,12 @@ PACKAGES = ("training", "indexing", "evaluation", "flows")
 # Within a package a module imports only modules before it.
 ORDER = {
     "training": (
-        "training", "training.generation", "training.choices", "training.job", "training.manifest", "training.images", "training.measure",
-        "training.materialise", "training.folders", "training.rows",
-        "training.datasets", "training.backbones", "training.heads", "training.encoder", "training.predecessors",
+        "training", "training.generation", "training.choices", "training.job", "training.manifest", "training.images",
+        "training.measure", "training.materialise", "training.folders", "training.rows", "training.datasets",
+        "training.backbones", "training.heads", "training.encoder", "training.predecessors",
         "training.constraints.bct", "training.constraints.cross_contrast", "training.constraints.ract",
-        "training.constraints", "training.pixels", "training.progress", "training.finishing",
-        "training.loop", "training.launch",
+        "training.constraints", "training.pixels", "training.progress", "training.finishing", "training.loop",
+        "training.launch",
     ),
     "indexing": (
         "indexing", "indexing.embedding_files", "indexing.tables", "indexing.matching",
@@ -37,13 +37,15 @@ ORDER = {
     "flows": (
         "flows", "flows.store", "flows.store.processes", "flows.store.items", "flows.store.evaluation_set",
         "flows.store.registry", "flows.store.workspace", "flows.store.claim", "flows.store.evaluations",
-        "flows.settings", "flows.settings.template", "flows.settings.cron", "flows.settings.config", "flows.settings.reference",
+        "flows.store.leaks", "flows.settings", "flows.settings.template", "flows.settings.cron",
+        "flows.settings.config", "flows.settings.reference", "flows.settings.inspection",
         "flows.runtime", "flows.runtime.environment", "flows.runtime.progress", "flows.runtime.cluster",
         "flows.runtime.jobs", "flows.runtime.encoders", "flows.runtime.session", "flows.runtime.flow_ui",
         "flows.update", "flows.update.bench", "flows.update.assess", "flows.update.rollout", "flows.update.freeze",
         "flows.update.train", "flows.update.steps", "flows.update.publish", "flows.update.flow", "flows.update.replay",
         "flows.search", "flows.search.searcher", "flows.search.http",
-        "flows.schedule", "flows.commands", "flows.commands.operations", "flows.terminal", "flows.cli",
+        "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.check", "flows.commands.operations",
+        "flows.terminal", "flows.cli",
     ),
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ links.
 
 import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pyarrow.fs as pafs
 
@@ -50,6 +51,28 @@ def list_folder(place: str) -> Folder:
             found.others.append(f"{prefix}{path}")
     found.links_left_out.sort()
     return found
+
+
+def find_source(place: str) -> tuple[Literal["parquet", "folder", "csv"], str]:
+    """What kind of data set lies at a place, and the path that `DatasetConfig` is to get.
+
+    A file by its name; a folder is Parquet when it holds such files and no image, CSV when no image lies in a
+    sub-folder and exactly one CSV file lies beside them; otherwise an image folder.
+    """
+    file_system, path = resolve(place)
+    if place.endswith(".parquet"):
+        return "parquet", place
+    if place.endswith(".csv"):
+        return "csv", place
+    if file_system.get_file_info(path).type != pafs.FileType.Directory:
+        return "folder", place
+    listed = list_folder(place)
+    if not listed.images and any(other.endswith(".parquet") for other in listed.others):
+        return "parquet", place
+    tables = [other for other in listed.others if other.endswith(".csv") and os.path.dirname(other) == path]
+    if listed.images and len(listed.loose) == len(listed.images) and len(tables) == 1:
+        return "csv", tables[0]
+    return "folder", place
 
 
 def _walk(folder: str, seen: set[str], root: str, files: list[str], left_out: list[str]) -> None:

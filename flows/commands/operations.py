@@ -4,10 +4,13 @@ import hashlib
 import os
 import time
 import tomllib
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+import pyarrow as pa
 from rich.console import Console
 
 from graceful.evaluation.decision import Decision
@@ -25,10 +28,9 @@ from graceful.flows.settings.config import (
     load_config,
     load_workspace_config,
 )
-from graceful.flows.settings.template import TEMPLATE
 from graceful.flows.store.evaluation_set import evaluation_set_uri, named_in_set
 from graceful.flows.store.evaluations import EvaluationMissingError, read_evaluation, recompute
-from graceful.flows.store.items import item_id_of, item_table
+from graceful.flows.store.items import ids_below, item_table, settle_ids
 from graceful.flows.store.workspace import Workspace, require_workspace
 from graceful.flows.update.flow import UpdateResult, run_update
 from graceful.flows.update.freeze import FrozenUpdate
@@ -38,23 +40,8 @@ from graceful.flows.update.steps import release_when_due
 from graceful.indexing.maintenance import collect, forget
 from graceful.training.datasets import DatasetConfig, LabelledImages, load_images, read_manifest
 from graceful.training.encoder import adopt as adopt_encoder
+from graceful.training.folders import find_source
 from graceful.training.generation import ordinal_of
-
-
-def create_workspace(root: str, config: Path | None) -> str:
-    """Create the folder, its empty tables and the configuration; what is there is left alone."""
-    target = join(root, CONFIG_FILE)
-    if config is not None and exists(target):
-        raise ConfigError(f"creating a workspace: {target} is there already; edit it, or choose another folder")
-    if config is not None:
-        load_config(config, root)
-        write_bytes(target, config.read_bytes())
-    elif not exists(target):
-        write_bytes(target, TEMPLATE.encode())
-    workspace = _open(root)
-    workspace.gallery.version()
-    workspace.registry.serving()
-    return target
 
 
 def run_update_flow(
@@ -161,17 +148,30 @@ def pending_generation(workspace: Workspace) -> str | None:
     return trained[-1] if trained and trained[-1] in pending else None
 
 
-def ingest_images(root: str, images: str, label: str | None, console: Console) -> dict[str, Any]:
-    """Ingest an image, a folder or a Parquet file: an absolute path, or a URI."""
+def ingest_images(
+    root: str,
+    images: Sequence[str],
+    label: str | None,
+    console: Console,
+    *,
+    prefix: str | None = None,
+    may_replace: bool = False,
+) -> dict[str, Any]:
+    """Ingest images, folders and Parquet files, each an absolute path or a URI. Unreadable images are named.
+
+    Raises: ItemClashError, where an id would belong to two images; nothing is ingested then.
+    """
     require_workspace(root)
     config = load_workspace_config(root)
-    found = _find_images(images, label, config.training_data.max_unreadable_share)
-    is_folder = not images.endswith(".parquet") and found.sources != [images]
-    items = item_table(found, [item_id_of(source, images if is_folder else None) for source in found.sources])
+    found = [_find_images(place, label, config.training_data) for place in images]
+    tables = [
+        item_table(part, ids_below(place, part.sources, prefix)) for place, part in zip(images, found, strict=True)
+    ]
     unit = hashlib.sha256(f"{time.time_ns()}/{images}".encode()).hexdigest()[:16]
     with open_session(root, config, TerminalProgress(console)) as session:
+        items = settle_ids(pa.concat_tables(tables), session.workspace.gallery.latest_items(), replace=may_replace)
         release_when_due(session)
-        with session.progress.track("embedding", len(found)) as advance:
+        with session.progress.track("embedding", items.num_rows) as advance:
             result, reports = ingest(
                 session.workspace,
                 items,
@@ -180,11 +180,13 @@ def ingest_images(root: str, images: str, label: str | None, console: Console) -
                 unit_rows=config.gallery.unit_rows,
                 on_rows=advance,
             )
+    unreadable = [entry for part in found for entry in part.unreadable]
     return {
         "added": result.added,
         "changed": result.changed,
         "unchanged": result.unchanged,
-        "unreadable_images": len(found.unreadable),
+        "unreadable_images": len(unreadable),
+        "unreadable": [{"source": source, "reason": reason} for source, reason in unreadable],
         "vectors": {generation: report.embedded for generation, report in reports.items()},
         "failures": {generation: len(report.failures) for generation, report in reports.items() if report.failures},
     }
@@ -284,12 +286,26 @@ def _open(root: str) -> Workspace:
     return Workspace(root, no_encoder)
 
 
-def _find_images(images: str, label: str | None, max_unreadable_share: float) -> LabelledImages:
-    return load_images(
-        DatasetConfig(
-            source="parquet" if images.endswith(".parquet") else "folder",
-            path=images,
-            label_columns=(label,) if label else (),
-            max_unreadable_share=max_unreadable_share,
-        )
-    )
+def _find_images(images: str, label: str | None, training_data: DatasetConfig) -> LabelledImages:
+    """All images at a place. What cannot be decoded is left out and named, however much it is.
+
+    Labels come from the column that is named; at a place that is trained on, as training takes them.
+    """
+    source, place = find_source(images)
+    is_trained_on = source == training_data.source and place in training_data.paths
+    columns = (label,) if label else training_data.label_columns if is_trained_on and source != "folder" else ()
+    found = load_images(DatasetConfig(source=source, path=place, label_columns=columns, max_unreadable_share=1.0))
+    if source != "folder" or training_data.source != "folder":
+        return found
+    return replace(found, labels=np.array(list(map(_label_in(training_data.paths), found.sources, found.labels))))
+
+
+def _label_in(folders: Sequence[str]) -> Callable[[str, str], str]:
+    """The label that training gives to an image below one of its folders; elsewhere the label that it has."""
+
+    def label_of(source: str, label: str) -> str:
+        below = [source.removeprefix(f"{folder.rstrip('/')}/") for folder in folders]
+        inside = min(below, key=len)
+        return label if inside == source else inside.rpartition("/")[0]
+
+    return label_of

@@ -202,11 +202,11 @@ def test_ingested_image_is_found_and_survives_a_rollback(history, copy, digits_f
     assert said["vectors"] == {history["second"]["candidate"]: 1, history["first"]["candidate"]: 1}
     assert command("ingest", folder, "--root", copy)["unchanged"] == 1
     item = command("search", image, "--root", copy, "-k", 1)["hits"][0]["item_id"]
-    assert item == image.name
+    assert item == f"new/{image.name}"
     state = command("rollback", "--root", copy, "--reason", "it smelt")
     assert (state["champion"], state["previous"]) == (history["first"]["candidate"], None)
     found = command("search", image, "--root", copy, "-k", 1)
-    assert (found["query_generation"], found["hits"][0]["item_id"]) == (history["first"]["candidate"], image.name)
+    assert (found["query_generation"], found["hits"][0]["item_id"]) == (history["first"]["candidate"], item)
     refused = CliRunner().invoke(app, ["rollback", "--root", str(copy)])
     assert refused.exit_code == 1
     assert "expected a previous generation, found none" in refused.stderr
@@ -241,7 +241,7 @@ def test_item_that_was_trained_on_is_named_when_it_is_forgotten(history, copy, d
     # A second revision: the first one's image must be forgotten too.
     image.write_bytes(image_of(digits_file, tmp_path, label="4", instance=150).read_bytes())
     assert command("ingest", trained_on, "--root", copy)["changed"] == 1
-    gone = command("delete", image.name, "--root", copy, "--forget")
+    gone = command("delete", f"trained/{image.name}", "--root", copy, "--forget")
     assert gone["deleted"] == 1
     assert gone["cannot_remove_from_weights_of"] == [history["first"]["candidate"], history["second"]["candidate"]]
     assert not any(digest.encode() in file.read_bytes() for file in cache.rglob("*.parquet"))
