@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,14 +46,37 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 @app.command()
 def init(
     root: Annotated[str, typer.Argument(help="Folder or object-store URI of the new workspace.")] = ".",
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Pictures to look at: a folder with a sub-folder per label, a flat one with a CSV file (file,label), "
+            "a Parquet file, or a Hugging Face data set on disk. Writes a configuration that fits them.",
+        ),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="With --from: column of the labels in a CSV or Parquet file.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="Configuration to start from; by default a template.")] = None,
 ) -> None:
-    """Create a workspace: the folder, its empty tables and a [bold]graceful.toml[/bold] to edit."""
+    """Create a workspace: the folder, its empty tables and a [bold]graceful.toml[/bold].
+
+    With --from nothing in it has to be edited before the first update; otherwise it is a template to edit.
+    """
     with reported_errors():
         from graceful.flows.commands.setup import create_workspace
 
-        path = create_workspace(_place(root), config)
-        Console().print(f"Created {path}. Edit it, then run 'graceful ingest' and 'graceful update'.", soft_wrap=True)
+        made = create_workspace(_place(root), config, _place(pictures) if pictures else None, label)
+        console = Console(highlight=False, soft_wrap=True)
+        for line in made.lines:
+            console.print(line, markup=False)
+        if made.lines:
+            said = f"Wrote {made.config}. Next: 'graceful check', 'graceful ingest' and 'graceful update'."
+        elif made.written:
+            said = f"Created {made.config}. Edit it, then run 'graceful ingest' and 'graceful update'."
+        else:
+            said = f"The workspace is there already; {made.config} was left alone."
+        console.print(said, markup=False)
 
 
 @app.command()
@@ -70,6 +94,10 @@ def update(
     Run again, it goes on where it was killed; decided before, it does nothing. Exit code 3: hold, 4: inconclusive.
     """
     with reported_errors(as_json):
+        from graceful.flows.commands.check import require_checked
+
+        _look_for_modules_here()
+        require_checked(_place(root), adopt)
         _say_that_it_starts(as_json)
         from graceful.flows.runtime.environment import prepare_environment
 
@@ -79,6 +107,22 @@ def update(
         result = run_update_flow(_place(root), _console(as_json), again=again, adopt=adopt, paragon=paragon)
         _print(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result))
         raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))
+
+
+@app.command()
+def check(root: RootOption = ".", as_json: JsonOption = False) -> None:
+    """Look for what would make an update fail: configuration, data, evaluation, network, cluster, disk.
+
+    Takes seconds, starts nothing, changes nothing; 'graceful update' does it first. Exit code 2: there are errors.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.check import check_workspace
+
+        found = check_workspace(_place(root))
+        num_errors = sum(finding.level == "error" for finding in found)
+        document = {"errors": num_errors, "findings": [asdict(finding) for finding in found]}
+        _print(as_json, document, lambda console: _print_findings(console, found))
+        raise typer.Exit(WRONG_USE if num_errors else 0)
 
 
 @app.command()
@@ -310,6 +354,12 @@ def _say_that_it_starts(as_json: bool) -> None:
     _console(as_json).print("Starting (PyTorch, Ray and a flow server take a while to load) ...", style="dim")
 
 
+def _look_for_modules_here() -> None:
+    """Find a user's own package.module:factory in this folder, as 'python -m' would; nothing installed is hidden."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 def _place(given: str | Path) -> str:
     """An absolute local path, or a URI as it was given, of whose two slashes pathlib has made one."""
     text = re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", str(given))
@@ -355,6 +405,16 @@ def _print_ingested(console: Console, found: dict[str, Any]) -> None:
         console.print(f"  {entry['source']}: {entry['reason']}", highlight=False, soft_wrap=True, markup=False)
     if len(found["unreadable"]) > 20:
         console.print("  and so on; --json lists all of them", highlight=False)
+
+
+def _print_findings(console: Console, found: list[Any]) -> None:
+    styles = {"error": "bold red", "warning": "yellow", "ok": "green"}
+    for finding in found:
+        console.print(f"{finding.level:8}", style=styles[finding.level], end="")
+        console.print(finding.line, highlight=False, soft_wrap=True, markup=False)
+    counts = {level: sum(finding.level == level for finding in found) for level in styles}
+    said = "An update can start." if not counts["error"] else "An update would fail."
+    console.print(f"{counts['error']} errors, {counts['warning']} warnings. {said}", highlight=False)
 
 
 def _print_hits(console: Console, found: dict[str, Any]) -> None:

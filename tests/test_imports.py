@@ -38,14 +38,14 @@ ORDER = {
         "flows", "flows.store", "flows.store.processes", "flows.store.items", "flows.store.evaluation_set",
         "flows.store.registry", "flows.store.workspace", "flows.store.claim", "flows.store.evaluations",
         "flows.store.leaks", "flows.settings", "flows.settings.template", "flows.settings.cron",
-        "flows.settings.config", "flows.settings.reference", "flows.settings.inspection",
+        "flows.settings.config", "flows.settings.reference", "flows.settings.inspection", "flows.settings.starter",
         "flows.runtime", "flows.runtime.environment", "flows.runtime.progress", "flows.runtime.cluster",
         "flows.runtime.jobs", "flows.runtime.encoders", "flows.runtime.session", "flows.runtime.flow_ui",
         "flows.update", "flows.update.bench", "flows.update.assess", "flows.update.rollout", "flows.update.freeze",
         "flows.update.train", "flows.update.steps", "flows.update.publish", "flows.update.flow", "flows.update.replay",
         "flows.search", "flows.search.searcher", "flows.search.http",
-        "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.check", "flows.commands.operations",
-        "flows.terminal", "flows.cli",
+        "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
+        "flows.commands.operations", "flows.terminal", "flows.cli",
     ),
 }  # fmt: skip
 
