@@ -238,9 +238,8 @@ def _check_overlap(config: PipelineConfig, training: _Set, part: _Set) -> Iterat
         noun, examples = "images", ", ".join(known[key] for key in shared[:3])
         remedy = f'{_SPLIT}; or shared_images = "drop_from_training"'
     if shared:
-        yield Finding(
-            "error", f"{part.name}: expected no {noun} of the training, found {len(shared):,} (such as {examples})", remedy
-        )  # fmt: skip
+        found = f"{part.name}: expected no {noun} of the training, found {len(shared):,} (such as {examples})"
+        yield Finding("error", found, remedy)
 
 
 def _comparable(one: _Set, other: _Set) -> bool:
