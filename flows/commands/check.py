@@ -162,7 +162,7 @@ def _is_cheap(sources: Sequence[str]) -> bool:
 
 def _check_set(images: _Set) -> Iterator[Finding]:
     name, labels = images.name, Counter(images.labels.tolist())
-    if images.config.source == "digits" and not images.sources:
+    if images.config.source == "digits" and not all(map(exists, images.config.paths)):
         yield Finding("ok", f"{name}: the bundled digits, written when they are first used")
         return
     if not images.sources:
