@@ -66,7 +66,8 @@ def init(
     with reported_errors():
         from graceful.flows.commands.setup import create_workspace
 
-        made = create_workspace(_place(root), config, _place(pictures) if pictures else None, label)
+        with _counting("Looking at the pictures: {:,} read") as advance:
+            made = create_workspace(_place(root), config, _place(pictures) if pictures else None, label, advance)
         console = Console(highlight=False, soft_wrap=True)
         for line in made.lines:
             console.print(line, markup=False)
@@ -96,7 +97,6 @@ def update(
     with reported_errors(as_json):
         from graceful.flows.commands.check import require_checked
 
-        _look_for_modules_here()
         require_checked(_place(root), adopt)
         _say_that_it_starts(as_json)
         from graceful.flows.runtime.environment import prepare_environment
@@ -164,6 +164,8 @@ def status(root: RootOption = ".", as_json: JsonOption = False) -> None:
 
         found = workspace_status(_place(root))
         _print(as_json, found, lambda console: print_status(console, found))
+        if not as_json:
+            _say_what_the_template_needs(_place(root))
 
 
 @app.command()
@@ -325,6 +327,7 @@ def serve(
 
 def main() -> None:
     """Entry point of the console script."""
+    _look_for_modules_here()
     app()
 
 
@@ -354,10 +357,32 @@ def _say_that_it_starts(as_json: bool) -> None:
     _console(as_json).print("Starting (PyTorch, Ray and a flow server take a while to load) ...", style="dim")
 
 
+@contextmanager
+def _counting(text: str) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how many there are so far; the line goes away at the end."""
+    with Console(stderr=True).status(text.format(0)) as line:
+        seen = 0
+
+        def advance(number: int) -> None:
+            nonlocal seen
+            seen += number
+            line.update(text.format(seen))
+
+        yield advance
+
+
 def _look_for_modules_here() -> None:
     """Find a user's own package.module:factory in this folder, as 'python -m' would; nothing installed is hidden."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+
+
+def _say_what_the_template_needs(root: str) -> None:
+    from graceful.flows.settings.config import is_unedited
+
+    if is_unedited(root):
+        line = f"The configuration is the unedited template: run 'graceful init {root} --from <pictures>', or edit it."
+        Console().print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _place(given: str | Path) -> str:

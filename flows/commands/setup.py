@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,11 @@ class Created:
 
 
 def create_workspace(
-    root: str, config: Path | None = None, pictures: str | None = None, label: str | None = None
+    root: str,
+    config: Path | None = None,
+    pictures: str | None = None,
+    label: str | None = None,
+    on_images: Callable[[int], None] | None = None,
 ) -> Created:
     """Create the folder, its empty tables and the configuration; what is there is left alone.
 
@@ -42,7 +47,7 @@ def create_workspace(
         load_config(config, root)
         write_bytes(target, config.read_bytes())
     elif pictures is not None:
-        lines = _from_pictures(root, pictures, label)
+        lines = _from_pictures(root, pictures, label, on_images)
     elif not exists(target):
         write_bytes(target, TEMPLATE.encode())
     else:
@@ -51,12 +56,14 @@ def create_workspace(
     return Created(target, written, lines)
 
 
-def _from_pictures(root: str, pictures: str, label: str | None) -> tuple[str, ...]:
+def _from_pictures(
+    root: str, pictures: str, label: str | None, on_images: Callable[[int], None] | None
+) -> tuple[str, ...]:
     """Look, then write the configuration and the list of what cannot be read; returns what to say."""
     from graceful.flows.settings.inspection import inspect_images
     from graceful.flows.settings.starter import filled_in, inspection_lines
 
-    found = inspect_images(pictures, label=label)
+    found = inspect_images(pictures, label=label, on_images=on_images)
     text = filled_in(_name_of(root), found)
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder, CONFIG_FILE)

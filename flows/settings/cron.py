@@ -57,12 +57,13 @@ def _fits(item: str, low: int, high: int, words: dict[str, int]) -> bool:
     span, slash, step = item.partition("/")
     if slash and not (re.fullmatch(r"\d+", step) and 0 < int(step) <= high):
         return False
-    if span == "*":
+    if span == "*" or (span == "?" and high in (7, 31)):
         return True
-    if span == "l" and (low, high) == (1, 31):  # the last day of the month
+    if span == "l" and high == 31:  # the last day of the month
         return not slash
+    if high == 7:  # the second Friday, the last one
+        span = re.sub(r"#[1-5]$|^l(?=[0-7a-z])", "", span)
     start, dash, end = span.partition("-")
-    ends = [
-        words.get(text, int(text) if re.fullmatch(r"\d+", text) else -1) for text in ([start, end] if dash else [start])
-    ]
-    return all(low <= value <= high for value in ends) and ends == sorted(ends)
+    texts = [start, end] if dash else [start]  # 22-2 goes on after midnight
+    values = [words.get(text, int(text) if re.fullmatch(r"\d+", text) else -1) for text in texts]
+    return all(low <= value <= high for value in values)

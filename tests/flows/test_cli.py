@@ -13,8 +13,8 @@ from graceful.flows.cli import app, reported_errors
 from tests.flows import tiny
 
 COMMANDS = [
-    "collect", "decide", "delete", "ingest", "init", "replay", "report", "rollback", "search", "serve", "status",
-    "update",
+    "check", "collect", "decide", "delete", "ingest", "init", "replay", "report", "rollback", "search", "serve",
+    "status", "update",
 ]  # fmt: skip
 
 

@@ -259,7 +259,9 @@ def test_init_replaces_an_unedited_template_and_nothing_else(photos, tmp_path):
         assert refused.exit_code == 2, arguments
         said = refused.stderr or refused.stdout
         assert f"graceful init {shop} --from" in said.replace("\n", "")
+    assert "unedited template" in command("status", "-r", shop).stdout
     assert command("init", shop, "--from", photos).exit_code == 0
+    assert "unedited template" not in command("status", "-r", shop).stdout
     written = (shop / "graceful.toml").read_text()
     assert 'by = "content"' in written
     again = command("init", shop, "--from", photos)
