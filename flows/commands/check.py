@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -354,7 +354,7 @@ def _check_disk(root: str, config: PipelineConfig, sets: dict[str, _Set]) -> Ite
 
 
 def _open(root: str) -> Workspace:
-    def no_encoder(generation: str) -> None:
+    def no_encoder(generation: str) -> Any:
         raise RuntimeError(f"embedding with {generation}: a check does not embed")
 
     return Workspace(root, no_encoder)
