@@ -22,7 +22,9 @@ def orchestration(epochs: int = 66) -> Ratio:
 
         from graceful.flows.runtime.session import open_session
         from graceful.flows.settings.config import load_config
-        from graceful.flows.update.flow import run_update
+        from graceful.flows.store.events import UpdateCompleted
+        from graceful.flows.update import order
+        from graceful.flows.update.flow import as_task
 
         example = Path(__file__).resolve().parent.parent / "examples" / "digits.toml"
         overrides = {
@@ -41,10 +43,8 @@ def orchestration(epochs: int = 66) -> Ratio:
         def update() -> tuple[float, float]:
             started = time.monotonic()
             with open_session(folder, config) as session:
-                result = run_update(session)
-                compute = session.workspace.registry.events("update_completed", result.update_key)[0].payload[
-                    "compute_s"
-                ]
+                result = order.update(session, step=as_task)
+                compute = session.workspace.registry.events(UpdateCompleted, result.update_key)[0].payload.compute_s
             return time.monotonic() - started, float(compute)
 
         nothing()

@@ -48,6 +48,7 @@ from graceful.evaluation.policy import RolloutPolicy
 from graceful.evaluation.power import queries_for_margin, queries_for_nfr
 
 __all__ = [
+    "JUDGING_VERSION",
     "CertificateToIssue",
     "Decision",
     "Evidence",
@@ -60,6 +61,10 @@ __all__ = [
     "gather_evidence",
     "wave_zero_generations",
 ]
+
+JUDGING_VERSION = 1
+"""Version of the judgement. Raise it with every change after which the same outcomes and policy are decided
+otherwise."""
 
 Outcome = Literal["BOOTSTRAP", "COMPATIBLE_ROLLOUT", "FULL_BACKFILL", "HOLD", "INCONCLUSIVE"]
 

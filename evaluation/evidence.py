@@ -123,34 +123,44 @@ class Evidence(BaseModel):
     missing: tuple[str, ...] = Field(default=(), description="What should have been measured and was not.")
 
 
-def gather_evidence(
-    outcomes: Outcomes,
-    policy: RolloutPolicy,
-    *,
-    order: str,
-    live_owners: Mapping[str, float],
-    candidate: str,
-    champion: str | None,
-    is_first: bool,
-    cost: CostInputs | None = None,
-    unreadable_share: float | None = None,
-    clients: Sequence[str] = (),
-) -> Evidence:
+class Question(BaseModel):
+    """What is asked of the outcomes: who is judged against whom, and what the gallery looked like.
+
+    Stored beside the outcomes, so that the same question can be put to them again under another policy.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    candidate: str = Field(description="The generation that is judged.")
+    champion: str | None = Field(description="The generation that serves; None in an empty lineage.")
+    order: str = Field(description="Order in which a partial re-index would embed.")
+    live_owners: dict[str, float] = Field(
+        default={}, description="Each generation that owns rows of today's view, with its share of the gallery."
+    )
+    unreadable_share: float | None = Field(
+        default=None, description="Share that nobody can read; by default what the live owners leave to 1."
+    )
+    clients: tuple[str, ...] = Field(default=(), description="Older generations that still query.")
+    cost: CostInputs | None = Field(default=None, description="What a backfill would take, where it was measured.")
+
+
+def gather_evidence(outcomes: Outcomes, policy: RolloutPolicy, question: Question) -> Evidence:
     """Bounds for every state and certificate that the policy asks about. Pure: the same arguments give the same bytes.
 
-    `live_owners` maps each generation that owns rows of today's view to its share of the gallery. What the shares leave
-    to 1 is unreadable unless `unreadable_share` says otherwise. Wave 0 (rows of owners without a certificate) must be
-    candidate-owned in every fraction state already: see `certify`. `clients` are older generations that still query.
+    Wave 0 (rows of owners without a certificate) must be candidate-owned in every fraction state already: see
+    `certify`.
     """
-    shares = {owner: float(share) for owner, share in live_owners.items()}
+    candidate, champion, cost = question.candidate, question.champion, question.cost
+    shares = {owner: float(share) for owner, share in question.live_owners.items()}
     if any(not 0 <= share <= 1 for share in shares.values()) or sum(shares.values()) > 1 + 1e-6:
         raise ValueError(f"gathering evidence: expected shares in [0, 1] with a sum of at most 1, found {shares}")
     self_test = _self_test(outcomes, policy, candidate)
     common: dict[str, Any] = {
         "candidate": candidate,
         "champion": champion,
-        "is_first_generation": is_first,
-        "order": order,
+        "is_first_generation": champion is None,
+        "order": question.order,
         "alpha": policy.alpha,
         "metric": policy.metric,
         "k": policy.k,
@@ -161,21 +171,21 @@ def gather_evidence(
         "costs": () if cost is None else option_costs(cost, policy.fractions),
     }
     missing = [] if self_test is not None else [f"self-test: state {pair_state(candidate, candidate)!r}"]
-    if is_first:
+    if champion is None:
         return Evidence(**common, missing=tuple(missing))
     missing += _missing_baselines(outcomes, policy, shares, candidate, champion)
     scopes, missing_slices = _scopes(outcomes, policy)
     missing += missing_slices
-    certificates: tuple[CertificateEvidence, ...] = ()
-    if champion is not None:
-        certificates = certify(outcomes, policy, live_owners=shares, candidate=candidate, champion=champion)
+    certificates = certify(outcomes, policy, live_owners=shares, candidate=candidate, champion=champion)
     wave_zero = wave_zero_generations(certificates)
-    unreadable = max(0.0, 1 - sum(shares.values())) if unreadable_share is None else unreadable_share
+    unreadable = question.unreadable_share
+    if unreadable is None:
+        unreadable = max(0.0, 1 - sum(shares.values()))
     return Evidence(
         **common,
         states=_states(outcomes, policy, scopes),
         certificates=certificates,
-        clients=certify_clients(outcomes, policy, clients, candidate=candidate),
+        clients=certify_clients(outcomes, policy, question.clients, candidate=candidate),
         live_owners=shares,
         wave_zero_generations=wave_zero,
         wave_zero_share=sum(shares[owner] for owner in wave_zero),
@@ -259,7 +269,7 @@ def _self_test(outcomes: Outcomes, policy: RolloutPolicy, candidate: str) -> flo
 
 
 def _missing_baselines(
-    outcomes: Outcomes, policy: RolloutPolicy, shares: Mapping[str, float], candidate: str, champion: str | None
+    outcomes: Outcomes, policy: RolloutPolicy, shares: Mapping[str, float], candidate: str, champion: str
 ) -> list[str]:
     missing = []
     if not measured(outcomes, SERVED).any():
@@ -267,12 +277,10 @@ def _missing_baselines(
     for fraction in policy.fractions:
         if fraction_state(fraction) not in outcomes.first_rank:
             missing.append(f"metric: state {fraction_state(fraction)!r}")
-    if champion is None:
-        missing.append("baseline: the champion")
     if not shares:
         missing.append("baseline: live owners of the gallery")
-    for owner in shares if champion is not None else ():
-        for query, kind in ((candidate, "metric"), (str(champion), "baseline")):
+    for owner in shares:
+        for query, kind in ((candidate, "metric"), (champion, "baseline")):
             if owner != candidate and live_state(query, owner) not in outcomes.first_rank:
                 missing.append(f"{kind}: state {live_state(query, owner)!r}")
     return missing

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -102,9 +103,9 @@ def update(
         from graceful.flows.runtime.environment import prepare_environment
 
         prepare_environment(_place(root))
-        from graceful.flows.commands.operations import run_update_flow
+        from graceful.flows.commands.updates import update_workspace
 
-        result = run_update_flow(_place(root), _console(as_json), again=again, adopt=adopt, paragon=paragon)
+        result = update_workspace(_place(root), _console(as_json), again=again, adopt=adopt, paragon=paragon)
         _print(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result))
         raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))
 
@@ -148,10 +149,10 @@ def replay(
         from graceful.flows.runtime.environment import prepare_environment
 
         prepare_environment(root or "workspaces")
-        from graceful.flows.commands.operations import run_replay_flow
+        from graceful.flows.commands.updates import replay_history
         from graceful.flows.terminal import print_replay
 
-        result = run_replay_flow(config, root, _console(as_json), paragon=paragon, controls=controls)
+        result = replay_history(config, root, _console(as_json), paragon=paragon, controls=controls)
         _print(as_json, result.model_dump(mode="json"), lambda console: print_replay(console, result))
 
 
@@ -159,7 +160,7 @@ def replay(
 def status(root: RootOption = ".", as_json: JsonOption = False) -> None:
     """Show who serves, who owns the gallery's rows, what is unreadable, and what is under way."""
     with reported_errors(as_json):
-        from graceful.flows.commands.operations import workspace_status
+        from graceful.flows.commands.status import workspace_status
         from graceful.flows.terminal import print_status
 
         found = workspace_status(_place(root))
@@ -204,7 +205,7 @@ def delete(
 ) -> None:
     """Delete items from every view, after a rollback too. With --forget nothing of them stays."""
     with reported_errors(as_json):
-        from graceful.flows.commands.operations import delete_items
+        from graceful.flows.commands.status import delete_items
 
         found = delete_items(_place(root), item_ids, forget=forget)
         _print(as_json, found, lambda console: _print_counts(console, found))
@@ -214,7 +215,7 @@ def delete(
 def collect(root: RootOption = ".", as_json: JsonOption = False) -> None:
     """Drop vectors that nobody can read any more: not the champion, its predecessor, a supported client or a reader."""
     with reported_errors(as_json):
-        from graceful.flows.commands.operations import collect_garbage
+        from graceful.flows.commands.status import collect_garbage
 
         found = collect_garbage(_place(root))
         _print(as_json, found, lambda console: _print_counts(console, found))
@@ -249,7 +250,7 @@ def decide(
     Changes nothing. Exit code 1 if the same policy does not give the recorded decision.
     """
     with reported_errors(as_json):
-        from graceful.flows.commands.operations import decide_again
+        from graceful.flows.commands.evaluations import decide_again
         from graceful.flows.terminal import print_decision
 
         decision, agrees = decide_again(_place(evaluation), policy)
@@ -274,7 +275,7 @@ def rollback(
 ) -> None:
     """Return to the previous generation: one move of a pointer, no data touched."""
     with reported_errors(as_json):
-        from graceful.flows.commands.operations import roll_back
+        from graceful.flows.commands.status import roll_back
 
         state = roll_back(_place(root), reason)
         _print(as_json, state, lambda console: console.print(f"Serving {state['champion']} again.", highlight=False))
@@ -288,7 +289,7 @@ def report(
 ) -> None:
     """Print the newest decision with its reasons, and where its report lies."""
     with reported_errors(as_json):
-        from graceful.flows.commands.operations import read_report
+        from graceful.flows.commands.evaluations import read_report
         from graceful.flows.terminal import print_decision
 
         location, decision = read_report(_place(root), evaluation)
@@ -333,7 +334,13 @@ def main() -> None:
 
 @contextmanager
 def reported_errors(as_json: bool = False) -> Iterator[None]:
-    """Turn an expected failure into one line and an exit code; GRACEFUL_DEBUG=1 shows the traceback."""
+    """Turn what a user can mend into one line and an exit code; a bug keeps its traceback.
+
+    One line: every `GracefulError`, and what the machine refuses (a full disk, a missing permission). GRACEFUL_DEBUG=1
+    shows the traceback of these too.
+    """
+    from graceful.errors import GracefulError
+
     try:
         yield
     except (typer.Exit, typer.Abort):
@@ -344,12 +351,20 @@ def reported_errors(as_json: bool = False) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("GRACEFUL_DEBUG"):
             raise
+        expected = isinstance(error, GracefulError | OSError)
         line = " ".join(str(error).split()) or type(error).__name__
-        config = sys.modules.get("graceful.flows.settings.config")
-        wrong_use = config is not None and isinstance(error, config.ConfigError)
         if as_json:
-            print(json.dumps({"error": line, "kind": type(error).__name__}))
-        print(f"graceful: {line}", file=sys.stderr)
+            print(json.dumps({"error": line, "kind": type(error).__name__, "bug": not expected}))
+        if expected:
+            print(f"graceful: {line}", file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+            print(
+                f"graceful: {type(error).__name__}: {line}; this is a bug: please report it with the lines above, as "
+                "CONTRIBUTING.md says",
+                file=sys.stderr,
+            )
+        wrong_use = isinstance(error, GracefulError) and error.exit_code == WRONG_USE
         raise typer.Exit(WRONG_USE if wrong_use else FAILED) from None
 
 

@@ -65,13 +65,13 @@ def serve_updates(root: str, host: str = "127.0.0.1", port: int = 4200) -> None:
     config = load_workspace_config(root)
     os.environ.setdefault("PREFECT_RUNNER_POLL_FREQUENCY", "5")
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_S))
-    with _terminated_as_interrupted(), _flow_server(root, host, port) as api_url:
+    with _terminated_as_interrupted(), flow_server(root, host, port) as api_url:
         os.environ["PREFECT_API_URL"] = api_url
         asyncio.run(_run(root, config, api_url))
 
 
 @contextlib.contextmanager
-def _flow_server(root: str, host: str, port: int) -> Iterator[str]:
+def flow_server(root: str, host: str, port: int) -> Iterator[str]:
     """The address of a server that runs for this workspace; one is started, and ended, if there is none."""
     known = os.environ.get("PREFECT_API_URL") or running_server(root)
     if known:

@@ -6,8 +6,14 @@ line prints that line and no traceback. Every other exception is a bug and keeps
 
 
 class GracefulError(Exception):
-    """Something that whoever runs this can mend; the message says how."""
+    """Something that whoever runs this can mend; the message says how. `exit_code`: of the command line."""
+
+    exit_code = 1
 
 
 class UnknownFormatError(GracefulError):
     """A stored record has a format version that this program does not know."""
+
+
+class UsageError(GracefulError, ValueError):
+    """A value that was given cannot be used; the message says what was expected."""

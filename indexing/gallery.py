@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from graceful.errors import UsageError
 from graceful.files import crash_point, exists, join, move, remove, resolve, size_bytes
 from graceful.indexing.embedding_files import read_embeddings, write_embedding_file
 from graceful.indexing.leases import GalleryVersion, Leases
@@ -117,7 +118,7 @@ class View:
     def vectors(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """Read the vectors (n, D) of items that one generation, or generations of one width, own."""
         if np.any(self.owner[positions] < 0):
-            raise ValueError("reading vectors of a view: expected readable positions, found unreadable items")
+            raise UsageError("reading vectors of a view: expected readable positions, found unreadable items")
         parts: list[NDArray[np.float32]] = []
         order: list[NDArray[np.int64]] = []
         for file in np.unique(self.file[positions]):
@@ -174,7 +175,7 @@ class Gallery:
         """
         ids = items["item_id"].to_pylist()
         if len(set(ids)) != len(ids):
-            raise ValueError("ingesting items: expected each item id once, found repeated ids; split the batch")
+            raise UsageError("ingesting items: expected each item id once, found repeated ids; split the batch")
         for _ in range(_SERIAL_ATTEMPTS):
             version = self.items_table.version()
             latest = self.latest_items(version)

@@ -7,7 +7,7 @@ only when no protected view owns a single row of them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graceful.errors import GracefulError
+from graceful.errors import GracefulError, UsageError
 from graceful.files import list_files, remove
 from graceful.indexing.gallery import Gallery
 
@@ -30,7 +30,7 @@ def collect(gallery: Gallery, protected: Sequence[Sequence[str]]) -> Collection:
     `protected` has one readable list (oldest first) for each query generation that must keep seeing what it sees.
     """
     if not protected:
-        raise ValueError("collecting vectors: expected at least one protected query generation, found none")
+        raise UsageError("collecting vectors: expected at least one protected query generation, found none")
     needed: set[str] = set()
     for readable in protected:
         needed |= {name for name, rows in gallery.view(readable).rows_by_generation().items() if rows}
@@ -63,7 +63,7 @@ def forget(gallery: Gallery, item_ids: Sequence[str]) -> int:
         if row["item_id"] in wanted and not row["deleted"]
     ]
     if alive:
-        raise ValueError(f"forgetting items: expected deleted items, found live ones ({alive[0]}); delete them first")
+        raise UsageError(f"forgetting items: expected deleted items, found live ones ({alive[0]}); delete them first")
     before = sum(file.num_rows for file in gallery.items_table.snapshot().files)
     for table in (gallery.vectors_table, gallery.items_table):
         table.delete_rows("item_id", sorted(wanted))

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from graceful.errors import GracefulError
+from graceful.errors import GracefulError, UsageError
 
 PLAN_ITEMS_SCHEMA = pa.schema([("wave", pa.int32()), ("position", pa.int64()), ("item_id", pa.string())])
 
@@ -79,7 +79,7 @@ def rank_items(order: str, inputs: OrderInputs, first: NDArray[np.bool_] | None 
     Returns a permutation (N,): position in the view of the item at each rank.
     """
     if order not in ORDERS:
-        raise ValueError(f"ordering items: expected one of {', '.join(sorted(ORDERS))}, found {order!r}")
+        raise UsageError(f"ordering items: expected one of {', '.join(sorted(ORDERS))}, found {order!r}")
     ranking = ORDERS[order](inputs)
     if first is None:
         return ranking
@@ -95,7 +95,7 @@ def nearest_mean_distance(vectors: NDArray[np.float32], class_means: NDArray[np.
 def num_chosen(num_items: int, num_first: int, fraction: float) -> int:
     """Rows that are re-embedded at a fraction: the share of all items, and never less than wave 0."""
     if not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"planning a re-index: expected a fraction in [0, 1], found {fraction}")
+        raise UsageError(f"planning a re-index: expected a fraction in [0, 1], found {fraction}")
     return max(num_first, int(np.ceil(fraction * num_items - 1e-9)))
 
 
@@ -107,7 +107,7 @@ def plan_waves(
     Returns a table PLAN_ITEMS_SCHEMA in plan order.
     """
     if wave_rows < 1:
-        raise ValueError(f"planning a re-index: expected at least one row a wave, found {wave_rows}")
+        raise UsageError(f"planning a re-index: expected at least one row a wave, found {wave_rows}")
     chosen = num_chosen(len(item_ids), num_first, fraction)
     positions = np.arange(chosen)
     waves = np.where(positions < num_first, 0, 1 + (positions - num_first) // wave_rows).astype(np.int32)

@@ -36,16 +36,19 @@ ORDER = {
     ),
     "flows": (
         "flows", "flows.store", "flows.store.processes", "flows.store.items", "flows.store.evaluation_set",
-        "flows.store.registry", "flows.store.workspace", "flows.store.claim", "flows.store.evaluations",
-        "flows.store.leaks", "flows.settings", "flows.settings.template", "flows.settings.cron",
-        "flows.settings.config", "flows.settings.reference", "flows.settings.inspection", "flows.settings.starter",
+        "flows.store.events", "flows.store.registry", "flows.store.workspace", "flows.store.claim",
+        "flows.store.evaluations", "flows.store.leaks",
+        "flows.settings", "flows.settings.template", "flows.settings.cron", "flows.settings.config",
+        "flows.settings.reference", "flows.settings.inspection", "flows.settings.starter",
         "flows.runtime", "flows.runtime.environment", "flows.runtime.progress", "flows.runtime.cluster",
         "flows.runtime.jobs", "flows.runtime.encoders", "flows.runtime.session", "flows.runtime.flow_ui",
         "flows.update", "flows.update.bench", "flows.update.assess", "flows.update.rollout", "flows.update.freeze",
-        "flows.update.train", "flows.update.steps", "flows.update.publish", "flows.update.flow", "flows.update.replay",
+        "flows.update.train", "flows.update.judge", "flows.update.conclude", "flows.update.diagnosis",
+        "flows.update.publish", "flows.update.order", "flows.update.replay", "flows.update.flow",
         "flows.search", "flows.search.searcher", "flows.search.http",
         "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
-        "flows.commands.operations", "flows.terminal", "flows.cli",
+        "flows.commands.status", "flows.commands.evaluations", "flows.commands.operations", "flows.commands.updates",
+        "flows.terminal", "flows.cli",
     ),
 }  # fmt: skip
 
@@ -54,14 +57,7 @@ LEAF = ("errors", "files")
 EVERYWHERE = ("numpy", "pydantic", "pydantic_core", *LEAF)
 # Library -> modules that may import it; a package stands for all its modules.
 ALLOWED = {
-    "prefect": (
-        "flows.runtime.flow_ui",
-        "flows.commands.operations",
-        "flows.update.publish",
-        "flows.update.replay",
-        "flows.schedule",
-        "flows.update.flow",
-    ),
+    "prefect": ("flows.runtime.flow_ui", "flows.schedule", "flows.update.flow"),
     "ray": ("training.launch", "indexing.embedding_pool", "flows.runtime.cluster", "flows.runtime.jobs"),
     "torch": ("training",),
     "torchvision": ("training",),
@@ -83,8 +79,7 @@ ALLOWED = {
 FORBIDDEN = {"flows.cli": ("pyarrow", "prefect", "ray", *PACKAGES[:3])}
 # Plain Python: an update, a search and a judgement run the same without Prefect.
 WITHOUT_PREFECT = (
-    "flows.search.searcher", "flows.search.http", "flows.update.steps", "flows.update.assess", "flows.update.bench",
-    "flows.update.rollout", "flows.store.workspace", "flows.store.registry",
+    "flows.search.searcher", "flows.search.http", "flows.update.order", "flows.update.replay", "flows.commands.status",
 )  # fmt: skip
 
 
@@ -119,7 +114,7 @@ def _absolute_imports_of(module: str, lazy: bool) -> Iterator[str]:
             assert node.level == 0, f"{module}: imports are absolute, found a relative one in line {node.lineno}"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                yield inner if inner.removeprefix("graceful.") in MODULES else str(node.module)
+                yield inner if inner.removeprefix("graceful.") in (*MODULES, *LEAF) else str(node.module)
 
 
 def may_import(module: str, library: str) -> bool:

@@ -62,12 +62,15 @@ def test_constraints_file_agrees_with_the_pins():
 
 def test_every_package_and_its_data_are_shipped():
     found = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert {pattern.rstrip("*") for pattern in found["packages"]["find"]["include"]} == set(PACKAGES)
+    assert set(found["package-dir"].values()) == {"graceful", *PACKAGES}
+    folders = [file.parent for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    names = {".".join(["graceful", *folder.relative_to(ROOT).parts]) for folder in folders}
+    assert {"graceful", *names} == set(found["packages"])
     for package in PACKAGES:
         data = {file.suffix for file in (ROOT / package).rglob("*") if file.is_file()} - {".py", ".pyc"}
-        shipped = {Path(pattern).suffix for pattern in found["package-data"].get(package, [])}
+        shipped = {Path(pattern).suffix for pattern in found["package-data"].get(f"graceful.{package}", [])}
         assert data <= shipped, f"{package}: {data - shipped} is not in package-data"
-    assert not list((ROOT / "tests").rglob("__init__.py")), "tests/training would shadow training"
+    assert not list((ROOT / "tests").rglob("__init__.py")), "tests have no packages: they are imported by path"
 
 
 def test_console_script_exists():

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from graceful.errors import UsageError
 from graceful.training.generation import BackboneSpec
 
 
@@ -76,7 +77,7 @@ def build_backbone(
     models = _torchvision_models()
     if spec.name in models.list_models():
         return _build_torchvision(spec.name, kwargs, width, channels)
-    raise ValueError(
+    raise UsageError(
         f"building a backbone: expected small_cnn, package.module:factory or a torchvision model, found {spec.name!r}; "
         f"torchvision has {', '.join(models.list_models(module=models))}"
     )
@@ -97,21 +98,21 @@ def load_initial_weights(module: nn.Module, spec: BackboneSpec, weights: str) ->
         module.load_state_dict(state, strict=True)
         return
     if not isinstance(module, ProjectedBackbone):
-        raise ValueError(
+        raise UsageError(
             f"loading initial weights: expected a file for {spec.name}, found {weights!r}; only torchvision models "
             "have named weights"
         )
     enum = _torchvision_models().get_model_weights(spec.name)
     names = [entry.name for entry in enum]
     if weights not in names:
-        raise ValueError(f"loading initial weights: expected one of {names} or a file, found {weights!r}")
+        raise UsageError(f"loading initial weights: expected one of {names} or a file, found {weights!r}")
     own = module.features.state_dict()
     stored = enum[weights].get_state_dict(progress=False, check_hash=True)
     fitting = {key: value for key, value in stored.items() if key in own and own[key].shape == value.shape}
     missing = sorted(set(own) - set(fitting))
     stem = {key for key in missing if key.startswith("conv1.")}
     if set(missing) - stem:
-        raise ValueError(
+        raise UsageError(
             f"loading initial weights: expected {weights} of {spec.name} to fit, found {len(missing)} tensors that do "
             f"not (first {missing[0]}); use weights of the same model"
         )
@@ -130,7 +131,7 @@ def _build_torchvision(name: str, kwargs: dict[str, Any], width: int, channels: 
     network = _torchvision_models().get_model(name, weights=None, **kwargs)
     if small_stem or channels != 3:
         if not isinstance(network, _torchvision_models().ResNet):
-            raise ValueError(
+            raise UsageError(
                 f"building a backbone: small_stem and grey images need a ResNet, found {name!r}; use 3 channels and no "
                 "small_stem, or a package.module:factory"
             )
@@ -157,7 +158,7 @@ def _cut_classifier(network: nn.Module, name: str) -> int:
                 if isinstance(inner, nn.Linear):
                     setattr(layer, key, nn.Identity())
                     return inner.in_features
-    raise ValueError(
+    raise UsageError(
         f"building a backbone: expected a classification model, found no final linear layer in {name!r}; use a "
         "package.module:factory"
     )
@@ -168,14 +169,14 @@ def _call_factory(name: str, kwargs: dict[str, Any], offered: dict[str, int]) ->
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(
+        raise UsageError(
             f"building a backbone: expected an importable {name}, found {error}; check the name and PYTHONPATH"
         ) from error
     parameters = inspect.signature(factory).parameters
     arguments = {key: value for key, value in offered.items() if key in parameters and key not in kwargs}
     network = factory(**kwargs, **arguments)
     if not isinstance(network, nn.Module):
-        raise ValueError(
+        raise UsageError(
             f"building a backbone: expected {name} to return a torch module, found {type(network).__name__}"
         )
     return network
@@ -183,4 +184,4 @@ def _call_factory(name: str, kwargs: dict[str, Any], offered: dict[str, int]) ->
 
 def _refuse_unknown(name: str, left_over: dict[str, Any], known: list[str]) -> None:
     if left_over:
-        raise ValueError(f"building {name}: expected only {known}, found {sorted(left_over)}")
+        raise UsageError(f"building {name}: expected only {known}, found {sorted(left_over)}")

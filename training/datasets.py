@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from graceful.errors import GracefulError
+from graceful.errors import GracefulError, UsageError
 from graceful.training.folders import IMAGE_SUFFIXES
 from graceful.training.images import read_payloads, unreadable_reason
 from graceful.training.manifest import DatasetNotFoundError, LabelledImages, read_manifest, write_manifest
@@ -80,7 +80,7 @@ class HoldOut(BaseModel):
     def _complete(self) -> "HoldOut":
         needed, other = ("share", "count") if self.by == "content" else ("count", "share")
         if getattr(self, needed) is None or getattr(self, other) is not None:
-            raise ValueError(
+            raise UsageError(
                 f'split: expected {needed} and no {other} with by = "{self.by}", found share = {self.share} and count '
                 f'= {self.count}; write {{ share = 0.2, by = "content", ... }} or {{ count = 5, ... }}'
             )
@@ -131,7 +131,7 @@ class DatasetConfig(BaseModel):
     @model_validator(mode="after")
     def _complete(self) -> "DatasetConfig":
         if (self.source == "torchvision") != (self.torchvision_name is not None):
-            raise ValueError('data set: torchvision_name belongs to source = "torchvision", and is needed there')
+            raise UsageError('data set: torchvision_name belongs to source = "torchvision", and is needed there')
         return self
 
     @property
@@ -224,7 +224,7 @@ def growing_classes(
     group_array = label_array if groups is None else np.asarray(groups, dtype=np.str_)
     names = np.unique(group_array)
     if list(counts) != sorted(counts) or not len(counts) or counts[0] < 1 or counts[-1] > len(names):
-        raise ValueError(
+        raise UsageError(
             f"growing classes: expected ascending counts from 1 to {len(names)}, found {list(counts)}; the data has "
             f"{len(names)} groups"
         )

@@ -22,7 +22,7 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graceful.errors import GracefulError
+from graceful.errors import GracefulError, UsageError
 from graceful.files import join, read_bytes, write_bytes
 from graceful.training.backbones import build_backbone, load_initial_weights
 from graceful.training.generation import (
@@ -265,7 +265,7 @@ def adopt(
     """
     spec = BackboneSpec(name=factory, kwargs=kwargs or {})
     if ":" not in factory:
-        raise ValueError(f"adopting an encoder: expected package.module:factory, found {factory!r}")
+        raise UsageError(f"adopting an encoder: expected package.module:factory, found {factory!r}")
     channels, size = preprocessing.channels, preprocessing.image_size
     network = build_backbone(spec, 0, channels, size, offer_width=False)
     if weights is not None:
@@ -273,10 +273,10 @@ def adopt(
     with torch.inference_mode():
         output = network.eval()(normalise(torch.zeros(2, channels, size, size, dtype=torch.uint8), preprocessing))
     if output.ndim != 2:
-        raise ValueError(f"adopting {factory}: expected an output of shape (n, d), found {tuple(output.shape)}")
+        raise UsageError(f"adopting {factory}: expected an output of shape (n, d), found {tuple(output.shape)}")
     width = int(output.shape[1])
     if any(not 0 < prefix < width for prefix in prefix_widths):
-        raise ValueError(f"adopting {factory}: expected prefix widths below {width}, found {list(prefix_widths)}")
+        raise UsageError(f"adopting {factory}: expected prefix widths below {width}, found {list(prefix_widths)}")
     _, card = save_generation(
         out_uri,
         network,
@@ -292,7 +292,7 @@ def adopt(
 
 def _unit_rows(rows: Tensor, num_classes: int, width: int) -> Tensor:
     if rows.shape != (num_classes, width):
-        raise ValueError(f"storing classifier rows: expected {(num_classes, width)}, found {tuple(rows.shape)}")
+        raise UsageError(f"storing classifier rows: expected {(num_classes, width)}, found {tuple(rows.shape)}")
     return functional.normalize(rows.detach().float().cpu(), dim=1).contiguous()
 
 

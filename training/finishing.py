@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from graceful.errors import UsageError
 from graceful.training.encoder import autocast, embed, normalise
 from graceful.training.generation import Preprocessing
 
@@ -96,7 +97,7 @@ def sum_by_class(
             sums = torch.zeros(num_classes, vectors.shape[1], device=device)
         sums.index_add_(0, labels[rows].to(device), vectors.nan_to_num(0.0))
     if sums is None:
-        raise ValueError(f"class means: expected images for rank {rank} of {world_size}, found none; use fewer workers")
+        raise UsageError(f"class means: expected images for rank {rank} of {world_size}, found none; use fewer workers")
     return sums
 
 

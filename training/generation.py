@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from graceful.errors import GracefulError, UnknownFormatError
+from graceful.errors import GracefulError, UnknownFormatError, UsageError
 from graceful.files import join, read_bytes, write_bytes
 
 FORMAT_VERSION = 1
@@ -45,17 +45,17 @@ class Preprocessing(BaseModel):
     @model_validator(mode="after")
     def _one_value_per_channel(self) -> "Preprocessing":
         if len(self.mean) != self.channels or len(self.std) != self.channels:
-            raise ValueError(
+            raise UsageError(
                 f"preprocessing: expected {self.channels} values in mean and std, found {len(self.mean)} and "
                 f"{len(self.std)}; give one per channel"
             )
         if min(self.mean) < 0 or max(self.mean) > 1:
-            raise ValueError(
+            raise UsageError(
                 f"preprocessing: expected mean from 0 to 1, found {self.mean}; on the 0 to 255 scale? divide mean and "
                 "std by 255"
             )
         if min(self.std) <= 0:
-            raise ValueError(f"preprocessing: expected std > 0, found {self.std}")
+            raise UsageError(f"preprocessing: expected std > 0, found {self.std}")
         return self
 
     def fingerprint(self) -> str:
@@ -113,16 +113,30 @@ class GenerationCard(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> "GenerationCard":
         if make_generation_id(self.ordinal, self.digest) != self.generation_id:
-            raise ValueError(
+            raise UsageError(
                 f"card of {self.generation_id}: expected the id {make_generation_id(self.ordinal, self.digest)} that "
                 "ordinal and digest give; the card was edited or mixed up"
             )
         if self.preprocessing.fingerprint() != self.preprocessing_fingerprint:
-            raise ValueError(
+            raise UsageError(
                 f"card of {self.generation_id}: expected preprocessing fingerprint {self.preprocessing.fingerprint()}, "
                 f"found {self.preprocessing_fingerprint}"
             )
         return self
+
+
+class PredecessorRef(BaseModel):
+    """One predecessor and where its embeddings of the training images are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    generation_id: str = Field(description="Its id.")
+    generation_uri: str = Field(description="Its folder.")
+    embeddings_uri: str | tuple[str, ...] = Field(
+        description="Parquet file or files with the column embedding (fixed-size binary, little-endian float32 or "
+        "float16), one row per row of the manifest, in its order."
+    )
+    weight: float = Field(default=1.0, ge=0, description="Factor of this predecessor in every constraint.")
 
 
 def make_generation_id(ordinal: int, weights_sha256: str) -> str:
@@ -142,7 +156,7 @@ def ordinal_of(generation_id: str) -> int:
     """
     match = _ID_PATTERN.fullmatch(generation_id)
     if match is None:
-        raise ValueError(f"reading a generation id: expected a form like g003-9f2c1a, found {generation_id!r}")
+        raise UsageError(f"reading a generation id: expected a form like g003-9f2c1a, found {generation_id!r}")
     return int(match.group(1))
 
 

@@ -11,6 +11,8 @@ from pytorch_metric_learning import losses
 from torch import Tensor, nn
 from torch.nn import functional
 
+from graceful.errors import UsageError
+
 ROW_LENGTH = 1.1  # also the length of rows that start at the predecessor's class means
 
 
@@ -36,7 +38,7 @@ class Head(nn.Module):
     def set_rows(self, rows: Tensor) -> None:
         """Replace all rows by `rows` (C, d)."""
         if rows.shape != (self.num_classes, self.width):
-            raise ValueError(
+            raise UsageError(
                 f"setting classifier rows: expected {(self.num_classes, self.width)}, found {tuple(rows.shape)}"
             )
         with torch.no_grad():
@@ -74,7 +76,7 @@ HEADS: dict[str, Callable[[int, int, float, float], Head]] = {
 def build_head(name: str, num_classes: int, width: int, scale: float, margin: float) -> Head:
     """Build the head `name` with random rows."""
     if name not in HEADS:
-        raise ValueError(f"building a head: expected one of {sorted(HEADS)}, found {name!r}")
+        raise UsageError(f"building a head: expected one of {sorted(HEADS)}, found {name!r}")
     return HEADS[name](num_classes, width, scale, margin)
 
 

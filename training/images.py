@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from graceful.errors import GracefulError
+from graceful.errors import GracefulError, UsageError
 from graceful.files import join, read_bytes, resolve
 from graceful.training.generation import Preprocessing
 
@@ -49,7 +49,7 @@ def image_column(schema: pa.Schema, place: str) -> str:
     if "image" in fitting:
         return "image"
     if len(fitting) != 1:
-        raise ValueError(
+        raise UsageError(
             f"reading images: expected one image column (struct with bytes, or binary), found {fitting} among "
             f"{schema.names} (in {place}); name it in image_column"
         )

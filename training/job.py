@@ -1,5 +1,4 @@
-"""What one training is: the recipe (TrainingConfig) and the order to carry it out (TrainingJob). Plain JSON values,
-read without loading torch.
+"""What one training is: the recipe (TrainingConfig) and the order to carry it out (TrainingJob). Plain JSON values.
 
 The defaults are recipe R: fine-tune from the parent with classifier rows started at the parent's class means, one
 cross-contrast term and one RACT term against every predecessor, interpolate with the parent, then calibrate batch norm.
@@ -10,8 +9,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from graceful.errors import UsageError
 from graceful.training.choices import CONSTRAINT_PARAMETERS, HEAD_NAMES
-from graceful.training.generation import BackboneSpec, Preprocessing
+from graceful.training.generation import BackboneSpec, PredecessorRef, Preprocessing
+
+TRAINING_VERSION = 1
+"""Version of what a recipe means. Raise it with every change after which the same job gives other weights: a loss, the
+loop, an augmentation, the calibration. Trainings of another version are not taken up again."""
 
 
 class HeadConfig(BaseModel):
@@ -27,7 +31,7 @@ class HeadConfig(BaseModel):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in HEAD_NAMES:
-            raise ValueError(f"head: expected one of {list(HEAD_NAMES)}, found {value!r}")
+            raise UsageError(f"head: expected one of {list(HEAD_NAMES)}, found {value!r}")
         return value
 
 
@@ -44,11 +48,11 @@ class ConstraintConfig(BaseModel):
     @model_validator(mode="after")
     def _known(self) -> "ConstraintConfig":
         if self.name not in CONSTRAINT_PARAMETERS:
-            raise ValueError(f"constraint: expected one of {sorted(CONSTRAINT_PARAMETERS)}, found {self.name!r}")
+            raise UsageError(f"constraint: expected one of {sorted(CONSTRAINT_PARAMETERS)}, found {self.name!r}")
         known = CONSTRAINT_PARAMETERS[self.name]
         unknown = sorted(set(self.parameters) - set(known))
         if unknown:
-            raise ValueError(f"constraint {self.name}: expected the parameters {list(known)}, found {unknown}")
+            raise UsageError(f"constraint {self.name}: expected the parameters {list(known)}, found {unknown}")
         return self
 
 
@@ -114,31 +118,17 @@ class TrainingConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":
         if self.start == "scratch" and self.interpolation > 0:
-            raise ValueError(
+            raise UsageError(
                 "training config: interpolation needs weights that started at the parent's; set interpolation = 0 with "
                 'start = "scratch"'
             )
         if any(not 0 < prefix < self.width for prefix in self.prefix_widths):
-            raise ValueError(f"training config: expected prefix widths below {self.width}, found {self.prefix_widths}")
+            raise UsageError(f"training config: expected prefix widths below {self.width}, found {self.prefix_widths}")
         return self
 
     def without_constraints(self) -> "TrainingConfig":
         """Return the paragon's recipe: the same training, tied to no predecessor."""
         return self.model_copy(update={"constraints": (), "interpolation": 0.0})
-
-
-class PredecessorRef(BaseModel):
-    """One predecessor and where its embeddings of the training images are."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    generation_id: str = Field(description="Its id.")
-    generation_uri: str = Field(description="Its folder.")
-    embeddings_uri: str | tuple[str, ...] = Field(
-        description="Parquet file or files with the column embedding (fixed-size binary, little-endian float32 or "
-        "float16), one row per row of the manifest, in its order."
-    )
-    weight: float = Field(default=1.0, ge=0, description="Factor of this predecessor in every constraint.")
 
 
 class TrainingJob(BaseModel):
@@ -175,5 +165,5 @@ class TrainingJob(BaseModel):
     def _consistent(self) -> "TrainingJob":
         ids = [reference.generation_id for reference in self.predecessors]
         if len(set(ids)) != len(ids):
-            raise ValueError(f"training job: expected distinct predecessors, found {ids}")
+            raise UsageError(f"training job: expected distinct predecessors, found {ids}")
         return self

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from graceful.errors import UsageError
 from graceful.files import writing
 from graceful.training.images import encode_png
 
@@ -46,7 +47,7 @@ def materialise_torchvision(name: str, root: str, train: bool) -> str:
 
     factory = getattr(torchvision.datasets, name, None)
     if factory is None:
-        raise ValueError(f"reading a torchvision data set: expected a class of torchvision.datasets, found {name!r}")
+        raise UsageError(f"reading a torchvision data set: expected a class of torchvision.datasets, found {name!r}")
     dataset = factory(root=root, train=train, download=False)
     names = [str(entry) for entry in getattr(dataset, "classes", [])]
     payloads, labels = [], []

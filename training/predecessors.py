@@ -23,8 +23,7 @@ from torch.nn import functional
 from graceful.errors import GracefulError
 from graceful.files import resolve
 from graceful.training.encoder import read_classifier
-from graceful.training.generation import read_card
-from graceful.training.job import PredecessorRef
+from graceful.training.generation import PredecessorRef, read_card
 
 EMBEDDING_COLUMN = "embedding"
 

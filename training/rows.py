@@ -16,6 +16,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from graceful.errors import UsageError
 from graceful.files import join, list_files, read_bytes, resolve
 from graceful.training.folders import list_folder
 from graceful.training.images import image_column
@@ -38,7 +39,7 @@ def folder_rows(paths: Sequence[str], label_columns: Sequence[str], further: Seq
     """Images below folders; images in no sub-folder only without `label_columns`, and single files too then."""
     unknown = [name for name in (*label_columns, *further) if name != "label"]
     if unknown:
-        raise ValueError(
+        raise UsageError(
             f"loading images: expected only the column label in an image folder, found {sorted(set(unknown))}"
         )
     sources: list[str] = []
@@ -67,7 +68,7 @@ def parquet_rows(paths: Sequence[str], label_columns: Sequence[str], further: Se
     tables: list[pa.Table] = []
     for place in parquet_files(paths):
         file_system, path = resolve(place)
-        with pq.ParquetFile(file_system.open_input_file(path)) as reader:
+        with _open_parquet(file_system, path, place) as reader:
             schema = reader.schema_arrow
             _require(schema.names, [*needed, *([image] if image else [])], place)
             default = "image" if "image" in schema.names else None
@@ -90,11 +91,11 @@ def csv_rows(paths: Sequence[str], label_columns: Sequence[str], further: Sequen
         file_system, path = resolve(place)
         if file_system.get_file_info(path).type != pafs.FileType.File:
             raise DatasetNotFoundError(f"loading images: expected a CSV file, found none (at {place}); check the path")
-        reader = csv.DictReader(io.StringIO(read_bytes(place).decode("utf-8-sig"), newline=""))
+        reader = csv.DictReader(io.StringIO(_text_of(place), newline=""))
         names = list(reader.fieldnames or [])
         column = image or next((name for name in FILE_COLUMNS if name in names), None)
         if column is None:
-            raise ValueError(
+            raise UsageError(
                 f"loading images: expected a column that names the image ({', '.join(FILE_COLUMNS)}), found {names} "
                 f"(in {place}); name it in image_column"
             )
@@ -131,10 +132,26 @@ def as_text(values: NDArray[Any]) -> NDArray[np.str_]:
     return np.array([str(value) for value in values], dtype=np.str_)
 
 
+def _open_parquet(file_system: pafs.FileSystem, path: str, place: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file_system.open_input_file(path))
+    except pa.ArrowInvalid as error:
+        raise UsageError(
+            f"loading images: expected a Parquet file, found {' '.join(str(error).split())} (at {place}); write it again"
+        ) from error
+
+
+def _text_of(place: str) -> str:
+    try:
+        return read_bytes(place).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"loading images: expected UTF-8, found {error} (in {place}); save it as UTF-8") from error
+
+
 def _require(found: Sequence[str], wanted: Sequence[str], place: str) -> None:
     missing = [name for name in wanted if name not in found]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"loading images: expected the columns {missing}, found {list(found)} (in {place}); correct "
             "label_columns, where, attributes or image_column"
         )
@@ -143,13 +160,13 @@ def _require(found: Sequence[str], wanted: Sequence[str], place: str) -> None:
 def _labels(
     columns: Mapping[str, NDArray[Any]], label_columns: Sequence[str], sources: Sequence[str]
 ) -> NDArray[np.str_]:
-    """Label columns joined with /; empty without columns. Raises ValueError where a row has none."""
+    """Label columns joined with /; empty without columns. Raises UsageError where a row has none."""
     parts = [as_text(columns[name]) for name in label_columns]
     if not parts:
         return np.full(len(sources), "", dtype=np.str_)
     unlabelled = np.logical_or.reduce([columns[name] == None for name in label_columns])  # noqa: E711
     if unlabelled.any():
-        raise ValueError(
+        raise UsageError(
             f"loading images: expected a label in every row, found {int(unlabelled.sum())} without (first "
             f"{sources[int(np.argmax(unlabelled))]}); fill or remove them"
         )

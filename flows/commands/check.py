@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +21,11 @@ from graceful.errors import GracefulError
 from graceful.files import exists, is_remote
 from graceful.flows.commands.networks import problem_with_factory, problem_with_network
 from graceful.flows.settings.config import ClusterConfig, ConfigError, PipelineConfig, load_workspace_config
-from graceful.flows.store.workspace import Workspace, WorkspaceMissingError, require_workspace
+from graceful.flows.store.leaks import training_manifests
+from graceful.flows.store.workspace import WorkspaceMissingError, open_workspace, require_workspace
 from graceful.training.datasets import DatasetConfig, list_images, read_payloads
 from graceful.training.generation import read_card
 from graceful.training.images import split_source
-from graceful.training.manifest import read_manifest
 
 Level = Literal["error", "warning", "ok"]
 _HASHED_BYTES = 256 * 2**20
@@ -262,19 +262,14 @@ def _check_earlier_trainings(root: str, queries: _Set) -> Iterator[Finding]:
     """Queries that an earlier generation was trained on, by content, or by place where that is not known."""
     if not queries.exact:
         return
-    workspace = _open(root)
-    for event in workspace.registry.events("trained"):
-        uri = workspace.manifest_uri(event.update_key)
-        if not exists(uri):
-            continue
-        manifest = read_manifest(uri)
+    for generation, manifest in training_manifests(open_workspace(root)):
         trained = set(manifest.sources if queries.digests is None else manifest.content_sha256)
         leaked = [source for key, source in zip(queries.identifiers(), queries.sources, strict=True) if key in trained]
         if leaked:
             yield Finding(
                 "error",
                 f"evaluation.queries: expected none that a generation was trained on, found {len(leaked):,} in "
-                f"{event.generation} (such as {leaked[0]})",
+                f"{generation} (such as {leaked[0]})",
                 'split = { share = 0.2, by = "content", ... } keeps every image on its side when data grow',
             )
 
@@ -303,7 +298,7 @@ def _check_network(root: str, config: PipelineConfig, adopt: str | None) -> Iter
 
 
 def _check_parent(root: str, config: PipelineConfig) -> Iterator[Finding]:
-    workspace = _open(root)
+    workspace = open_workspace(root)
     champion = workspace.registry.serving().champion
     if champion is None:
         return
@@ -351,10 +346,3 @@ def _check_disk(root: str, config: PipelineConfig, sets: dict[str, _Set]) -> Ite
         yield Finding("error", room, "free some space, or put the workspace elsewhere")
     else:
         yield Finding("ok", room)
-
-
-def _open(root: str) -> Workspace:
-    def no_encoder(generation: str) -> Any:
-        raise RuntimeError(f"embedding with {generation}: a check does not embed")
-
-    return Workspace(root, no_encoder)

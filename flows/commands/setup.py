@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from graceful.files import exists, join, remove, write_bytes
 from graceful.flows.settings.config import CONFIG_FILE, ConfigError, is_unedited, load_config
@@ -84,9 +83,6 @@ def _name_of(root: str) -> str:
 
 
 def _create_tables(root: str) -> None:
-    def no_encoder(generation: str) -> Any:
-        raise RuntimeError(f"embedding with {generation}: this command does not embed")
-
-    workspace = Workspace(root, no_encoder)
+    workspace = Workspace(root)
     workspace.gallery.version()
     workspace.registry.serving()

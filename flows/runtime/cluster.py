@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-import graceful
+from graceful import files
 from graceful.errors import GracefulError
 from graceful.flows.settings.config import ClusterConfig
 
@@ -124,7 +124,7 @@ def runtime_environment() -> dict[str, Any]:
 @functools.cache
 def _staged_checkout() -> str | None:
     """The package as one folder, for shipping, when this code runs from a checkout; its folders lie apart there."""
-    checkout = Path(graceful.__file__).resolve().parent.parent
+    checkout = Path(files.__file__).resolve().parent.parent
     if not (checkout / "pyproject.toml").exists():
         return None
     folder = tempfile.mkdtemp(prefix="graceful-")

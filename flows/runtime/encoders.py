@@ -4,16 +4,13 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from graceful.files import join
 from graceful.flows.runtime.cluster import RaySession
 from graceful.flows.runtime.jobs import submit_embedding
-from graceful.flows.update.bench import Classifier
 from graceful.indexing.embed import EmbeddedUnit, EmbedUnit, embed_units
 from graceful.indexing.embedding_pool import EmbeddingPool
 from graceful.indexing.reindex import EmbedFunction
-from graceful.training.encoder import open_encoder, read_classifier
+from graceful.training.encoder import open_encoder
 
 
 class GenerationEncoders:
@@ -64,19 +61,6 @@ class GenerationEncoders:
         self.rows_per_s = sum(unit.num_rows for unit in done) / max(seconds, 1e-6)
 
 
-def load_classifier(generation_uri: str) -> Classifier | None:
-    """Read a generation's classifier rows and class means; None for an adopted encoder."""
-    found = read_classifier(generation_uri)
-    if found is None:
-        return None
-    card, rows, means = found
-    return Classifier(card.classes, _unit(rows.numpy()), _unit(means.numpy()))
-
-
 def limit_threads(threads: int | None = None) -> None:
     """Let encoders in this process use the cores that it has, unless the environment says otherwise."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads or os.cpu_count() or 1))
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)).astype(np.float32)

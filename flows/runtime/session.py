@@ -26,6 +26,8 @@ class Session:
         self.cluster = cluster
         self.encoders = encoders
         self.progress = progress
+        self.compute_s = 0.0
+        """Seconds that trainings and judgements of this session say they computed."""
 
     def with_config(self, config: PipelineConfig) -> "Session":
         """The same handles under another configuration (a replay changes the data, not the workspace)."""

@@ -31,11 +31,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from graceful.flows.search.searcher import (
     GallerySearcher,
     Hit,
-    NothingServedError,
     ServedSnapshot,
     UnreadableQueryError,
 )
-from graceful.flows.store.workspace import Workspace, require_workspace
+from graceful.flows.store.workspace import open_workspace, require_workspace
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
 
 REFRESH_S = 5.0
@@ -90,7 +89,7 @@ class SearchState:
         """Look at the serving state; never raises: what went wrong is kept for /status."""
         try:
             if self.searcher is None:
-                self.searcher = GallerySearcher(_open(self.root))
+                self.searcher = GallerySearcher(open_workspace(self.root))
                 moved = True
             else:
                 moved = self.searcher.refresh()
@@ -231,10 +230,3 @@ def _form_file(body: bytes, content_type: str) -> bytes:
         raise HTTPException(400, f"searching: expected a form with one file, found {len(files)}")
     payload = files[0].get_payload(decode=True)
     return payload if isinstance(payload, bytes) else b""
-
-
-def _open(root: str) -> Workspace:
-    def no_encoder(generation: str) -> Any:
-        raise NothingServedError(f"embedding with {generation}: the search endpoint writes no vectors")
-
-    return Workspace(root, no_encoder)

@@ -40,6 +40,8 @@ Control = Literal["from_scratch", "fine_tuned", "fine_tuned_initialised"]
 class ConfigError(GracefulError, ValueError):
     """A configuration that cannot be used; the message names key, problem and remedy."""
 
+    exit_code = 2
+
 
 class GalleryConfig(BaseModel):
     """How the gallery is re-indexed and served."""

@@ -4,6 +4,8 @@ import difflib
 import re
 import zoneinfo
 
+from graceful.errors import UsageError
+
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 _FIELDS: tuple[tuple[str, int, int, tuple[str, ...], int], ...] = (
@@ -17,31 +19,31 @@ _MACROS = ("@hourly", "@daily", "@midnight", "@weekly", "@monthly", "@yearly", "
 
 
 def check_cron(expression: str) -> str:
-    """Return a cron expression of five fields, or a macro such as @daily; raise ValueError naming the wrong field.
+    """Return a cron expression of five fields, or a macro such as @daily; raise UsageError naming the wrong field.
 
     >>> check_cron("*/15 8-18 * * mon-fri")
     '*/15 8-18 * * mon-fri'
     >>> check_cron("0 24 * * *")
     Traceback (most recent call last):
-    ValueError: cron: expected hour from 0 to 23, found '24'; for instance "0 3 * * 1" is Monday at three
+    graceful.errors.UsageError: cron: expected hour from 0 to 23, found '24'; "0 3 * * 1" is Monday at three
     """
     if expression in _MACROS:
         return expression
     parts = expression.split()
-    example = 'for instance "0 3 * * 1" is Monday at three'
+    example = '"0 3 * * 1" is Monday at three'
     if len(parts) != len(_FIELDS):
-        raise ValueError(
+        raise UsageError(
             f"cron: expected five fields (minute, hour, day, month, weekday), found {len(parts)}; {example}"
         )
     for part, (name, low, high, words, first) in zip(parts, _FIELDS, strict=True):
         for item in part.split(","):
             if not _fits(item.lower(), low, high, {word: place + first for place, word in enumerate(words)}):
-                raise ValueError(f"cron: expected {name} from {low} to {high}, found {item!r}; {example}")
+                raise UsageError(f"cron: expected {name} from {low} to {high}, found {item!r}; {example}")
     return expression
 
 
 def check_timezone(name: str) -> str:
-    """Return the name of a time zone; raise ValueError naming those that are like it."""
+    """Return the name of a time zone; raise UsageError naming those that are like it."""
     try:
         zoneinfo.ZoneInfo(name)
         return name
@@ -50,7 +52,7 @@ def check_timezone(name: str) -> str:
     near = [zone for zone in known if zone.lower().rpartition("/")[2] == name.lower().replace(" ", "_")]
     near += difflib.get_close_matches(name, known, n=2)
     remedy = f"did you mean {near[0]!r}?" if near else "for instance 'Europe/Vienna' or 'UTC'"
-    raise ValueError(f"timezone: expected a name of the IANA data base; {remedy}")
+    raise UsageError(f"timezone: expected a name of the IANA data base; {remedy}")
 
 
 def _fits(item: str, low: int, high: int, words: dict[str, int]) -> bool:

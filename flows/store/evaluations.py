@@ -5,20 +5,23 @@ the outcomes, and `recompute` does.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ValidationError
 
 from graceful.errors import GracefulError, UnknownFormatError
 from graceful.evaluation.decision import Decision, decide, gather_evidence
-from graceful.evaluation.evidence import Evidence
+from graceful.evaluation.evidence import Evidence, Question
 from graceful.evaluation.outcomes import Outcomes, from_columns, to_columns
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.files import exists, join, read_json, resolve, write_json
 
 FORMAT_VERSION = 1
+
+M = TypeVar("M", bound=BaseModel)
 
 
 class EvaluationMissingError(GracefulError, FileNotFoundError):
@@ -27,19 +30,19 @@ class EvaluationMissingError(GracefulError, FileNotFoundError):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation as it is stored. `context` holds the arguments of `gather_evidence` beside outcomes and policy."""
+    """One evaluation as it is stored."""
 
     outcomes: Outcomes
     policy: RolloutPolicy
-    context: dict[str, Any]
+    question: Question
     evidence: Evidence
     decision: Decision
 
 
-def judge(outcomes: Outcomes, policy: RolloutPolicy, context: dict[str, Any]) -> Evaluation:
+def judge(outcomes: Outcomes, policy: RolloutPolicy, question: Question) -> Evaluation:
     """Gather the evidence and decide: pure, so that stored outcomes give the stored decision again."""
-    evidence = gather_evidence(outcomes, policy, **context)
-    return Evaluation(outcomes, policy, context, evidence, decide(evidence, policy))
+    evidence = gather_evidence(outcomes, policy, question)
+    return Evaluation(outcomes, policy, question, evidence, decide(evidence, policy))
 
 
 def write_evaluation(location: str, evaluation: Evaluation) -> None:
@@ -49,10 +52,7 @@ def write_evaluation(location: str, evaluation: Evaluation) -> None:
     table = pa.table({name: pa.array(values) for name, values in to_columns(evaluation.outcomes).items()})
     table = table.replace_schema_metadata({"format_version": str(FORMAT_VERSION)})
     pq.write_table(table, f"{path}/outcomes.parquet", filesystem=filesystem)
-    context = {**evaluation.context}
-    if context.get("cost") is not None:
-        context["cost"] = context["cost"].model_dump(mode="json")
-    write_json(join(location, "context.json"), {"format_version": FORMAT_VERSION, **context})
+    write_json(join(location, "question.json"), evaluation.question.model_dump(mode="json"))
     write_json(join(location, "policy.json"), evaluation.policy.model_dump(mode="json"))
     write_json(join(location, "evidence.json"), evaluation.evidence.model_dump(mode="json"))
     write_json(join(location, "decision.json"), evaluation.decision.model_dump(mode="json"))
@@ -82,23 +82,35 @@ def read_evaluation(location: str) -> Evaluation:
     outcomes = read_outcomes(location)
     if not exists(join(location, "decision.json")):
         raise EvaluationMissingError(f"reading an evaluation: expected decision.json, found none (in {location})")
-    context = read_json(join(location, "context.json"))
-    context.pop("format_version")
     return Evaluation(
         outcomes,
-        RolloutPolicy.model_validate(read_json(join(location, "policy.json"))),
-        context,
-        Evidence.model_validate(read_json(join(location, "evidence.json"))),
-        Decision.model_validate(read_json(join(location, "decision.json"))),
+        _read_record(location, "policy.json", RolloutPolicy),
+        _read_record(location, "question.json", Question),
+        _read_record(location, "evidence.json", Evidence),
+        _read_record(location, "decision.json", Decision),
     )
 
 
 def recompute(location: str, policy: RolloutPolicy | None = None) -> tuple[Evaluation, Evaluation]:
     """Read an evaluation and judge its outcomes again (under another policy if one is given): (stored, recomputed)."""
-    from graceful.evaluation.cost import CostInputs
-
     stored = read_evaluation(location)
-    context = dict(stored.context)
-    if context.get("cost") is not None:
-        context["cost"] = CostInputs.model_validate(context["cost"])
-    return stored, judge(stored.outcomes, policy or stored.policy, context)
+    return stored, judge(stored.outcomes, policy or stored.policy, stored.question)
+
+
+def _read_record(location: str, name: str, model: type[M]) -> M:
+    """Read one JSON record strictly. Raises UnknownFormatError, naming file, key and place."""
+    place = join(location, name)
+    try:
+        return model.model_validate(read_json(place))
+    except FileNotFoundError:
+        raise EvaluationMissingError(f"reading an evaluation: expected {name}, found none (in {location})") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"]) or "the document"
+        found = f"{key}: {problem['msg'].lower()}"
+    except ValueError as error:
+        found = f"no JSON ({error})"
+    raise UnknownFormatError(
+        f"reading an evaluation: expected the record that this program writes, found {found} (in {place}); restore the "
+        "file, or use the program version that wrote it"
+    )

@@ -5,7 +5,6 @@ rows are the promotion history. The serving state moves only by compare-and-swap
 operator) that moved it. `readable` turns certificates into the list that the gallery's reading rule takes.
 """
 
-import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from graceful.errors import GracefulError
 from graceful.files import crash_point, join
+from graceful.flows.store.events import Adopted, Event, H, Trained, from_row, to_text
 from graceful.indexing.planner import PLAN_ITEMS_SCHEMA
 from graceful.indexing.tables import TableConflictError, VersionedTable
 from graceful.training.generation import ordinal_of
@@ -43,11 +43,6 @@ CERTIFICATES_SCHEMA = pa.schema(
 PLANS_SCHEMA = pa.schema([("plan_id", pa.string()), ("plan", pa.string()), *PLAN_ITEMS_SCHEMA])
 SERVING_SCHEMA = pa.schema([("sequence", pa.int64()), ("at", pa.float64()), ("state", pa.string())])
 
-EventKind = Literal[
-    "update_started", "trained", "adopted", "decided", "promoted", "held", "pending", "rolled_back",
-    "overridden", "plan_completed", "previous_released", "retired", "update_completed",
-]  # fmt: skip
-
 
 class UncertifiedGenerationError(GracefulError):
     """A query of this generation may not be answered: the generation has no certificate for itself."""
@@ -70,7 +65,10 @@ class ServingState(BaseModel):
 
 
 class Plan(BaseModel):
-    """An ordered list of items to re-embed with one generation; its items stand in the plans table."""
+    """An ordered list of items to re-embed with one generation; its items stand in the plans table.
+
+    `decision` names the evaluation that it carries out; `ordered`: by the operator, against what was decided.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -84,19 +82,7 @@ class Plan(BaseModel):
     num_waves: int
     before_move: Literal["all", "wave_zero"]
     decision: str
-
-
-class Event(BaseModel):
-    """One thing that happened, in the order of the lineage table."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    event_id: str
-    kind: str
-    update_key: str = ""
-    generation: str = ""
-    at: float = 0.0
-    payload: dict[str, Any] = {}
+    ordered: bool = False
 
 
 class Registry:
@@ -104,6 +90,7 @@ class Registry:
 
     def __init__(self, location: str) -> None:
         """Open the registry, or create it empty."""
+        self.location = location
         self._lineage = VersionedTable(join(location, "lineage"), LINEAGE_SCHEMA)
         self._certificates = VersionedTable(join(location, "certificates"), CERTIFICATES_SCHEMA)
         self._plans = VersionedTable(join(location, "plans"), PLANS_SCHEMA)
@@ -111,16 +98,9 @@ class Registry:
 
     # Lineage ----------------------------------------------------------------------------------------------------------
 
-    def record(
-        self,
-        kind: EventKind,
-        *,
-        update_key: str = "",
-        generation: str = "",
-        occurrence: int = 1,
-        payload: dict[str, Any] | None = None,
-    ) -> bool:
+    def record(self, happened: H, *, update_key: str = "", generation: str = "", occurrence: int = 1) -> bool:
         """Append an event. Within an update each kind happens once per generation: a repetition writes nothing."""
+        kind = type(happened).model_fields["kind"].default
         event_id = f"{update_key}/{kind}/{generation}/{occurrence}" if update_key else uuid.uuid4().hex
         row = {
             "event_id": event_id,
@@ -128,23 +108,34 @@ class Registry:
             "update_key": update_key,
             "generation": generation,
             "at": time.time(),
-            "payload": json.dumps(payload or {}, sort_keys=True, default=str),
+            "payload": to_text(happened),
         }
         return _append(self._lineage, [row], unit=event_id)
 
-    def events(self, kind: EventKind | None = None, update_key: str | None = None) -> list[Event]:
-        """Events in the order in which they happened."""
-        rows = self._lineage.snapshot().rows().sort_by("at").to_pylist()
-        events = [Event(**{**row, "payload": json.loads(row["payload"])}) for row in rows]
+    def events(self, kind: type[H], update_key: str | None = None) -> list[Event[H]]:
+        """Events of one kind in the order in which they happened, of one update or of all.
+
+        Raises:
+            UnknownFormatError: a record of a form that this program does not know.
+        """
+        wanted = kind.model_fields["kind"].default
         return [
-            event
-            for event in events
-            if (kind is None or event.kind == kind) and (update_key is None or event.update_key == update_key)
+            from_row(row, self.location)
+            for row in self._lineage_rows()
+            if row["kind"] == wanted and (update_key is None or row["update_key"] == update_key)
         ]
+
+    def history(self) -> list[Event[Any]]:
+        """Everything that happened, in order. Raises UnknownFormatError, also for a kind that is not known."""
+        return [from_row(row, self.location) for row in self._lineage_rows()]
+
+    def _lineage_rows(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self._lineage.snapshot().rows().sort_by("at").to_pylist()
+        return rows
 
     def generations(self) -> list[str]:
         """Every generation ever trained or adopted, by ordinal."""
-        ids = {event.generation for event in self.events() if event.kind in ("trained", "adopted")}
+        ids = {event.generation for kind in (Trained, Adopted) for event in self.events(kind)}
         return sorted(ids, key=ordinal_of)
 
     def served_generations(self) -> list[str]:

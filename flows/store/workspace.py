@@ -26,10 +26,10 @@ class WorkspaceMissingError(GracefulError):
 class Workspace:
     """Handles on the gallery and the registry below one root, and how to embed with a generation."""
 
-    def __init__(self, root: str, embed_with: EmbedWith) -> None:
-        """Open the workspace; its tables are created on first use."""
+    def __init__(self, root: str, embed_with: EmbedWith | None = None) -> None:
+        """Open the workspace; its tables are created on first use. Without `embed_with` it is only read."""
         self.root = root
-        self.embed_with = embed_with
+        self.embed_with = embed_with or _no_encoder
 
     @cached_property
     def gallery(self) -> Gallery:
@@ -61,6 +61,10 @@ class Workspace:
         """The list of images that an update trains on."""
         return join(self.update_uri(update_key), "training.parquet")
 
+    def throughput_uri(self, generation: str) -> str:
+        """How fast a generation's encoder was, for pricing."""
+        return join(self.root, "throughput", f"{generation}.json")
+
     def index_location(self) -> str:
         """The folder of index snapshots.
 
@@ -86,9 +90,19 @@ class Workspace:
         return lists + [[name] for name in dict.fromkeys(names) if name and name not in certified]
 
 
+def open_workspace(root: str) -> Workspace:
+    """Open a workspace that is there, for a command that embeds nothing. Raises WorkspaceMissingError."""
+    require_workspace(root)
+    return Workspace(root)
+
+
 def require_workspace(root: str) -> None:
     """Raise WorkspaceMissingError, saying what to do, unless there is a workspace at `root`."""
     if not exists(join(root, "registry")):
         raise WorkspaceMissingError(
             f"opening the workspace: expected one at {root}, found none; create it with 'graceful init'"
         )
+
+
+def _no_encoder(generation: str) -> EmbedFunction:
+    raise AssertionError(f"embedding with {generation}: this workspace was opened without encoders")

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from graceful.evaluation.cost import CostInputs
 from graceful.evaluation.decision import certify
+from graceful.evaluation.evidence import Question
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.flows.store.evaluation_set import EvaluationSet
 from graceful.flows.store.evaluations import Evaluation, judge
@@ -59,18 +59,15 @@ def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candi
     for name, classifier in (candidacy.classifiers or {}).items():
         if name in everyone:
             bench.measure_classification(name, classifier)
-    context: dict[str, Any] = {
-        "order": candidacy.order,
-        "live_owners": {},
-        "candidate": candidate,
-        "champion": champion,
-        "is_first": champion is None,
-        "cost": candidacy.cost,
-        "unreadable_share": None,
-        "clients": list(candidacy.clients),
-    }
+    question = Question(
+        candidate=candidate,
+        champion=champion,
+        order=candidacy.order,
+        clients=candidacy.clients,
+        cost=candidacy.cost,
+    )
     if champion is None:
-        return judge(bench.outcomes(), candidacy.policy, context)
+        return judge(bench.outcomes(), candidacy.policy, question)
     view = workspace.view(champion)
     shares = live_shares(workspace, champion)
     owners = production_owners(evaluation_set, view, champion)
@@ -89,9 +86,9 @@ def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candi
         candidacy.classifiers or {},
     )  # fmt: skip
     bench.measure_fractions(candidate, before, ranking, candidacy.policy.fractions)
-    context["live_owners"] = shares
-    context["unreadable_share"] = len(view.unreadable()) / max(view.num_items, 1)
-    return judge(bench.outcomes(), candidacy.policy, context)
+    unreadable = len(view.unreadable()) / max(view.num_items, 1)
+    question = question.model_copy(update={"live_owners": shares, "unreadable_share": unreadable})
+    return judge(bench.outcomes(), candidacy.policy, question)
 
 
 def live_shares(workspace: Workspace, champion: str) -> dict[str, float]:

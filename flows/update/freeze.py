@@ -1,46 +1,51 @@
 """The inputs of an update, fixed before it starts: data, champion, predecessors, evaluation set, and the key of it all.
 
-`update_key = digest(data, config, code)`, so that the same command resumes the same update and a changed one starts
-anew. What is frozen stands in the lineage before anything is trained.
+Three keys, because three things may change. `material_key = digest(images, recipe, TRAINING_VERSION)`: a champion made
+of the same material leaves nothing to train. `training_key = digest(material_key, parent, predecessors)` names a
+candidate: it is not trained twice, whatever the policy, the prices or the schedule say.
+`update_key = digest(images, evaluation set, configuration, TRAINING_VERSION, JUDGING_VERSION)` names an update: the
+same command resumes the same one, and a changed one starts anew. The versions are declared beside the code
+that they describe; a comment changes neither. What is frozen stands in the lineage before anything is trained.
 """
 
 import hashlib
 import json
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
-
+from graceful.evaluation.decision import JUDGING_VERSION
 from graceful.files import exists
 from graceful.flows.runtime.session import Session
 from graceful.flows.store.evaluation_set import EvaluationSet, load_evaluation_set, save_evaluation_set, separate
+from graceful.flows.store.events import Decided, Retired, Trained, UpdateStarted
+from graceful.flows.store.registry import Registry
+from graceful.flows.store.workspace import Workspace
 from graceful.training.datasets import LabelledImages, check_trainable, load_images, write_manifest
 from graceful.training.generation import ordinal_of
-
-_PACKAGES = ("training", "indexing", "evaluation", "flows")
-
-
-class FrozenUpdate(BaseModel):
-    """What an update is about. Stored in the lineage; a resumed update reads it from there."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    update_key: str
-    ordinal: int
-    champion: str | None
-    predecessors: tuple[str, ...]
-    generations: tuple[str, ...]
-    num_training_images: int
-    num_classes: int
-    num_unreadable: int
-    num_dropped: int = 0
-    evaluation_set: str
-    adopted: str | None = None
+from graceful.training.job import TRAINING_VERSION
 
 
-def freeze(
-    session: Session, *, again: bool = False, adopted: str | None = None
-) -> tuple[FrozenUpdate, EvaluationSet, LabelledImages]:
+@dataclass(frozen=True)
+class Inputs:
+    """What an update works on. `busy_before_s`: what the session's encoders had computed before it."""
+
+    session: Session
+    frozen: UpdateStarted
+    evaluation_set: EvaluationSet
+    images: LabelledImages
+    busy_before_s: float = 0.0
+
+    @property
+    def workspace(self) -> Workspace:
+        """The workspace that is updated."""
+        return self.session.workspace
+
+    @property
+    def registry(self) -> Registry:
+        """Its registry."""
+        return self.session.workspace.registry
+
+
+def freeze(session: Session, *, again: bool = False, adopted: str | None = None) -> Inputs:
     """Read the data, and fix or find again the inputs of the update that it calls for.
 
     An update of the same key is resumed, unless `again` asks for a new attempt or the champion has changed before it
@@ -50,31 +55,38 @@ def freeze(
     evaluation_set = load_evaluation_set(config.evaluation)
     images, num_dropped = separate(config.evaluation, load_images(config.training_data), evaluation_set)
     check_trainable(images)
-    data = [images.content_sha256, images.labels.tolist(), evaluation_set.set_id, adopted]
-    base = _digest([_digest(data), config.digest(), code_version()])[:16]
-    attempts = [
-        FrozenUpdate.model_validate(event.payload)
-        for event in registry.events("update_started")
-        if event.update_key.split("-")[0] == base
-    ]
+    data = digest([images.content_sha256, images.labels.tolist()])
+    versions = [TRAINING_VERSION, JUDGING_VERSION]
+    base = digest([data, evaluation_set.set_id, adopted, config.digest(), versions])[:16]
+    attempts = [event.payload for event in registry.events(UpdateStarted) if event.update_key.split("-")[0] == base]
     champion = registry.serving().champion
+    busy = session.encoders.busy_s
+    material_key = digest([data, config.training.model_dump(mode="json"), adopted, TRAINING_VERSION])[:16]
+    served = _made_the_champion(registry, material_key)
+    if served is not None and not attempts and not again:
+        return Inputs(session, served, evaluation_set, images, busy)
     if attempts and not again:
         last = attempts[-1]
-        if last.champion == champion or registry.events("decided", last.update_key):
-            return last, evaluation_set, images
+        if last.champion == champion or registry.events(Decided, last.update_key):
+            return Inputs(session, last, evaluation_set, images, busy)
     update_key = base if not attempts else f"{base}-{len(attempts) + 1}"
-    generations = registry.generations()
-    if adopted is not None:
-        generations = [name for name in generations if name != adopted]
+    predecessors = tuple(_predecessors(session))
+    training_key = adopted or digest([material_key, champion, predecessors])[:16]
+    known = adopted or trained_before(registry, training_key)
+    retired = {event.generation for event in registry.events(Retired) if event.payload.reason}
+    generations = [name for name in registry.generations() if name != known and name not in retired]
     manifest_uri = session.workspace.manifest_uri(update_key)
     if not exists(manifest_uri):
         write_manifest(manifest_uri, images)
     save_evaluation_set(session.workspace.root, evaluation_set)
-    frozen = FrozenUpdate(
+    newest = max([ordinal_of(name) for name in registry.generations()], default=0)
+    frozen = UpdateStarted(
         update_key=update_key,
-        ordinal=max([ordinal_of(name) for name in generations], default=0) + 1,
+        material_key=material_key,
+        training_key=training_key,
+        ordinal=newest + 1 if known is None else ordinal_of(known),
         champion=champion,
-        predecessors=tuple(_predecessors(session)),
+        predecessors=predecessors,
         generations=tuple(generations),
         num_training_images=len(images),
         num_classes=len(set(images.labels.tolist())),
@@ -83,31 +95,39 @@ def freeze(
         evaluation_set=evaluation_set.set_id,
         adopted=adopted,
     )
-    registry.record("update_started", update_key=update_key, payload=frozen.model_dump(mode="json"))
-    return frozen, evaluation_set, images
+    registry.record(frozen, update_key=update_key)
+    return Inputs(session, frozen, evaluation_set, images, busy)
 
 
-@cache
-def code_version() -> str:
-    """Digest of the code that trains, judges and acts."""
-    root = Path(__file__).resolve().parents[2]
-    files = sorted(file for package in _PACKAGES for file in (root / package).rglob("*.py"))
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:16]
+def _made_the_champion(registry: Registry, material_key: str) -> UpdateStarted | None:
+    """The update that made the champion, where it was made of these very images and this recipe.
+
+    Then there is nothing new to train, whatever else has changed: another policy judges the next candidate.
+    """
+    champion = registry.serving().champion
+    made = {event.update_key for event in registry.events(Trained) if event.generation == champion}
+    found = [event.payload for event in registry.events(UpdateStarted) if event.update_key in made]
+    return next((start for start in found if start.material_key == material_key), None)
+
+
+def trained_before(registry: Registry, training_key: str) -> str | None:
+    """The generation that was trained from the same inputs, if there is one."""
+    found = [event.generation for event in registry.events(Trained) if event.payload.training_key == training_key]
+    return found[0] if found else None
+
+
+def digest(value: object) -> str:
+    """sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _predecessors(session: Session) -> list[str]:
     """Generations to constrain against: all that ever served, or those of them that still own readable rows."""
     workspace = session.workspace
-    served = workspace.registry.served_generations()
+    retired = {event.generation for event in workspace.registry.events(Retired) if event.payload.reason}
     champion = workspace.registry.serving().champion
+    served = [name for name in workspace.registry.served_generations() if name == champion or name not in retired]
     if session.config.predecessors == "all" or champion is None:
         return served
     owners = workspace.view(champion).rows_by_generation()
     return [name for name in served if name == champion or owners.get(name)]
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -11,7 +11,6 @@ import time
 from typing import Any
 
 import numpy as np
-from prefect import flow
 from pydantic import BaseModel, ConfigDict
 
 from graceful.evaluation.flips import nfr_matrix
@@ -19,21 +18,20 @@ from graceful.evaluation.matrix import average_compatibility, average_multimodel
 from graceful.evaluation.outcomes import SERVED, fraction_state, pair_state
 from graceful.evaluation.retrieval import metric_of
 from graceful.files import exists, join, read_json, write_json
-from graceful.flows.runtime.flow_ui import FlowProgress
 from graceful.flows.runtime.progress import Progress
 from graceful.flows.runtime.session import Session, open_session
-from graceful.flows.settings.config import ConfigError, Control, PipelineConfig, ReplayConfig, load_config
+from graceful.flows.settings.config import ConfigError, Control, PipelineConfig, ReplayConfig
 from graceful.flows.store.claim import claim
 from graceful.flows.store.evaluation_set import load_evaluation_set
 from graceful.flows.store.evaluations import read_evaluation
+from graceful.flows.store.events import Overridden, UpdateStarted
 from graceful.flows.store.items import item_table
 from graceful.flows.update import train as making
 from graceful.flows.update.bench import Bench
-from graceful.flows.update.flow import UpdateResult, run_update, step
-from graceful.flows.update.freeze import FrozenUpdate
-from graceful.flows.update.publish import classification_nfr, constrained_pairs, matrices
+from graceful.flows.update.diagnosis import classification_nfr, constrained_pairs, matrices
+from graceful.flows.update.order import Step, UpdateResult, plain, update
 from graceful.flows.update.rollout import ingest
-from graceful.training.datasets import DatasetConfig, LabelledImages, column_values, load_images
+from graceful.training.datasets import DatasetConfig, column_values, load_images
 from graceful.training.job import TrainingConfig
 
 
@@ -89,48 +87,25 @@ class ReplayResult(BaseModel):
     seconds: float
 
 
-@step("ingest gallery")
-def ingest_gallery(session: Session, images: LabelledImages) -> int:
-    """Put the production gallery's images into the gallery; they are embedded when the first generation serves."""
-    result, _ = ingest(
-        session.workspace, item_table(images), unit="replay-gallery", unit_rows=session.config.gallery.unit_rows
-    )
-    return result.added
-
-
-@step("control chain", "control chain: {control}")
-def control_chain(session: Session, steps: list[UpdateResult], control: Control) -> ControlResult:
-    """Train and measure one unconstrained chain over the same data, beside the history."""
-    return measure_control(session, steps, control)
-
-
-@flow(name="graceful-replay", persist_result=False)
-def replay(config_file: str, workspace: str) -> ReplayResult:
-    """Replay a history of generations.
-
-    Args:
-        config_file: TOML file with a [replay] table.
-        workspace: Folder or URI of the workspace that the history lives in; run again, it goes on where it stopped.
-    """
-    return run_replay(load_config(config_file, workspace), workspace, FlowProgress())
-
-
-def run_replay(config: PipelineConfig, root: str, progress: Progress) -> ReplayResult:
-    """The body of the replay flow."""
+def replay(config: PipelineConfig, root: str, progress: Progress, step: Step = plain) -> ReplayResult:
+    """Replay a history in a workspace; run again, it goes on where it stopped. Each update takes `order.update`."""
     history = replay_table(config)
     started = time.monotonic()
     with open_session(root, config, progress) as session, claim(root, "a replay"):
         gallery = history.gallery or config.evaluation.gallery or config.evaluation.queries
-        ingest_gallery(session, load_images(gallery))
+        step("ingest gallery", lambda: _ingest_gallery(session, gallery))
         results, lines = [], []
         for count, values in zip(history.counts, growing_values(config), strict=True):
             at = time.monotonic()
             grown = session.with_config(_restricted(config, values))
-            result = run_update(grown, claimed=True, serve_anyway=history.when_not_served == "order_backfill")
+            result = update(grown, claimed=True, serve_anyway=history.when_not_served == "order_backfill", step=step)
             results.append(result)
             lines.append(_line(session, result, time.monotonic() - at))
             progress.say(line_text(lines[-1], count, history.grow_by))
-        controls = [control_chain(session, results, control) for control in history.controls]
+        controls = [
+            step(f"control chain: {name}", lambda name=name: measure_control(session, results, name))  # type: ignore[misc]
+            for name in history.controls
+        ]
         return _result(session, results, lines, controls, time.monotonic() - started)
 
 
@@ -175,6 +150,13 @@ def line_text(line: GenerationLine, count: int, column: str) -> str:
     return "  |  ".join([*parts, f"{line.seconds:.0f} s"])
 
 
+def _ingest_gallery(session: Session, gallery: DatasetConfig) -> int:
+    """Put the production gallery's images into the gallery; they are embedded when the first generation serves."""
+    items = item_table(load_images(gallery))
+    result, _ = ingest(session.workspace, items, unit="replay-gallery", unit_rows=session.config.gallery.unit_rows)
+    return result.added
+
+
 def measure_control(session: Session, steps: list[UpdateResult], control: Control) -> ControlResult:
     """Train an unconstrained chain on the manifests of the history's updates, and measure it pair by pair."""
     started = time.monotonic()
@@ -183,7 +165,7 @@ def measure_control(session: Session, steps: list[UpdateResult], control: Contro
     members: list[str] = []
     parent_uri = None
     for result in steps:
-        frozen = FrozenUpdate.model_validate(registry.events("update_started", result.update_key)[0].payload)
+        frozen = registry.events(UpdateStarted, result.update_key)[0].payload
         done = join(workspace.update_uri(result.update_key), f"{control}.json")
         key = hashlib.sha256(json.dumps([recipe.model_dump(mode="json"), parent_uri]).encode()).hexdigest()
         if exists(done) and read_json(done)["key"] == key:
@@ -195,11 +177,11 @@ def measure_control(session: Session, steps: list[UpdateResult], control: Contro
         parent_uri = workspace.generation_uri(name)
     evaluation_set = load_evaluation_set(session.config.evaluation)
     for name in members:
-        making.embed_evaluation(session, evaluation_set, name)
+        making.embed_images(session, name, *evaluation_set.images)
     bench = Bench(
         evaluation_set,
-        {name: making.cached_vectors(session, name, evaluation_set.queries.content_sha256) for name in members},
-        {name: making.cached_vectors(session, name, evaluation_set.gallery.content_sha256) for name in members},
+        {name: workspace.cache(name).read(evaluation_set.queries.content_sha256) for name in members},
+        {name: workspace.cache(name).read(evaluation_set.gallery.content_sha256) for name in members},
     )
     bench.measure_pairs([(query, gallery) for i, query in enumerate(members) for gallery in members[: i + 1]])
     matrix = matrix_from_outcomes(bench.outcomes(), members)
@@ -247,7 +229,7 @@ def _line(session: Session, result: UpdateResult, seconds: float) -> GenerationL
         outcome=result.outcome,
         summary=result.summary,
         fraction=result.fraction,
-        overridden=bool(session.workspace.registry.events("overridden", result.update_key)),
+        overridden=bool(session.workspace.registry.events(Overridden, result.update_key)),
         num_classes=result.num_classes,
         num_training_images=result.num_training_images,
         self_test=own,

@@ -4,21 +4,30 @@ Every function may be killed anywhere and called again: what it finds committed 
 is the point: certificates and the plan first, vectors next, the serving state last.
 """
 
+import getpass
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from graceful.errors import GracefulError
+from graceful.evaluation.decision import CertificateToIssue, Decision, certificates_to_issue
+from graceful.evaluation.evidence import Evidence
 from graceful.files import crash_point
+from graceful.flows.store.events import PlanCompleted, PreviousReleased, Promoted, RolledBack
 from graceful.flows.store.registry import Plan, ServingMovedError, ServingState
 from graceful.flows.store.workspace import Workspace
 from graceful.indexing.gallery import IngestResult, View
 from graceful.indexing.planner import OrderInputs, plan_waves, rank_items
 from graceful.indexing.reindex import ReindexReport, carry_out, embed_missing
+
+if TYPE_CHECKING:
+    from graceful.flows.settings.config import GalleryConfig
 
 ClassDistance = Callable[[View], NDArray[np.float32]]
 """Cosine distance (N,) of the vectors of a view to the nearest class mean of their generation; NaN where unreadable."""
@@ -28,26 +37,96 @@ class NothingToRollBackError(GracefulError):
     """There is no previous generation to return to."""
 
 
+ACTED_ON = ("BOOTSTRAP", "COMPATIBLE_ROLLOUT", "FULL_BACKFILL")
+"""Outcomes that change what is served."""
+
+
 @dataclass(frozen=True)
 class Rollout:
-    """A verdict in the words of the gallery: what is to be certified, embedded and served."""
+    """A verdict in the words of the gallery: what is to be certified, embedded and served.
+
+    `decision` names the evaluation; `ordered`: by the operator, against what was decided. `before_move`: what is
+    embedded before the serving state moves, the whole gallery or only what the candidate could not read.
+    """
 
     update_key: str
     generation: str
     decision: str
     fraction: float
     order: str
-    before_move: str
+    before_move: Literal["all", "wave_zero"]
     certificates: tuple[tuple[str, str], ...]
     seed: int = 0
     wave_rows: int = 16_384
     unit_rows: int = 4_096
+    ordered: bool = False
+
+    @property
+    def moved_by(self) -> str:
+        """What the serving state names as the reason of its move."""
+        return f"{self.decision}, ordered by the operator" if self.ordered else self.decision
+
+    @classmethod
+    def of(cls, decision: Decision, *, update_key: str, evaluation: str, gallery: "GalleryConfig") -> "Rollout | None":
+        """What a decision asks of the gallery; None where nothing moves. Pure.
+
+        A first generation and a full backfill embed everything before the serving state moves; a compatible rollout
+        embeds wave 0 and moves, and its fraction is re-indexed afterwards.
+        """
+        if decision.outcome not in ACTED_ON:
+            return None
+        whole = decision.outcome in ("BOOTSTRAP", "FULL_BACKFILL")
+        return cls(
+            update_key=update_key,
+            generation=decision.candidate,
+            decision=evaluation,
+            fraction=1.0 if whole else float(decision.fraction or 0.0),
+            order=("random" if whole else decision.order) or gallery.order,
+            before_move="all" if whole else "wave_zero",
+            certificates=_pairs(decision.certificates),
+            seed=gallery.seed,
+            wave_rows=gallery.wave_rows,
+            unit_rows=gallery.unit_rows,
+        )
+
+    @classmethod
+    def ordered_by_operator(
+        cls,
+        evidence: Evidence,
+        *,
+        update_key: str,
+        evaluation: str,
+        gallery: "GalleryConfig",
+        fraction: float | None = None,
+    ) -> "Rollout":
+        """What the operator orders although the decision is to hold or to wait. Pure.
+
+        Without a fraction: a full backfill. With one: the candidate serves after wave 0, which holds every row that it
+        has no certificate to read.
+        """
+        return cls(
+            update_key=update_key,
+            generation=evidence.candidate,
+            decision=evaluation,
+            fraction=1.0 if fraction is None else fraction,
+            order="random" if fraction is None else gallery.order,
+            before_move="all" if fraction is None else "wave_zero",
+            certificates=_pairs(certificates_to_issue(evidence)),
+            seed=gallery.seed,
+            wave_rows=gallery.wave_rows,
+            unit_rows=gallery.unit_rows,
+            ordered=True,
+        )
+
+
+def _pairs(certificates: Sequence[CertificateToIssue]) -> tuple[tuple[str, str], ...]:
+    return tuple((certificate.query_generation, certificate.gallery_generation) for certificate in certificates)
 
 
 def prepare(workspace: Workspace, rollout: Rollout, class_distance: ClassDistance | None = None) -> Plan:
     """Issue the certificates and store the plan; called again, it returns the plan stored before."""
-    plan_id = f"{rollout.update_key}-{rollout.generation}"
-    workspace.registry.certify(rollout.certificates, reason=rollout.decision)
+    plan_id = f"{rollout.update_key}-{rollout.generation}" + ("-ordered" if rollout.ordered else "")
+    workspace.registry.certify(rollout.certificates, reason=rollout.moved_by)
     crash_point("certified")
     try:
         return workspace.registry.plan(plan_id)[0]
@@ -73,8 +152,9 @@ def prepare(workspace: Workspace, rollout: Rollout, class_distance: ClassDistanc
         num_items=items.num_rows,
         num_wave_zero=num_first,
         num_waves=len(items["wave"].unique()),
-        before_move="all" if rollout.before_move == "all" else "wave_zero",
+        before_move=rollout.before_move,
         decision=rollout.decision,
+        ordered=rollout.ordered,
     )
     workspace.registry.save_plan(plan, items)
     crash_point("plan-saved")
@@ -93,7 +173,7 @@ def embed_before_move(
     if plan.before_move == "all":
         if serving.active_plan != plan.plan_id:
             # From here on ingest writes the candidate's vectors too: the backfill has no moving end.
-            workspace.registry.move_serving(serving, active_plan=plan.plan_id, moved_by=rollout.decision)
+            workspace.registry.move_serving(serving, active_plan=plan.plan_id, moved_by=rollout.moved_by)
         report = carry_out(
             workspace.gallery, rollout.generation, items, embed, unit_rows=rollout.unit_rows, on_rows=on_rows
         )
@@ -115,9 +195,9 @@ def promote(workspace: Workspace, rollout: Rollout, plan: Plan, *, champion: str
     """
     history = workspace.registry.serving_history()
     serving = history[-1] if history else ServingState()
-    if any(state.champion == rollout.generation and state.moved_by == rollout.decision for state in history):
+    if any(state.champion == rollout.generation and state.moved_by == rollout.moved_by for state in history):
         # Also after a rollback: a promotion taken back is not repeated by resuming its update.
-        workspace.registry.record("promoted", update_key=rollout.update_key, generation=rollout.generation)
+        workspace.registry.record(Promoted(), update_key=rollout.update_key, generation=rollout.generation)
         return serving
     if serving.champion != champion:
         raise ServingMovedError(
@@ -126,9 +206,9 @@ def promote(workspace: Workspace, rollout: Rollout, plan: Plan, *, champion: str
         )
     after = None if plan.before_move == "all" else plan.plan_id
     state = workspace.registry.move_serving(
-        serving, champion=rollout.generation, previous=champion, active_plan=after, moved_by=rollout.decision
+        serving, champion=rollout.generation, previous=champion, active_plan=after, moved_by=rollout.moved_by
     )
-    workspace.registry.record("promoted", update_key=rollout.update_key, generation=rollout.generation)
+    workspace.registry.record(Promoted(), update_key=rollout.update_key, generation=rollout.generation)
     return state
 
 
@@ -183,9 +263,8 @@ def rollback(workspace: Workspace, *, reason: str = "rollback") -> ServingState:
     state = workspace.registry.move_serving(
         serving, champion=serving.previous, previous=None, active_plan=None, moved_by=reason
     )
-    workspace.registry.record(
-        "rolled_back", generation=serving.champion or "", payload={"to": serving.previous, "reason": reason}
-    )
+    back = RolledBack(to=serving.previous, reason=reason, by=operator())
+    workspace.registry.record(back, generation=serving.champion or "")
     return state
 
 
@@ -195,7 +274,7 @@ def release_previous(workspace: Workspace) -> ServingState:
     if serving.previous is None:
         return serving
     state = workspace.registry.move_serving(serving, previous=None, moved_by="previous released")
-    workspace.registry.record("previous_released", generation=serving.previous)
+    workspace.registry.record(PreviousReleased(), generation=serving.previous)
     return state
 
 
@@ -253,8 +332,16 @@ def delete(workspace: Workspace, item_ids: Sequence[str]) -> int:
     return workspace.gallery.delete(item_ids, unit=f"{time.time_ns()}")
 
 
+def operator() -> str:
+    """Who gave an order, as the machine knows them."""
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (KeyError, OSError):  # no name for this user id
+        return socket.gethostname()
+
+
 def _end_plan(workspace: Workspace, plan: Plan) -> None:
     serving = workspace.registry.serving()
     if serving.active_plan == plan.plan_id:
         workspace.registry.move_serving(serving, active_plan=None)
-    workspace.registry.record("plan_completed", generation=plan.generation, payload={"plan": plan.plan_id})
+    workspace.registry.record(PlanCompleted(plan=plan.plan_id), generation=plan.generation)

@@ -6,23 +6,21 @@ generation by its event in the lineage.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from graceful.errors import GracefulError
-from graceful.files import exists, join
+from graceful.files import exists, join, write_json
 from graceful.flows.runtime.jobs import submit_training
 from graceful.flows.runtime.session import Session
-from graceful.flows.store.evaluation_set import EvaluationSet
-from graceful.flows.update.freeze import FrozenUpdate
+from graceful.flows.store.events import Trained, UpdateStarted
+from graceful.flows.update.freeze import Inputs, trained_before
 from graceful.indexing.embedding_files import write_embedding_file
-from graceful.training.datasets import LabelledImages
-from graceful.training.generation import GenerationCard, read_card
+from graceful.training.generation import GenerationCard, PredecessorRef
 from graceful.training.job import TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
-from graceful.training.predecessors import PredecessorRef
 
 
 class EmbeddingFailuresError(GracefulError):
@@ -55,44 +53,51 @@ def embed_images(session: Session, generation: str, hashes: Sequence[str], sourc
     return embedded
 
 
-def extend_cache(session: Session, frozen: FrozenUpdate, images: LabelledImages, predecessor: str) -> PredecessorRef:
+def extend_cache(inputs: Inputs, predecessor: str) -> PredecessorRef:
     """Embed the training images that a predecessor has not seen, and lay its vectors beside the manifest."""
-    embed_images(session, predecessor, images.content_sha256, images.sources)
-    uri = join(session.workspace.update_uri(frozen.update_key), "predecessors", f"{predecessor}.parquet")
+    workspace, images = inputs.workspace, inputs.images
+    embed_images(inputs.session, predecessor, images.content_sha256, images.sources)
+    uri = join(workspace.update_uri(inputs.frozen.update_key), "predecessors", f"{predecessor}.parquet")
     if not exists(uri):
-        vectors = session.workspace.cache(predecessor).read(images.content_sha256)
+        vectors = workspace.cache(predecessor).read(images.content_sha256)
         write_embedding_file(uri, pa.table({"content_sha256": images.content_sha256}), vectors)
     return PredecessorRef(
         generation_id=predecessor,
-        generation_uri=session.workspace.generation_uri(predecessor),
+        generation_uri=workspace.generation_uri(predecessor),
         embeddings_uri=uri,
     )
 
 
-def train_candidate(session: Session, frozen: FrozenUpdate, predecessors: Sequence[PredecessorRef]) -> str:
-    """Train the candidate under one constraint per predecessor, from the champion's weights; returns its id."""
-    registry = session.workspace.registry
-    for event in registry.events("trained", frozen.update_key):
+def train_candidate(inputs: Inputs, predecessors: Sequence[PredecessorRef]) -> str:
+    """Train the candidate under one constraint per predecessor, from the champion's weights; returns its id.
+
+    One that was trained from the same inputs before, for an update under another policy, is taken as it is.
+    """
+    registry, frozen = inputs.registry, inputs.frozen
+    for event in registry.events(Trained, frozen.update_key):
         return event.generation
-    if frozen.adopted is not None:
-        registry.record("trained", update_key=frozen.update_key, generation=frozen.adopted)
-        return frozen.adopted
-    parent = None if frozen.champion is None else session.workspace.generation_uri(frozen.champion)
-    card = train(session, frozen, session.config.training, "candidate", parent, predecessors)
-    registry.record("trained", update_key=frozen.update_key, generation=card.generation_id, payload=card.training)
+    known = frozen.adopted or trained_before(registry, frozen.training_key)
+    if known is not None:
+        registry.record(Trained(training_key=frozen.training_key), update_key=frozen.update_key, generation=known)
+        return known
+    card = train(inputs.session, frozen, inputs.session.config.training, "candidate", _parent(inputs), predecessors)
+    made = Trained(training_key=frozen.training_key, summary=card.training)
+    registry.record(made, update_key=frozen.update_key, generation=card.generation_id)
+    inputs.session.compute_s += _training_seconds(card)
     return card.generation_id
 
 
-def train_paragon(session: Session, frozen: FrozenUpdate) -> str:
+def train_paragon(inputs: Inputs) -> str:
     """Train the same recipe without constraint and without interpolation: the reference for gain and tax."""
-    parent = None if frozen.champion is None else session.workspace.generation_uri(frozen.champion)
-    recipe = session.config.training.without_constraints()
-    return train(session, frozen, recipe, "paragon", parent, ()).generation_id
+    recipe = inputs.session.config.training.without_constraints()
+    card = train(inputs.session, inputs.frozen, recipe, "paragon", _parent(inputs), ())
+    inputs.session.compute_s += _training_seconds(card)
+    return card.generation_id
 
 
 def train(
     session: Session,
-    frozen: FrozenUpdate,
+    frozen: UpdateStarted,
     recipe: TrainingConfig,
     role: str,
     parent_uri: str | None,
@@ -100,7 +105,7 @@ def train(
 ) -> GenerationCard:
     """Run one training, on Ray or in this process; a finished run of the same name is found and not repeated."""
     config = session.config.cluster
-    run = [frozen.update_key, role, recipe.model_dump(mode="json"), parent_uri]
+    run = [frozen.training_key, role, recipe.model_dump(mode="json"), parent_uri]
     name = f"g{frozen.ordinal:03d}-{role}-{hashlib.sha256(json.dumps(run).encode()).hexdigest()[:12]}"
     job = TrainingJob(
         config=recipe,
@@ -121,24 +126,30 @@ def train(
     if config.num_workers:
         session.cluster.ensure()
     with session.progress.track(f"training g{frozen.ordinal:03d} ({role})", recipe.epochs) as advance:
-        return run_training(job, lambda _epoch: advance(1), deadline_s=config.deadline_hours * 3600)
+        return run_training(job, lambda line: advance(1, epoch_text(line)), deadline_s=config.deadline_hours * 3600)
 
 
-def embed_evaluation(session: Session, evaluation_set: EvaluationSet, generation: str) -> int:
+def epoch_text(line: Mapping[str, Any]) -> str:
+    """What an epoch came to, in a few words."""
+    parts = [f"epoch {int(line['epoch']) + 1}"] + [f"{k} {line[k]:.3f}" for k in ("loss",) if k in line]
+    return ", ".join(parts)
+
+
+def embed_evaluation(inputs: Inputs, generation: str) -> int:
     """Embed the evaluation set once with a generation; returns how many images were new."""
-    return embed_images(session, generation, *evaluation_set.images)
+    num_new = embed_images(inputs.session, generation, *inputs.evaluation_set.images)
+    rows_per_s = inputs.session.encoders.rows_per_s
+    if num_new and rows_per_s is not None:
+        # Stored, so that an update that was killed here and goes on, or judges again, decides by the same prices.
+        write_json(inputs.workspace.throughput_uri(generation), {"rows_per_s": round(rows_per_s, 3)})
+    return num_new
 
 
-def training_seconds(session: Session, generation: str) -> float:
-    """Seconds that a generation's epochs and its calibration took, as its card says."""
-    return float(read_card(session.workspace.generation_uri(generation)).training.get("seconds", 0.0))
+def _parent(inputs: Inputs) -> str | None:
+    champion = inputs.frozen.champion
+    return None if champion is None else inputs.workspace.generation_uri(champion)
 
 
-def prefix_widths(session: Session, generation: str) -> tuple[int, ...]:
-    """Widths to which queries of a generation may be cut."""
-    return read_card(session.workspace.generation_uri(generation)).prefix_widths
-
-
-def cached_vectors(session: Session, generation: str, hashes: Sequence[str]) -> np.ndarray:
-    """Embeddings (n, D) of images that were embedded before."""
-    return session.workspace.cache(generation).read(hashes)
+def _training_seconds(card: GenerationCard) -> float:
+    """Seconds that the epochs and the calibration took, as the card says."""
+    return float(card.training.get("seconds", 0.0))

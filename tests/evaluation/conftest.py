@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graceful.evaluation.evidence import Evidence, gather_evidence
+from graceful.evaluation.evidence import Evidence, Question, gather_evidence
 from graceful.evaluation.outcomes import SERVED, Outcomes, fraction_state, live_state, pair_state
 from graceful.evaluation.policy import RolloutPolicy
 
@@ -73,9 +73,8 @@ def gather(outcomes: Outcomes, policy: RolloutPolicy = QUICK, **kwargs: object) 
         "live_owners": {"g1": 1.0},
         "candidate": "g2",
         "champion": "g1",
-        "is_first": False,
     }
-    return gather_evidence(outcomes, policy, **{**fields, **kwargs})  # type: ignore[arg-type]
+    return gather_evidence(outcomes, policy, Question.model_validate({**fields, **kwargs}))
 
 
 @pytest.fixture

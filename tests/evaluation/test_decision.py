@@ -33,13 +33,13 @@ def good(planted) -> Evidence:
 
 
 def test_an_empty_lineage_bootstraps(planted) -> None:
-    decision = judge(planted(num_queries=20), is_first=True, champion=None, live_owners={})
+    decision = judge(planted(num_queries=20), champion=None, live_owners={})
     assert decision.outcome == "BOOTSTRAP"
     assert [(c.query_generation, c.gallery_generation) for c in decision.certificates] == [("g2", "g2")]
 
 
 def test_a_first_generation_without_self_test_is_held(planted) -> None:
-    decision = judge(planted(num_queries=20, candidate="other"), is_first=True, champion=None, live_owners={})
+    decision = judge(planted(num_queries=20, candidate="other"), champion=None, live_owners={})
     assert decision.outcome == "HOLD"
     assert "self-test" in decision.summary
 

@@ -116,12 +116,11 @@ def test_missing_things_are_named(planted: Plant) -> None:
         "'size=small'",
     ):
         assert piece in missing
-    assert "champion" in " | ".join(gather(outcomes, champion=None).missing)
     assert "live owners" in " | ".join(gather(outcomes, live_owners={}).missing)
 
 
 def test_the_first_generation_needs_only_its_self_test(planted: Plant) -> None:
-    evidence = gather(planted(), is_first=True, champion=None, live_owners={})
+    evidence = gather(planted(), champion=None, live_owners={})
     assert evidence.missing == ()
     assert evidence.self_test == pytest.approx(0.7)
     assert evidence.states == ()

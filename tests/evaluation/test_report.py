@@ -103,7 +103,7 @@ def test_every_outcome_has_a_page(planted: Plant) -> None:
     policy = RolloutPolicy(num_resamples=200)
     mixed = dict.fromkeys((0.0, 0.05, 0.1, 0.25, 0.5, 0.75), 300)
     cases: dict[str, tuple[Outcomes, dict[str, object]]] = {
-        "BOOTSTRAP": (planted(num_queries=20), {"is_first": True, "champion": None, "live_owners": {}}),
+        "BOOTSTRAP": (planted(num_queries=20), {"champion": None, "live_owners": {}}),
         "FULL_BACKFILL": (planted(losses=mixed, wins=100), {}),
         "HOLD": (planted(losses=300), {}),
         "INCONCLUSIVE": (planted(num_queries=100), {}),

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.flows import tiny
+from tests.flows import running, tiny
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +35,23 @@ def command_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
     }
 
 
+@pytest.fixture(scope="session")
+def flow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment of commands that find a running flow server, as beside `graceful serve`: they start in no time."""
+    from graceful.flows import schedule
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+            patch.delenv(name)
+        patch.setenv("DO_NOT_TRACK", "1")
+        patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+        with schedule.flow_server(str(tmp_path_factory.mktemp("server")), "127.0.0.1", port) as api_url:
+            yield {"PREFECT_API_URL": api_url, "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
+
+
 Spawn = Callable[..., BaseProcess]
 
 
@@ -41,7 +59,7 @@ Spawn = Callable[..., BaseProcess]
 def spawn() -> Iterator[Spawn]:
     """Start processes that have the code imported already: killing one is cheap, and as real as any other kill."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.flows.run_steps"])
+    context.set_forkserver_preload(["tests.flows.running"])
     started: list[BaseProcess] = []
 
     def start(target: Callable[..., Any], *arguments: Any) -> BaseProcess:
@@ -63,11 +81,9 @@ def bootstrapped(tmp_path_factory: pytest.TempPathFactory, digits_file: Path) ->
 
     Copy it before changing it.
     """
-    from tests.flows.run_steps import run_update_steps
-
     root = tiny.new_workspace(tmp_path_factory.mktemp("bootstrapped") / "workspace")
     tiny.write_config(root, digits_file)
-    assert run_update_steps(str(root)) == 0
+    assert running.update(root).outcome == "BOOTSTRAP"
     tiny.write_config(root, digits_file, tiny.grown(5))
     return root
 

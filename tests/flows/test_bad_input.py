@@ -17,13 +17,12 @@ from typer.testing import CliRunner
 
 from graceful.files import set_crash_hook
 from graceful.flows.cli import app, reported_errors
-from graceful.flows.commands.operations import adopt_generation
-from graceful.flows.runtime.session import open_session
+from graceful.flows.commands.updates import adopt_generation
 from graceful.flows.search.searcher import GallerySearcher
+from graceful.flows.store.events import Promoted, UpdateStarted
 from graceful.flows.store.workspace import Workspace
-from graceful.flows.update.steps import UpdateRun
-from tests.flows import tiny
-from tests.flows.run_steps import FINISHED, REPEATED, in_child, run_update_steps
+from graceful.flows.update.order import UpdateResult
+from tests.flows import running, tiny
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -56,7 +55,7 @@ def failing(operation: Callable[[], object]) -> tuple[int, str]:
 
 def update(root: Path) -> tuple[int, str]:
     """A failing update, without the flow server."""
-    return failing(lambda: run_update_steps(str(root)))
+    return failing(lambda: running.update(root))
 
 
 def one_line(message: str, *parts: str) -> None:
@@ -174,9 +173,9 @@ def test_unreadable_images_above_the_limit_are_refused_below_it_counted(workspac
     one_line(line, "expected at most 1.00% unreadable, found 2 of 150", "max_unreadable_share", "digits.parquet#")
     assert tiny.end_state(workspace_root) == before
     write(workspace_root, spoiled, training_data__max_unreadable_share=0.02)
-    assert run_update_steps(str(workspace_root)) == 0
-    started = Workspace(str(workspace_root), None).registry.events("update_started")[-1].payload
-    assert (started["num_unreadable"], started["num_training_images"]) == (2, 148)
+    running.update(workspace_root)
+    started = Workspace(str(workspace_root), None).registry.events(UpdateStarted)[-1].payload
+    assert (started.num_unreadable, started.num_training_images) == (2, 148)
 
 
 def test_test_images_in_the_training_set_are_refused(workspace_root, digits_file, untouched):
@@ -239,17 +238,9 @@ def foreign_encoders(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-def judge_adopted(root: Path, factory: str) -> UpdateRun:
-    config = tiny.open_config(root)
-    with open_session(str(root), config) as session:
-        run = UpdateRun(session, adopted=adopt_generation(session.workspace, config, factory))
-        for predecessor in run.frozen.predecessors:
-            run.extend_cache(predecessor)
-        candidate = run.train()
-        for generation in (*run.frozen.generations, candidate):
-            run.embed_evaluation(generation)
-        run.judge(candidate)
-        return run
+def judge_adopted(root: Path, factory: str) -> UpdateResult:
+    name = adopt_generation(Workspace(str(root)), tiny.open_config(root), factory)
+    return running.update(root, adopted=name)
 
 
 def test_nan_in_an_embedding_stops_the_update_and_is_never_stored(workspace_root, untouched, foreign_encoders):
@@ -314,17 +305,19 @@ def test_corrupted_weights_are_refused_by_their_digest(workspace_root, tmp_path,
         name: before[name] for name in ("moves", "view", "certificates")
     }
     weights.write_bytes(kept)
-    assert run_update_steps(str(workspace_root)) == 0
+    running.update(workspace_root)
 
 
 # Machines -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(200)
-def test_of_two_updates_started_at_once_one_is_refused(spawn, bootstrapped, tmp_path):
+def test_of_two_updates_started_at_once_one_is_refused(spawn, flow_server, bootstrapped, tmp_path, digits_file):
     root = tiny.copy_workspace(bootstrapped, tmp_path / "workspace")
+    write(root, digits_file, training__epochs=60)  # long enough that the second meets the first
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
-    processes = [spawn(in_child, str(root), "", str(log)) for log in logs]
+    arguments = ["update", "--root", str(root)]
+    processes = [spawn(running.command_in_child, arguments, "", str(log), flow_server) for log in logs]
     for process in processes:
         process.join(150)
     texts = [log.read_text() for log in logs]
@@ -332,9 +325,9 @@ def test_of_two_updates_started_at_once_one_is_refused(spawn, bootstrapped, tmp_
     refused = next(text for text, process in zip(texts, processes, strict=True) if process.exitcode == 1)
     assert "another update of this workspace is in progress" in refused
     registry = Workspace(str(root), None).registry
-    assert [event.kind for event in registry.events()].count("trained") == 2  # the bootstrap and this one
+    assert [event.kind for event in registry.history()].count("trained") == 2  # the bootstrap and this one
     assert len(registry.generations()) == 2
-    assert len(registry.events("promoted")) == 2
+    assert len(registry.events(Promoted)) == 2
 
 
 CRASH_POINTS = [
@@ -363,7 +356,7 @@ def test_disk_full_at_a_commit_loses_nothing(workspace_root, point):
     else:
         assert (after["champion"], after["moves"]) == (before["champion"], before["moves"])
         assert after["view"] == before["view"]
-    assert run_update_steps(str(workspace_root)) == 0
+    running.update(workspace_root)
     assert tiny.end_state(workspace_root)["champion"] != before["champion"]
 
 
@@ -383,7 +376,9 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_disk_that_is_really_full_fails_cleanly_and_the_update_ends_when_there_is_room(spawn, bootstrapped, small_disk):
+def test_disk_that_is_really_full_fails_cleanly_and_the_update_ends_when_there_is_room(
+    spawn, flow_server, bootstrapped, small_disk
+):
     root = tiny.copy_workspace(bootstrapped, small_disk / "workspace")
     before = tiny.end_state(root)
     ballast = small_disk / "ballast"
@@ -395,7 +390,7 @@ def test_disk_that_is_really_full_fails_cleanly_and_the_update_ends_when_there_i
     refused = []
     for _ in range(15):
         log.unlink(missing_ok=True)
-        process = spawn(in_child, str(root), "", str(log))
+        process = spawn(running.command_in_child, ["update", "--root", str(root)], "", str(log), flow_server)
         process.join(100)
         if process.exitcode == 0:
             break
@@ -410,9 +405,9 @@ def test_disk_that_is_really_full_fails_cleanly_and_the_update_ends_when_there_i
     assert refused
     assert all("No space left" in line or "os error 28" in line or "ENOSPC" in line for line in refused), refused
     ballast.unlink()
-    process = spawn(in_child, str(root), "", str(log))
+    process = spawn(running.command_in_child, ["update", "--root", str(root)], "", str(log), flow_server)
     process.join(100)
-    assert process.exitcode in (FINISHED, REPEATED), log.read_text()
+    assert process.exitcode == 0, log.read_text()
     after = tiny.end_state(root)
     assert after["champion"] != before["champion"]
     assert set(after["view"]) == set(before["view"])

@@ -8,6 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from graceful.errors import GracefulError
 from graceful.flows import cli
 from graceful.flows.cli import app, reported_errors
 from tests.flows import tiny
@@ -24,7 +25,7 @@ def invoke(*arguments):
 
 def test_commands_are_these():
     commands = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
-    assert [name for name in commands if name in COMMANDS] == COMMANDS
+    assert commands == COMMANDS
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -51,7 +52,7 @@ def test_wrong_use_exits_with_2(arguments):
     assert "Usage" in result.stderr
 
 
-class LostError(RuntimeError):
+class LostError(GracefulError):
     pass
 
 
@@ -65,11 +66,21 @@ def test_expected_error_is_one_line_and_exit_code_1(capsys, monkeypatch):
     assert printed.out == ""
 
 
+def test_a_bug_keeps_its_traceback_and_says_where_to_report_it(capsys):
+    with pytest.raises(typer.Exit) as end, reported_errors():
+        raise KeyError("order")
+    assert end.value.exit_code == 1
+    printed = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in printed
+    assert "please report it" in printed.splitlines()[-1]
+    assert "report" in (tiny.ROOT / "CONTRIBUTING.md").read_text().lower()
+
+
 def test_error_is_a_document_too_with_json(capsys):
     with pytest.raises(typer.Exit), reported_errors(as_json=True):
         raise LostError("it is gone")
     printed = capsys.readouterr()
-    assert json.loads(printed.out) == {"error": "it is gone", "kind": "LostError"}
+    assert json.loads(printed.out) == {"error": "it is gone", "kind": "LostError", "bug": False}
     assert printed.err == "graceful: it is gone\n"
 
 

@@ -15,9 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from graceful.flows.schedule import _flow_server
-from tests.flows import tiny
-from tests.flows.run_steps import run_update_steps
+from graceful.flows.schedule import flow_server
+from tests.flows import running, tiny
 from tests.flows.test_service import environment, free_port
 
 CODE = Path(__file__).parents[2]
@@ -64,7 +63,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShownUpdate]:
     """The second update of a workspace, run by the command line under the workspace's own flow server."""
     changes: dict[str, Any] = {"name": "digits", "training.epochs": 6, "policy": {}, "prices": {}}
     root = tiny.new_workspace(tmp_path_factory.mktemp("ui") / "ws", changes)
-    assert run_update_steps(str(root)) == 0
+    running.update(root)
     tiny.write_config(root, root / "digits.parquet", {**changes, "training.epochs": 8, **tiny.grown(5)})
     port = free_port()
     with pytest.MonkeyPatch.context() as patch:
@@ -77,7 +76,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShownUpdate]:
             "PYTHONPATH": str(CODE),
         }.items():
             patch.setenv(name, value)
-        with _flow_server(str(root), "127.0.0.1", port) as api:
+        with flow_server(str(root), "127.0.0.1", port) as api:
             command = [sys.executable, "-m", "graceful.flows.cli", "update", "--root", str(root), "--paragon"]
             done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
             assert done.returncode in (0, 3, 4), done.stderr[-3000:]

@@ -11,33 +11,48 @@ from pathlib import Path
 import pytest
 
 from graceful.files import CRASH_EXIT_CODE
+from graceful.flows.runtime.session import open_session
 from graceful.flows.store.workspace import Workspace
-from tests.flows import tiny
-from tests.flows.run_steps import FINISHED, REPEATED, in_child
+from graceful.flows.update import order
+from tests.flows import running, tiny
+from tests.flows.running import DONE
 
 pytestmark = pytest.mark.timeout(400)
 
-CRASH_POINTS = [
+STEPS = [
+    "freeze inputs", "extend cache of {champion}", "train candidate", "embed evaluation set with {champion}",
+    "embed evaluation set with {candidate}", "judge", "publish the decision", "embed before the move",
+    "move serving state", "re-index", "conclude", "publish",
+]  # fmt: skip
+INSIDE = [
     "evaluation-written", "decided", "certified", "plan-saved", "before-serving-moves", "after-serving-moved",
     "vectors-before-commit", "vectors-after-commit", "wave-done",
 ]  # fmt: skip
-
-
-def run(spawn, root: Path, crash_at: str = "", environment: dict[str, str] | None = None) -> int:
-    log = root.parent / f"{root.name}.log"
-    process = spawn(in_child, str(root), crash_at, str(log), environment)
-    process.join(200)
-    assert process.exitcode is not None, "the update hangs"
-    if process.exitcode not in (FINISHED, REPEATED, CRASH_EXIT_CODE, -signal.SIGKILL):
-        pytest.fail(log.read_text()[-3000:])
-    return process.exitcode
+MOVED = ("after-serving-moved", "after move serving state", "after re-index", "after conclude", "after publish")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(spawn, bootstrapped, tmp_path_factory):
+def run(spawn, flow_server, tmp_path_factory):
+    """Be `graceful update` in a process of its own, to its end or to a crash point; gives the exit code."""
+    logs = tmp_path_factory.mktemp("logs")
+
+    def run(root: Path, crash_at: str = "") -> int:
+        log = logs / f"{len(list(logs.iterdir()))}.log"
+        process = spawn(running.command_in_child, ["update", "--root", str(root)], crash_at, str(log), flow_server)
+        process.join(200)
+        assert process.exitcode is not None, "the update hangs"
+        if process.exitcode not in (DONE, CRASH_EXIT_CODE, -signal.SIGKILL):
+            pytest.fail(log.read_text()[-3000:])
+        return process.exitcode
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run, bootstrapped, tmp_path_factory):
     """End state of the second update when nobody kills it."""
     root = tiny.copy_workspace(bootstrapped, tmp_path_factory.mktemp("uninterrupted") / "workspace")
-    assert run(spawn, root) == FINISHED
+    assert run(root) == DONE
     return tiny.end_state(root)
 
 
@@ -50,38 +65,64 @@ def test_the_update_that_is_killed_in_these_tests_does_all_there_is_to_do(uninte
     assert len(uninterrupted["view"]) == 100
 
 
+def test_the_steps_of_an_update_are_these_and_in_this_order(workspace_root):
+    """So that a step that is added is killed, too."""
+    done = []
+
+    def step(name, act):
+        done.append(name)
+        return act()
+
+    with open_session(str(workspace_root), tiny.open_config(workspace_root)) as session:
+        result = order.update(session, step=step)
+        champion = session.workspace.registry.serving().previous
+    assert done == [name.format(champion=champion, candidate=result.candidate) for name in STEPS]
+
+
+def crash_points(uninterrupted):
+    champion, candidate = uninterrupted["generations"]
+    return [f"after {name.format(champion=champion, candidate=candidate)}" for name in STEPS]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("point", CRASH_POINTS)
-def test_killed_update_ends_as_if_it_had_not_been_killed(spawn, uninterrupted, bootstrapped, tmp_path, point):
+@pytest.mark.parametrize("point", [f"after {name}" for name in STEPS] + INSIDE)
+def test_killed_update_ends_as_if_it_had_not_been_killed(run, uninterrupted, bootstrapped, tmp_path, point):
+    champion, candidate = uninterrupted["generations"]
+    point = point.format(champion=champion, candidate=candidate)
     root = tiny.copy_workspace(bootstrapped, tmp_path / "workspace")
     before = tiny.end_state(root)
-    assert run(spawn, root, point) == CRASH_EXIT_CODE
-    if CRASH_POINTS.index(point) < CRASH_POINTS.index("after-serving-moved"):
-        half_way = Workspace(str(root), None).registry.serving()
+    assert run(root, point) == CRASH_EXIT_CODE
+    half_way = Workspace(str(root)).registry.serving()
+    if point not in MOVED and point != "wave-done" and not point.startswith("vectors"):
         assert half_way.champion == before["champion"], "the serving state moved too early"
-    assert run(spawn, root) == FINISHED
+    if point in ("after publish the decision", "after embed before the move", "wave-done"):
+        assert list(root.glob("evaluations/*/report.html")), "the report of a killed re-index is not there"
+    assert run(root) == DONE
     assert tiny.end_state(root) == uninterrupted
 
 
 @pytest.mark.slow
-def test_update_killed_at_every_point_in_turn_still_ends(spawn, uninterrupted, workspace_root):
+def test_update_killed_at_every_point_in_turn_still_ends(run, uninterrupted, workspace_root):
     """Each attempt dies at the next point, again and again, as on a machine that keeps failing."""
-    for point in CRASH_POINTS:
-        assert run(spawn, workspace_root, point) in (CRASH_EXIT_CODE, FINISHED, REPEATED)
-    assert run(spawn, workspace_root) in (FINISHED, REPEATED)
+    for point in (*crash_points(uninterrupted), *INSIDE):
+        assert run(workspace_root, point) in (CRASH_EXIT_CODE, DONE)
+    assert run(workspace_root) == DONE
     assert tiny.end_state(workspace_root) == uninterrupted
 
 
 @pytest.mark.slow
-def test_update_killed_while_it_trains_goes_on_from_its_checkpoint(spawn, digits_file, bootstrapped, tmp_path):
+def test_update_killed_while_it_trains_goes_on_from_its_checkpoint(
+    run, spawn, flow_server, digits_file, bootstrapped, tmp_path
+):
     """A real SIGKILL between the second and the last epoch."""
     longer = {**tiny.grown(5), "training.epochs": 12}
     quiet = tiny.copy_workspace(bootstrapped, tmp_path / "quiet")
     killed = tiny.copy_workspace(bootstrapped, tmp_path / "killed")
     for root in (quiet, killed):
         tiny.write_config(root, digits_file, longer)
-    assert run(spawn, quiet) == FINISHED
-    process = spawn(in_child, str(killed), "", str(tmp_path / "log"))
+    assert run(quiet) == DONE
+    command = ["update", "--root", str(killed)]
+    process = spawn(running.command_in_child, command, "", str(tmp_path / "log"), flow_server)
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.is_alive():
         trails = [file for file in killed.glob("runs/g002-*/metrics.jsonl") if file.read_text().count("\n") >= 2]
@@ -94,17 +135,17 @@ def test_update_killed_while_it_trains_goes_on_from_its_checkpoint(spawn, digits
     trail = killed / "runs" / trails[0].parent.name
     assert not (trail / "result.json").exists(), "it was killed too late to prove anything"
     done = trails[0].read_text().splitlines()
-    assert run(spawn, killed) == FINISHED
+    assert run(killed) == DONE
     assert trails[0].read_text().splitlines()[: len(done)] == done, "epochs were trained again"
     assert tiny.end_state(killed) == tiny.end_state(quiet)
 
 
-def test_finished_update_run_again_does_nothing(spawn, bootstrapped, tmp_path, digits_file):
+def test_finished_update_run_again_does_nothing(run, bootstrapped, tmp_path, digits_file):
     root = tiny.copy_workspace(bootstrapped, tmp_path / "workspace")
     tiny.write_config(root, digits_file)
     before = tiny.end_state(root)
     written = {file: file.stat().st_mtime_ns for file in (root / "gallery").rglob("*") if file.is_file()}
-    assert run(spawn, root) == REPEATED
+    assert run(root) == DONE
     assert tiny.end_state(root) == before
     assert {file: file.stat().st_mtime_ns for file in (root / "gallery").rglob("*") if file.is_file()} == written
 
@@ -129,7 +170,7 @@ def test_command_killed_after_the_decision_carries_the_same_decision_out(
 
 @pytest.mark.slow
 def test_reindex_on_ray_killed_in_a_wave_goes_on_where_it_stopped(
-    uninterrupted, bootstrapped, tmp_path, digits_file, command_environment
+    uninterrupted, bootstrapped, tmp_path, digits_file, command_environment, flow_server
 ):
     root = tiny.copy_workspace(bootstrapped, tmp_path / "workspace")
     on_ray = {
@@ -139,20 +180,20 @@ def test_reindex_on_ray_killed_in_a_wave_goes_on_where_it_stopped(
         "cluster.object_store_mib": 80,
     }
     tiny.write_config(root, digits_file, on_ray)
-    program = f"from tests.flows.run_steps import in_child; in_child({str(root)!r})"
+
+    command = [sys.executable, "-m", "graceful.flows.cli", "update", "--root", str(root)]
 
     def start(crash_at: str) -> subprocess.CompletedProcess[str]:
-        environment = {**command_environment, "GRACEFUL_CRASH_POINT": crash_at}
+        environment = {**command_environment, **flow_server, "GRACEFUL_CRASH_POINT": crash_at}
         with (tmp_path / "output").open("w+") as output:
             done = subprocess.run(
-                [sys.executable, "-c", program], cwd=tiny.ROOT, env=environment, stdout=output, stderr=output,
-                timeout=250, check=False,
-            )  # fmt: skip
+                command, cwd=tiny.ROOT, env=environment, stdout=output, stderr=output, timeout=250, check=False
+            )
             output.seek(0)
             return subprocess.CompletedProcess(done.args, done.returncode, output.read())
 
     killed = start("vectors-after-commit")
     assert killed.returncode == CRASH_EXIT_CODE, killed.stdout[-2000:]
     finished = start("")
-    assert finished.returncode == FINISHED, finished.stdout[-2000:]
+    assert finished.returncode == DONE, finished.stdout[-2000:]
     assert tiny.end_state(root) == uninterrupted

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from graceful.flows.store.evaluation_set import load_evaluation_set
+from graceful.flows.store.events import Adopted, Retired, Trained
 from graceful.flows.store.leaks import TrainedOnQueriesError, images_trained_on, refuse_trained_on
 from graceful.flows.store.workspace import Workspace
 from tests.flows import tiny
@@ -36,7 +37,11 @@ def test_queries_in_an_earlier_training_are_counted_and_refused_with_names(works
 
 def test_every_generation_is_looked_at(workspace):
     leaky = queries(workspace.root, label=("2",), instance={"max": 4})
-    update = workspace.registry.events("trained")[0].update_key
-    workspace.registry.record("trained", update_key=update, generation="g002-000000")
-    workspace.registry.record("trained", update_key="gone", generation="g003-000000")  # its manifest is not there
-    assert images_trained_on(workspace, leaky) == {workspace.registry.generations()[0]: 5, "g002-000000": 5}
+    first = workspace.registry.generations()[0]
+    update = workspace.registry.events(Trained)[0].update_key
+    for key, generation in ((update, "g002-000000"), ("gone", "g003-000000"), (update, "g004-000000")):
+        workspace.registry.record(Trained(), update_key=key, generation=generation)
+    workspace.registry.record(Adopted(name="theirs", factory="theirs:build"), generation="g004-000000")
+    assert images_trained_on(workspace, leaky) == {first: 5, "g002-000000": 5}
+    workspace.registry.record(Retired(reason="leaky"), generation="g002-000000")
+    assert images_trained_on(workspace, leaky) == {first: 5}

@@ -14,6 +14,7 @@ from graceful.flows.cli import app
 from graceful.flows.runtime.session import open_session
 from graceful.flows.settings.config import load_workspace_config
 from graceful.flows.store.claim import UpdateInProgressError, claim
+from graceful.flows.store.events import Decided
 from graceful.flows.store.registry import ServingMovedError
 from graceful.flows.store.workspace import Workspace, require_workspace
 from graceful.flows.update.rollout import (
@@ -30,8 +31,7 @@ from graceful.flows.update.rollout import (
 from graceful.indexing.maintenance import collect, forget
 from graceful.training.datasets import load_images
 from graceful.training.images import read_payloads
-from tests.flows import tiny
-from tests.flows.run_steps import FINISHED, REPEATED, run_update_steps
+from tests.flows import running, tiny
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, items
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -101,7 +101,7 @@ def test_whole_updates_run_in_the_store_and_are_searched_and_rolled_back(
     config = load_workspace_config(root)
     with open_session(root, config) as session:
         tiny.fill_gallery(session.workspace, config)
-    assert run_update_steps(root) == FINISHED
+    assert not running.update(root).repeated
     write_bytes(f"{root}/graceful.toml", tiny.config_text(digits_file, tiny.grown(5)).encode())
     store = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     updated = tiny.graceful("update", "--root", root, "--json", env={**command_environment, **store})
@@ -109,7 +109,7 @@ def test_whole_updates_run_in_the_store_and_are_searched_and_rolled_back(
     report = json.loads(updated.stdout)["report"]
     assert report.startswith(root)
     assert b"<html" in read_bytes(report)
-    assert run_update_steps(root) == REPEATED
+    assert running.update(root).repeated
 
     def graceful(*arguments):
         done = run.invoke(app, [*arguments, "--json"])
@@ -125,7 +125,7 @@ def test_whole_updates_run_in_the_store_and_are_searched_and_rolled_back(
     assert graceful("ingest", f"{bucket}/photos", "--root", root)["added"] == 1
     hits = graceful("search", f"{bucket}/photos/new/query.png", "--root", root, "-k", "2")["hits"]
     assert "photos/new/query.png" in {hit["item_id"] for hit in hits}
-    newest = Workspace(root, tiny.no_encoder).registry.events("decided")[-1].payload["evaluation"]
+    newest = Workspace(root, tiny.no_encoder).registry.events(Decided)[-1].payload.evaluation
     assert graceful("decide", "--from", f"{root}/evaluations/{newest}")["agrees_with_recorded"]
     graceful("rollback", "--root", root)
     assert graceful("status", "--root", root)["champion"] == first

@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
 
-from graceful.flows.search.http import MAX_BODY_BYTES, _open, make_app
+from graceful.flows.search.http import MAX_BODY_BYTES, make_app
 from graceful.flows.search.searcher import GallerySearcher, publish_view
+from graceful.flows.store.workspace import open_workspace
 from graceful.flows.update.rollout import rollback
 from graceful.indexing.exact import WidthMismatchError
 from graceful.indexing.gallery import GalleryVersion
 from graceful.indexing.search import IndexCorruptedError
-from tests.flows import tiny
-from tests.flows.run_steps import run_update_steps
+from tests.flows import running, tiny
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def updated(root: Path) -> str:
     """Run an update of the workspace; the generation that serves then."""
-    assert run_update_steps(str(root)) == 0
-    return str(_open(str(root)).registry.serving().champion)
+    running.update(root)
+    return str(open_workspace(str(root)).registry.serving().champion)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def image_of(root: Path, row: int) -> bytes:
 
 def gallery_row(root: Path) -> tuple[str, int]:
     """An item of the gallery, and its row in the data set."""
-    item_id = str(_open(str(root)).gallery.latest_items()["item_id"][7].as_py())
+    item_id = str(open_workspace(str(root)).gallery.latest_items()["item_id"][7].as_py())
     return item_id, int(item_id.rpartition("#")[2])
 
 
@@ -80,11 +80,11 @@ def test_an_image_finds_itself_first_as_raw_bytes_and_as_a_form(workspace: Path,
 
 
 def test_a_vector_is_searched_with_exactly_and_k_counts(workspace: Path, client: TestClient) -> None:
-    searcher = GallerySearcher(_open(str(workspace)))
+    searcher = GallerySearcher(open_workspace(str(workspace)))
     vector = np.random.default_rng(0).standard_normal(searcher.served.width).astype(np.float32)
     answer = client.post("/search", json={"vector": vector.tolist(), "k": 300, "generation": searcher.generation})
     assert answer.status_code == 200, answer.text
-    view = _open(str(workspace)).view(searcher.generation)
+    view = open_workspace(str(workspace)).view(searcher.generation)
     scores = view.vectors(np.arange(view.num_items)) @ (vector / np.linalg.norm(vector))
     assert [hit["item_id"] for hit in answer.json()["hits"]] == list(view.item_ids[np.argsort(-scores, kind="stable")])
     assert len(client.post("/search?k=2", json={"vector": vector.tolist()}).json()["hits"]) == 2
@@ -167,7 +167,7 @@ def test_searches_go_on_while_the_service_follows_an_update_a_rollback_and_past_
             until(lambda: seen == [first, second])
 
             # A damaged segment: the next snapshot cannot be opened, the served one stays and /status tells why.
-            opened = _open(str(root))
+            opened = open_workspace(str(root))
             publish_view(opened, first, opened.view(first))
             segments = root / "index" / "segments"
             damaged = {path: path.read_bytes() for path in segments.glob("*.faiss")}
@@ -189,7 +189,7 @@ def test_searches_go_on_while_the_service_follows_an_update_a_rollback_and_past_
 
 
 def test_refreshing_without_a_change_reads_no_view(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = _open(str(workspace))
+    opened = open_workspace(str(workspace))
     searcher = GallerySearcher(opened)
     monkeypatch.setattr(opened, "view", lambda *_: pytest.fail("the view was read"))
     assert searcher.refresh() is False
@@ -199,7 +199,7 @@ def test_only_the_newest_snapshot_of_each_query_generation_stays(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("graceful.flows.search.searcher._KEPT_S", 0.0)
-    opened = _open(str(workspace))
+    opened = open_workspace(str(workspace))
     generation, index = GallerySearcher(opened).generation, Path(opened.index_location())
     view = opened.view(generation)
     for vectors in (101, 102, 103):
@@ -212,7 +212,7 @@ def test_only_the_newest_snapshot_of_each_query_generation_stays(
 
 
 def test_query_vectors_of_another_width_are_refused_by_name(workspace: Path) -> None:
-    searcher = GallerySearcher(_open(str(workspace)))
+    searcher = GallerySearcher(open_workspace(str(workspace)))
     with pytest.raises(WidthMismatchError, match=f"encode queries with {searcher.generation}"):
         searcher.search_vectors(np.ones((1, 8), np.float32))
 

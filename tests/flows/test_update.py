@@ -110,7 +110,7 @@ def test_lineage_tells_the_whole_story_in_order(history):
     from graceful.flows.store.workspace import Workspace
 
     registry = Workspace(str(history["root"]), None).registry
-    kinds = [event.kind for event in registry.events(update_key=history["second"]["update_key"])]
+    kinds = [e.kind for e in registry.history() if e.update_key == history["second"]["update_key"]]
     assert kinds == ["update_started", "trained", "decided", "promoted", "update_completed"]
     assert history["second"]["update_key"] != history["first"]["update_key"]
 

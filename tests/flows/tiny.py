@@ -19,6 +19,7 @@ from typing import Any
 
 from graceful.flows.runtime.session import open_session
 from graceful.flows.settings.config import PipelineConfig, load_config
+from graceful.flows.store.events import Decided
 from graceful.flows.store.items import item_table
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.rollout import ingest
@@ -115,7 +116,7 @@ def end_state(root: str | Path) -> dict[str, Any]:
     registry, serving = workspace.registry, workspace.registry.serving()
     view = workspace.view(serving.champion)
     names = [view.readable[code] if code >= 0 else "" for code in view.owner]
-    decided = registry.events("decided")
+    decided = registry.events(Decided)
     return {
         "champion": serving.champion,
         "previous": serving.previous,
@@ -125,11 +126,9 @@ def end_state(root: str | Path) -> dict[str, Any]:
         "generations": registry.generations(),
         "view": dict(zip(view.item_ids.tolist(), names, strict=True)),
         "rows": workspace.gallery.generations(),
-        "decisions": [(event.update_key, event.generation, event.payload["outcome"]) for event in decided],
-        "decision": json.loads(
-            Path(root, "evaluations", str(decided[-1].payload["evaluation"]), "decision.json").read_text()
-        ),
-        "events": sorted((e.kind, e.generation) for e in registry.events() if e.kind != "plan_completed"),
+        "decisions": [(event.update_key, event.generation, event.payload.outcome) for event in decided],
+        "decision": json.loads(Path(root, "evaluations", decided[-1].payload.evaluation, "decision.json").read_text()),
+        "events": sorted((e.kind, e.generation) for e in registry.history() if e.kind != "plan_completed"),
     }
 
 

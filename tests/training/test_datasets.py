@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from graceful.errors import UnknownFormatError
+from graceful.errors import UnknownFormatError, UsageError
 from graceful.training.datasets import (
     DatasetConfig,
     DatasetNotFoundError,
@@ -279,6 +279,14 @@ def test_csv_names_images_beside_it(tmp_path: Path) -> None:
         load_images(config)
     (tmp_path / "labels.csv").write_text("file,kind\nx.png,cat\n")
     with pytest.raises(ValueError, match=r"expected the columns \['label', 'year'\]"):
+        load_images(config)
+
+
+@pytest.mark.parametrize(("name", "source"), [("set.csv", "csv"), ("set.parquet", "parquet")])
+def test_file_that_is_not_what_it_is_called_says_so(tmp_path: Path, name: str, source: str) -> None:
+    (tmp_path / name).write_bytes("file,label\nä,b".encode("utf-16"))
+    config = DatasetConfig.model_validate({"source": source, "path": str(tmp_path / name)})
+    with pytest.raises(UsageError, match=rf"loading images: expected (UTF-8|a Parquet file), found .*{name}\); "):
         load_images(config)
 
 

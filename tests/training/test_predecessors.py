@@ -13,10 +13,9 @@ from torch.nn.functional import normalize
 
 from graceful.training.backbones import build_backbone
 from graceful.training.encoder import save_generation
-from graceful.training.generation import BackboneSpec, Preprocessing
+from graceful.training.generation import BackboneSpec, PredecessorRef, Preprocessing
 from graceful.training.predecessors import (
     MisalignedCacheError,
-    PredecessorRef,
     Predecessors,
     class_means,
     load_predecessors,

@@ -33,6 +33,7 @@ def reference_cross_entropy(
 
     Every label must occur exactly once in `ref_labels`. One matrix product serves all K predecessors.
 
+    >>> import torch
     >>> f, r = torch.eye(2), torch.eye(2)
     >>> y = torch.tensor([0, 1])
     >>> round(float(reference_cross_entropy(f, y, r, y, scale=1.0, margin=0.0)), 4)  # log(1 + e^-1)

@@ -1,0 +1,100 @@
+"""Commands that read or move pointers: status, rollback, delete, collect. Nothing here loads torch, Ray or Prefect."""
+
+from dataclasses import asdict
+from typing import Any
+
+from graceful.files import exists, join, remove
+from graceful.flows.settings.config import load_workspace_config
+from graceful.flows.store.evaluation_set import evaluation_set_uri, named_in_set
+from graceful.flows.store.events import Decided, Pending, Trained, UpdateStarted
+from graceful.flows.store.workspace import Workspace, open_workspace
+from graceful.flows.update.rollout import delete, rollback
+from graceful.indexing.maintenance import collect, forget
+from graceful.training.manifest import read_manifest
+
+
+def workspace_status(root: str) -> dict[str, Any]:
+    """Who serves, who owns rows, what is unreadable, what is under way."""
+    workspace = open_workspace(root)
+    registry = workspace.registry
+    serving = registry.serving()
+    decided = registry.events(Decided)
+    found: dict[str, Any] = {
+        "champion": serving.champion,
+        "previous": serving.previous,
+        "moved_by": serving.moved_by or None,
+        "active_plan": serving.active_plan,
+        "generations": registry.generations(),
+        "items": None,
+        "unreadable": None,
+        "rows_by_generation": {},
+        "newest_decision": decided[-1].payload.outcome if decided else None,
+        "pending": pending_generation(workspace),
+    }
+    if serving.champion is not None:
+        view = workspace.view(serving.champion)
+        found["items"] = view.num_items
+        found["unreadable"] = len(view.unreadable())
+        found["rows_by_generation"] = view.rows_by_generation()
+    else:
+        found["items"] = workspace.gallery.view([]).num_items
+        found["unreadable"] = found["items"]
+    if serving.active_plan is not None:
+        plan = registry.plan(serving.active_plan)[0]
+        found["plan"] = {"generation": plan.generation, "fraction": plan.fraction, "items": plan.num_items}
+    return found
+
+
+def pending_generation(workspace: Workspace) -> str | None:
+    """The candidate that waits for more evidence; the next candidate supersedes it."""
+    trained = workspace.registry.generations()
+    pending = [event.generation for event in workspace.registry.events(Pending)]
+    return trained[-1] if trained and trained[-1] in pending else None
+
+
+def delete_items(root: str, item_ids: list[str], *, forget: bool) -> dict[str, Any]:
+    """Delete items; with `forget` remove what is stored of them, and list what cannot be removed."""
+    workspace = open_workspace(root)
+    found: dict[str, Any] = {"deleted": delete(workspace, item_ids)}
+    if forget:
+        found |= forget_items(workspace, item_ids)
+    return found
+
+
+def forget_items(workspace: Workspace, item_ids: list[str]) -> dict[str, Any]:
+    """Remove items physically from gallery, caches and index; weights trained on them cannot be changed."""
+    wanted = set(item_ids)
+    stored = workspace.gallery.items_table.snapshot().rows(["item_id", "content_sha256"]).to_pylist()
+    hashes = sorted({row["content_sha256"] for row in stored if row["item_id"] in wanted})  # of every revision
+    revisions = forget(workspace.gallery, item_ids)
+    for generation in workspace.registry.generations():
+        if exists(join(workspace.root, "caches", generation)):
+            workspace.cache(generation).forget(hashes)
+    remove(workspace.index_location())
+    trained_on, named_in = _where_named(workspace, set(hashes))
+    return {"revisions_removed": revisions, "cannot_remove_from_weights_of": trained_on, "still_named_in": named_in}
+
+
+def _where_named(workspace: Workspace, hashes: set[str]) -> tuple[list[str], list[str]]:
+    """Generations that were trained on one of the images, and records that name one, without its vectors or pixels."""
+    updates = {event.update_key: event.payload for event in workspace.registry.events(UpdateStarted)}
+    manifests = {
+        key: uri for key in updates if hashes & set(read_manifest(uri := workspace.manifest_uri(key)).content_sha256)
+    }
+    trained_on = [event.generation for event in workspace.registry.events(Trained) if event.update_key in manifests]
+    sets = {evaluation_set_uri(workspace.root, frozen.evaluation_set) for frozen in updates.values()}
+    return trained_on, [*manifests.values(), *sorted(uri for uri in sets if hashes & named_in_set(uri))]
+
+
+def roll_back(root: str, reason: str) -> dict[str, Any]:
+    """Move the serving state back."""
+    return rollback(open_workspace(root), reason=reason).model_dump(mode="json")
+
+
+def collect_garbage(root: str) -> dict[str, Any]:
+    """Drop vectors that nobody can read."""
+    workspace = open_workspace(root)
+    config = load_workspace_config(root)
+    pending = pending_generation(workspace)
+    protected = workspace.protected(config.gallery.supported_query_generations, [pending] if pending else [])
+    return asdict(collect(workspace.gallery, protected))
