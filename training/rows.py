@@ -67,8 +67,8 @@ def parquet_rows(paths: Sequence[str], label_columns: Sequence[str], further: Se
     sources: list[str] = []
     tables: list[pa.Table] = []
     for place in parquet_files(paths):
-        file_system, path = resolve(place)
-        with _open_parquet(file_system, path, place) as reader:
+        path = resolve(place)[1]
+        with open_parquet(place) as reader:
             schema = reader.schema_arrow
             _require(schema.names, [*needed, *([image] if image else [])], place)
             default = "image" if "image" in schema.names else None
@@ -127,18 +127,25 @@ def parquet_files(paths: Sequence[str]) -> list[str]:
     return found
 
 
-def as_text(values: NDArray[Any]) -> NDArray[np.str_]:
-    """Values as text."""
-    return np.array([str(value) for value in values], dtype=np.str_)
-
-
-def _open_parquet(file_system: pafs.FileSystem, path: str, place: str) -> pq.ParquetFile:
+def open_parquet(place: str) -> pq.ParquetFile:
+    """Open one Parquet file. Raises UsageError where it is none."""
+    file_system, path = resolve(place)
     try:
         return pq.ParquetFile(file_system.open_input_file(path))
     except pa.ArrowInvalid as error:
         raise UsageError(
-            f"loading images: expected a Parquet file, found {' '.join(str(error).split())} (at {place}); write it again"
+            f"loading images: expected a Parquet file, found {' '.join(str(error).split())} (at {place}); write it anew"
         ) from error
+
+
+def csv_header(place: str) -> list[str]:
+    """Names of the columns of a CSV file. Raises UsageError where it is no text."""
+    return list(csv.DictReader(io.StringIO(_text_of(place), newline="")).fieldnames or [])
+
+
+def as_text(values: NDArray[Any]) -> NDArray[np.str_]:
+    """Values as text."""
+    return np.array([str(value) for value in values], dtype=np.str_)
 
 
 def _text_of(place: str) -> str:

@@ -14,20 +14,19 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from graceful.errors import GracefulError
 from graceful.evaluation.intervals import FEW_CLUSTERS
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.evaluation.power import queries_for_margin, queries_for_nfr
-from graceful.files import exists, resolve
+from graceful.files import exists
 from graceful.training.datasets import DatasetConfig, is_held_out, list_images, read_payloads
 from graceful.training.folders import Folder, find_source, list_folder
 from graceful.training.generation import Preprocessing
 from graceful.training.images import decode, image_column
 from graceful.training.measure import Measured, measure
-from graceful.training.rows import parquet_files
+from graceful.training.rows import FILE_COLUMNS, csv_header, open_parquet, parquet_files
 
 SHARES = (0.2, 0.25, 0.3, 0.4)
 """Shares to hold out: the first under which few queries are the only one of their label."""
@@ -192,13 +191,12 @@ def _split_folders(place: str, listed: Folder) -> tuple[str, ...]:
 def _label_column(source: str, place: str) -> str:
     """The column of labels: one that is called so, or the only one that holds texts or whole numbers."""
     if source == "csv":
-        with open(place, encoding="utf-8-sig") as stream:
-            names = [name.strip().strip('"') for name in stream.readline().rstrip("\r\n").split(",")]
-        fitting = names[1:]
+        names = csv_header(place)
+        fitting = [name for name in names if name not in FILE_COLUMNS]
     else:
         file = parquet_files([place])[0]
-        filesystem, path = resolve(file)
-        schema = pq.read_schema(path, filesystem=filesystem)
+        with open_parquet(file) as reader:
+            schema = reader.schema_arrow
         names, image = schema.names, image_column(schema, file)
         fitting = [field.name for field in schema if field.name != image and _names_something(field.type)]
     known = [name for name in _LABEL_COLUMNS if name in fitting]
