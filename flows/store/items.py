@@ -1,6 +1,7 @@
 """Turns images into items of the gallery, under ids that name the collection and never collide silently.
 
-An id is `collection/path below it` for a folder and `collection#row` for a Parquet file. What an image is the same as,
+An id is `collection/path below it` for a folder, with `#row` for Parquet files in it, and `collection#row` for a single
+Parquet file. What an image is the same as,
 though, its source says: a source that is there keeps its id, however it is ingested again, and an id that belongs to
 another source is a clash and refused.
 """
@@ -34,10 +35,13 @@ def item_id_of(source: str, below: str | None = None, prefix: str | None = None)
     ('pets/cat#1.jpg', 'pets#2')
     """
     place, row, _ = split_source(source)
-    if row is not None:
-        return f"{prefix or os.path.splitext(os.path.basename(place))[0]}#{row}"
-    name = os.path.basename(source) if below is None else os.path.relpath(source, below)
-    return name if prefix is None else f"{prefix}/{name}"
+    name = os.path.basename(place) if below is None else os.path.relpath(place, below)
+    if row is None:
+        return name if prefix is None else f"{prefix}/{name}"
+    stem = os.path.splitext(name)[0]
+    if prefix is not None:
+        stem = prefix if below is None else f"{prefix}/{stem}"
+    return f"{stem}#{row}"
 
 
 def ids_below(place: str, sources: Sequence[str], prefix: str | None = None) -> list[str]:
@@ -53,12 +57,10 @@ def ids_below(place: str, sources: Sequence[str], prefix: str | None = None) -> 
     """
     if "://" not in place:
         place = resolve(place)[1]
+    if place.endswith(".parquet"):
+        return [item_id_of(source, prefix=prefix) for source in sources]
     folder = os.path.dirname(place) if list(sources) == [place] or place.endswith(".csv") else place.rstrip("/")
-    name = prefix or os.path.basename(folder)
-    return [
-        item_id_of(source, prefix=prefix) if split_source(source)[1] is not None else item_id_of(source, folder, name)
-        for source in sources
-    ]
+    return [item_id_of(source, folder, prefix or os.path.basename(folder)) for source in sources]
 
 
 def item_table(images: LabelledImages, item_ids: Sequence[str] | None = None) -> pa.Table:

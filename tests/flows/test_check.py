@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -187,6 +189,19 @@ def test_names_of_torchvision_are_read_as_torchvision_lists_them():
     assert torchvision_models() == set(torchvision.models.list_models())
     assert problem_with_network("vit_b_16") is None
     assert problem_with_network("small_cnn") is None
+
+
+def test_checking_loads_nothing_heavy(checked, workspace_root):
+    checked(training__backbone="resnet18", training__head={"name": "arcface"})
+    program = (
+        "import sys; from graceful.flows.commands.check import check_workspace; "
+        f"found = check_workspace({str(workspace_root)!r}); assert len(found) > 4, found; "
+        "print([name for name in ('torch', 'torchvision', 'ray', 'prefect', 'faiss') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tiny.ROOT, capture_output=True, text=True, timeout=100, check=True
+    )
+    assert done.stdout.strip() == "[]"
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

@@ -41,7 +41,9 @@ def test_id_names_the_collection():
     assert ids_below("/data/one.png", ["/data/one.png"]) == ["data/one.png"]
     assert ids_below("/d/train.parquet", ["/d/train.parquet#0", "/d/train.parquet#12"]) == ["train#0", "train#12"]
     assert ids_below("/d/train.parquet", ["/d/train.parquet#0@photo"], "birds") == ["birds#0"]
-    assert ids_below("/d/set", ["/d/set/train-0.parquet#3"]) == ["train-0#3"]
+    parts = ["/d/set/data/train-0.parquet#3", "/d/set/data/train-1.parquet#3"]
+    assert ids_below("/d/set", parts) == ["set/data/train-0#3", "set/data/train-1#3"]
+    assert ids_below("/d/set", parts, "birds") == ["birds/data/train-0#3", "birds/data/train-1#3"]
     assert ids_below("s3://bucket/photos", ["s3://bucket/photos/new/q.png"]) == ["photos/new/q.png"]
     assert ids_below("/d/photos/labels.csv", ["/d/photos/1.png"]) == ["photos/1.png"]
 
