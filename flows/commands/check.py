@@ -31,6 +31,7 @@ Level = Literal["error", "warning", "ok"]
 _HASHED_BYTES = 256 * 2**20
 _HASHED_IMAGES = 20_000
 _MIB = 2**20
+_SPARE = 200 * _MIB
 _SPLIT = 'split = { share = 0.2, by = "content", part = "kept" } for training, part = "held_out" for the evaluation'
 
 
@@ -339,10 +340,12 @@ def _check_disk(root: str, config: PipelineConfig, sets: dict[str, _Set]) -> Ite
         return
     num_images = sum(len(part.sources) for part in sets.values())
     p, width = config.training.preprocessing, config.training.width
-    needed = 200 * _MIB + num_images * (p.channels * p.image_size**2 + 8 * width)
+    needed = num_images * (p.channels * p.image_size**2 + 8 * width)
     free = shutil.disk_usage(root).free
-    room = f"disk: about {needed // _MIB:,} MiB for an update, {free // _MIB:,} free (at {root})"
+    room = f"disk: {free // _MIB:,} MiB free (at {root}), at least {-(-needed // _MIB):,} needed for an update"
     if free < needed:
         yield Finding("error", room, "free some space, or put the workspace elsewhere")
+    elif free < needed + _SPARE:
+        yield Finding("warning", room, "weights, logs and indexes come on top; free some space")
     else:
         yield Finding("ok", room)
