@@ -1,12 +1,15 @@
 """The command line `graceful`: parse, call, print. Nothing heavy is imported before a command runs.
 
-Exit codes: 0 done, 1 failed, 2 wrong use, 3 the decision is to hold, 4 the decision is inconclusive.
+Exit codes: 0 done, 1 failed, 2 wrong use, 3 the decision is to hold, 4 it is inconclusive, 130 interrupted, 143 ended.
 """
 
 import json
 import os
 import re
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +20,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-FAILED, WRONG_USE, HELD, UNDECIDED = 1, 2, 3, 4
+FAILED, WRONG_USE, HELD, UNDECIDED, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
+_SECONDS_TO_END = 6.0
 
 app = typer.Typer(
     name="graceful",
@@ -99,14 +103,11 @@ def update(
         from graceful.flows.commands.check import require_checked
 
         require_checked(_place(root), adopt)
-        _say_that_it_starts(as_json)
-        from graceful.flows.runtime.environment import prepare_environment
-
-        prepare_environment(_place(root))
+    with reported_errors(as_json), _flow_server(_place(root), as_json):
         from graceful.flows.commands.updates import update_workspace
 
         result = update_workspace(_place(root), _console(as_json), again=again, adopt=adopt, paragon=paragon)
-        _print(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result))
+        _print(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result, _place(root)))
         raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))
 
 
@@ -144,16 +145,17 @@ def replay(
     Run again, it goes on where it stopped; with --controls it adds them to a history that is there. Exit code 0
     whatever was decided, as long as the history completed.
     """
-    with reported_errors(as_json):
-        _say_that_it_starts(as_json)
-        from graceful.flows.runtime.environment import prepare_environment
-
-        prepare_environment(root or "workspaces")
+    with reported_errors(as_json), _flow_server(_place(root or "workspaces"), as_json):
         from graceful.flows.commands.updates import replay_history
         from graceful.flows.terminal import print_replay
 
         result = replay_history(config, root, _console(as_json), paragon=paragon, controls=controls)
-        _print(as_json, result.model_dump(mode="json"), lambda console: print_replay(console, result))
+
+        def text(console: Console) -> None:
+            print_replay(console, result)
+            _print_next(console, result.root, result.report)
+
+        _print(as_json, result.model_dump(mode="json"), text)
 
 
 @app.command()
@@ -326,10 +328,47 @@ def serve(
             serve_updates(_place(root), ui_host, ui_port)
 
 
+@app.command()
+def demo(
+    root: Annotated[
+        str | None, typer.Option("--root", "-r", help="New folder for the demo; by default a temporary one that stays.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Walk through every outcome in seconds, without training: synthetic encoders; real gallery, gate and rollback."""
+    with reported_errors(as_json):
+        from dataclasses import asdict
+
+        from graceful.flows.commands.demo import run_demo
+
+        result = run_demo(None if root is None else _place(root), _console(as_json))
+        if as_json:
+            print(json.dumps(asdict(result), indent=2))
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the command ends as after Ctrl-C."""
+
+
 def main() -> None:
     """Entry point of the console script."""
     _look_for_modules_here()
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
     app()
+
+
+def _end_soon(code: int) -> None:
+    """End this process within seconds, whatever still waits: a library's thread may wait for a server that is gone."""
+
+    def end() -> None:
+        time.sleep(_SECONDS_TO_END)
+        os._exit(code)
+
+    threading.Thread(target=end, daemon=True, name="end").start()
 
 
 @contextmanager
@@ -345,9 +384,11 @@ def reported_errors(as_json: bool = False) -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort):
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         print("interrupted; run the same command again to go on", file=sys.stderr)
-        raise typer.Exit(130) from None
+        code = TERMINATED if isinstance(interruption, Terminated) else INTERRUPTED
+        _end_soon(code)
+        raise typer.Exit(code) from None
     except Exception as error:
         if os.environ.get("GRACEFUL_DEBUG"):
             raise
@@ -368,8 +409,21 @@ def reported_errors(as_json: bool = False) -> Iterator[None]:
         raise typer.Exit(WRONG_USE if wrong_use else FAILED) from None
 
 
-def _say_that_it_starts(as_json: bool) -> None:
+@contextmanager
+def _flow_server(place: str, as_json: bool) -> Iterator[None]:
+    """Give the block a flow server to report to: one that runs for this workspace, or one for this command alone."""
+    import importlib
+
+    from graceful.flows.runtime.environment import prepare_environment
+    from graceful.flows.runtime.server import flow_server
+
     _console(as_json).print("Starting (PyTorch, Ray and a flow server take a while to load) ...", style="dim")
+    prepare_environment(place)
+    if "prefect" in sys.modules:  # who has loaded Prefect has settled which server it talks to
+        yield
+        return
+    with flow_server(place, meanwhile=lambda: importlib.import_module("graceful.flows.commands.updates")):
+        yield
 
 
 @contextmanager
@@ -418,11 +472,19 @@ def _print(as_json: bool, document: Any, text: Callable[[Console], None]) -> Non
         text(Console())
 
 
-def _print_update(console: Console, result: Any) -> None:
+def _print_next(console: Console, root: str, report: str) -> None:
+    from graceful.flows.commands.suggestions import next_commands
+    from graceful.flows.terminal import print_next
+
+    print_next(console, next_commands(root, report))
+
+
+def _print_update(console: Console, result: Any, root: str) -> None:
     again = " (decided before; --again judges anew)" if result.repeated else ""
     console.print(f"[bold]{result.candidate}: {result.outcome}[/bold]{again}", highlight=False)
     console.print(result.summary, highlight=False)
     console.print(f"Serving {result.champion}.  Report: {result.report}", highlight=False, soft_wrap=True)
+    _print_next(console, root, result.report)
 
 
 def _print_counts(console: Console, found: dict[str, Any]) -> None:

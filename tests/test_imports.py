@@ -40,15 +40,18 @@ ORDER = {
         "flows.store.evaluations", "flows.store.leaks",
         "flows.settings", "flows.settings.template", "flows.settings.cron", "flows.settings.config",
         "flows.settings.reference", "flows.settings.inspection", "flows.settings.starter",
-        "flows.runtime", "flows.runtime.environment", "flows.runtime.progress", "flows.runtime.cluster",
-        "flows.runtime.jobs", "flows.runtime.encoders", "flows.runtime.session", "flows.runtime.flow_ui",
-        "flows.update", "flows.update.bench", "flows.update.assess", "flows.update.rollout", "flows.update.freeze",
+        "flows.runtime", "flows.runtime.environment", "flows.runtime.server", "flows.runtime.progress",
+        "flows.runtime.cluster", "flows.runtime.jobs", "flows.runtime.encoders", "flows.runtime.session",
+        "flows.runtime.flow_ui",
+        "flows.update", "flows.update.bench", "flows.update.assess", "flows.update.rollout", "flows.update.act",
+        "flows.update.freeze",
         "flows.update.train", "flows.update.judge", "flows.update.conclude", "flows.update.diagnosis",
         "flows.update.publish", "flows.update.order", "flows.update.replay", "flows.update.flow",
-        "flows.search", "flows.search.searcher", "flows.search.http",
+        "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.http",
         "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
-        "flows.commands.status", "flows.commands.evaluations", "flows.commands.operations", "flows.commands.updates",
-        "flows.terminal", "flows.cli",
+        "flows.commands.status", "flows.commands.evaluations",
+        "flows.commands.operations", "flows.commands.updates", "flows.commands.suggestions",
+        "flows.commands.demo_world", "flows.commands.demo", "flows.terminal", "flows.cli",
     ),
 }  # fmt: skip
 
@@ -65,6 +68,7 @@ ALLOWED = {
     "pytorch_metric_learning": ("training",),
     "sklearn": ("training.materialise",),
     "PIL": ("training.images", "training.measure"),
+    "cachetools": ("training.images",),
     "faiss": ("indexing.search", "indexing.snapshots"),
     "deltalake": ("indexing.tables",),
     "pyarrow": ("indexing", "training", "flows"),
@@ -80,6 +84,7 @@ FORBIDDEN = {"flows.cli": ("pyarrow", "prefect", "ray", *PACKAGES[:3])}
 # Plain Python: an update, a search and a judgement run the same without Prefect.
 WITHOUT_PREFECT = (
     "flows.search.searcher", "flows.search.http", "flows.update.order", "flows.update.replay", "flows.commands.status",
+    "flows.commands.demo",
 )  # fmt: skip
 
 
@@ -197,6 +202,10 @@ def test_searching_loads_neither_prefect_nor_ray():
 def test_reading_a_configuration_and_opening_a_workspace_load_no_framework():
     statement = "import graceful.flows.settings.config, graceful.flows.store.workspace, graceful.flows.commands.check"
     assert loaded_after(statement, "torch", "ray", "faiss", "prefect", "pytorch_metric_learning") == set()
+
+
+def test_the_demo_loads_neither_torch_nor_ray_nor_prefect():
+    assert loaded_after("import graceful.flows.commands.demo", "torch", "ray", "prefect", "faiss") == {"faiss"}
 
 
 def test_judging_stored_outcomes_loads_no_framework():

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 from graceful.files import set_crash_hook
@@ -200,6 +201,14 @@ def test_empty_image_is_not_ingested(workspace_root, untouched, tmp_path):
     code, line = command("ingest", tmp_path / "missing", "--root", workspace_root)
     assert code == FAILED
     one_line(line, "expected a folder, found none", "missing")
+
+
+def test_an_image_of_too_many_pixels_is_neither_ingested_nor_searched_with(workspace_root, untouched, tmp_path):
+    Image.new("1", (13_300, 13_300)).save(tmp_path / "huge.png")
+    for name in ("ingest", "search"):
+        code, line = command(name, tmp_path / "huge.png", "--root", workspace_root)
+        assert code == FAILED
+        one_line(line, "huge.png", "is too large: expected at most 67,108,864 pixels, found 13300x13300")
 
 
 @pytest.mark.parametrize(("content", "reason"), [(b"", "empty"), (b"GIF, almost", "cannot be decoded"), (None, "read")])

@@ -14,7 +14,8 @@ from graceful.flows.cli import app, reported_errors
 from tests.flows import tiny
 
 COMMANDS = [
-    "check", "collect", "decide", "delete", "ingest", "init", "replay", "report", "rollback", "search", "serve",
+    "check", "collect", "decide", "delete", "demo", "ingest", "init", "replay", "report", "rollback", "search",
+    "serve",
     "status", "update",
 ]  # fmt: skip
 
