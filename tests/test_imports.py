@@ -16,11 +16,11 @@ PACKAGES = ("training", "indexing", "evaluation", "flows")
 # Within a package a module imports only modules before it.
 ORDER = {
     "training": (
-        "training", "training.generation", "training.manifest", "training.images", "training.materialise",
-        "training.datasets", "training.backbones", "training.heads", "training.encoder", "training.predecessors",
-        "training.constraints.bct", "training.constraints.cross_contrast", "training.constraints.ract",
-        "training.constraints", "training.job", "training.pixels", "training.progress", "training.finishing",
-        "training.loop", "training.launch",
+        "training", "training.generation", "training.manifest", "training.images", "training.glyphs",
+        "training.materialise", "training.datasets", "training.backbones", "training.heads", "training.encoder",
+        "training.predecessors", "training.constraints.bct", "training.constraints.cross_contrast",
+        "training.constraints.ract", "training.constraints", "training.job", "training.pixels", "training.progress",
+        "training.finishing", "training.loop", "training.launch",
     ),
     "indexing": (
         "indexing", "indexing.embedding_files", "indexing.tables", "indexing.matching",

@@ -1,4 +1,4 @@
-"""Training sets: which images, with which labels, from Parquet files, folders, torchvision or the bundled digits.
+"""Training sets: which images, with which labels, from files, folders, torchvision, bundled digits or drawn glyphs.
 
 Whatever the origin, a training set ends as a manifest: one row (source, label, content_sha256) per image, in a Parquet
 file that every worker reads. Images that cannot be decoded are left out, listed, and refused above a stated share.
@@ -20,7 +20,7 @@ from graceful.errors import GracefulError, UsageError
 from graceful.files import resolve
 from graceful.training.images import image_column, read_payloads, unreadable_reason
 from graceful.training.manifest import DatasetNotFoundError, LabelledImages, read_manifest, write_manifest
-from graceful.training.materialise import materialise_digits, materialise_torchvision
+from graceful.training.materialise import materialise_digits, materialise_glyphs, materialise_torchvision
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -28,6 +28,7 @@ __all__ = [
     "DatasetNotFoundError",
     "LabelledImages",
     "materialise_digits",
+    "materialise_glyphs",
     "materialise_torchvision",
     "read_manifest",
     "read_payloads",
@@ -75,10 +76,12 @@ class DatasetConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: Literal["parquet", "folder", "torchvision", "digits"] = Field(description="Kind of data set.")
+    source: Literal["parquet", "folder", "torchvision", "digits", "glyphs"] = Field(
+        description="Kind of data set; glyphs are made-up alphabets that are drawn by the code."
+    )
     path: str | tuple[str, ...] = Field(
         description="Parquet file or files; image folder (its sub-folders are the labels); torchvision's root folder; "
-        "the Parquet file that the bundled digits are written to once."
+        "the Parquet file that the bundled digits or the drawn glyphs are written to once."
     )
     torchvision_name: str | None = Field(default=None, description="Class in torchvision.datasets, such as CIFAR100.")
     torchvision_train: bool = Field(default=True, description="Its training part; false takes the test part.")
@@ -245,8 +248,9 @@ def _parquet_rows(config: DatasetConfig) -> _Candidates:
     paths: list[str] = []
     for path in config.paths:
         if config.source == "digits":
-            materialise_digits(path)
-            paths.append(path)
+            paths.append(materialise_digits(path))
+        elif config.source == "glyphs":
+            paths.append(materialise_glyphs(path))
         elif config.source == "torchvision":
             paths.append(materialise_torchvision(str(config.torchvision_name), path, config.torchvision_train))
         else:
