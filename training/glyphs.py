@@ -1,12 +1,12 @@
 """Glyphs: made-up alphabets, drawn by the code. Nothing is downloaded, and there are as many as a decision needs.
 
-An alphabet has a hand: the anchors its strokes run between, how many strokes a character has, how round they are, how
-they lean and with what pen they are written. A character is a list of strokes, told apart from every other character of
-its alphabet when both are drawn cleanly. A drawing of it moves every control point a little, then the whole character,
-and presses the pen more or less.
+An alphabet has a hand: the anchors that its strokes run between, how many strokes a character has, how round they are,
+how they lean and with what pen they are written. A character is a list of strokes. A drawing of it moves every control
+point a little, then the whole character, and presses the pen more or less.
 
-A character depends on the seed, its alphabet and nothing else: a longer list starts with the shorter one. Coordinates
-lie in the unit square, x to the right, y downwards. Shapes: n drawings, P points of a character's strokes.
+The same seed gives the same pixels. An alphabet depends on the seed and its number, a character also on those before it
+in its alphabet, a drawing on its character: a longer list starts with the shorter one. Coordinates lie in the unit
+square, x to the right, y downwards. Shapes: n drawings, K control points of a stroke, P points on it.
 """
 
 import functools
@@ -19,15 +19,18 @@ IMAGE_SIZE = 20
 
 # Fewest and most strokes, and control points of each: few long strokes, or several short ones.
 _COMPLEXITIES = (((1, 2), (3, 5)), ((2, 3), (2, 4)), ((3, 4), (2, 3)))
-_INVENTED = 4
+_INVENTED = 4  # characters to choose the next one from
 _POINTS_PER_STROKE = 64
-_CONTROL_JITTER = 0.04  # of the image's side, as all below
+_INK = 1.0
+
+# How drawings of a character differ: standard deviations, lengths as shares of the image's side. Sized so that raw
+# pixels find the nearest of 96 class means about half the time.
+_CONTROL_JITTER = 0.04
 _SHIFT = 0.06
 _TURN_DEGREES = 10.0
 _STRETCH = 0.10
 _PRESSURE = 0.12
-_INK = 1.0
-_PAPER = 8.0  # standard deviation of the paper's grey
+_PAPER = 8.0  # of 255 greys
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Hand:
 
 @dataclass(frozen=True)
 class Character:
-    """Strokes of one character: control points (K, 2) each."""
+    """Strokes of one character: control points (K, 2) each, K by stroke."""
 
     strokes: tuple[NDArray[np.float64], ...]
 
@@ -114,30 +117,27 @@ def draw_character(character: Character, hand: Hand, count: int, rng: np.random.
 
 
 def ink_of(strokes: list[NDArray[np.float64]], hand: Hand, pressure: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ink (n, IMAGE_SIZE, IMAGE_SIZE) in [0, 1] of strokes with control points (n, K, 2) each, `pressure` (n, 1).
+    """Ink (n, IMAGE_SIZE, IMAGE_SIZE) in [0, 1] of strokes with control points (n, K, 2) each; `pressure` is (n, 1).
 
-    The pen leaves a Gaussian spot at every point of a stroke, as heavy as the stroke is long there, so that a line is
-    equally dark whatever its length: ink = 1 - exp(-sum of spots). A spot is a product of a column and a row, so all of
-    them together are one matrix product.
+    The pen leaves a Gaussian spot at every point, as heavy as the stroke is long there: a line is equally dark whatever
+    its length. ink = 1 - exp(-sum of spots). A spot is a column times a row, so that all of them are one matrix
+    product. Float64 throughout: processors that round the last bit otherwise still give the same 256 greys.
     """
-    points = np.concatenate([_curve(controls.shape[1], hand.roundness) @ controls for controls in strokes], axis=1)
-    lengths = [
-        np.linalg.norm(np.gradient(_curve(controls.shape[1], hand.roundness) @ controls, axis=1), axis=2)
-        for controls in strokes
-    ]
+    curves = [_curve(controls.shape[1], hand.roundness) @ controls for controls in strokes]
+    lengths = [np.linalg.norm(np.gradient(curve, axis=1), axis=2) for curve in curves]
+    points = np.concatenate(curves, axis=1)
     points[..., 0] -= hand.lean * (points[..., 1] - 0.5)
     pixels = (np.arange(IMAGE_SIZE) + 0.5) / IMAGE_SIZE
     across, down = (
-        np.exp(-0.5 * ((points[..., axis, None] - pixels) / (nib * pressure[..., None])) ** 2)
-        for axis, nib in enumerate(hand.nib)
+        np.exp(-0.5 * ((points[..., axis, None] - pixels) / (width * pressure[..., None])) ** 2)
+        for axis, width in enumerate(hand.nib)
     )
-    nib = np.sqrt(hand.nib[0] * hand.nib[1])
-    weight = _INK * np.concatenate(lengths, axis=1) / nib
+    weight = _INK * np.concatenate(lengths, axis=1) / np.sqrt(hand.nib[0] * hand.nib[1])
     return 1 - np.exp(-(down * weight[..., None]).transpose(0, 2, 1) @ across)
 
 
 def _invent(hand: Hand, rng: np.random.Generator) -> Character:
-    """Strokes between neighbouring or far anchors, none of which is visited twice in a row."""
+    """A character at random: strokes between anchors, none of which a stroke visits twice."""
     strokes = []
     for _ in range(rng.integers(hand.num_strokes[0], hand.num_strokes[1] + 1)):
         count = int(rng.integers(hand.num_controls[0], hand.num_controls[1] + 1))
@@ -146,28 +146,26 @@ def _invent(hand: Hand, rng: np.random.Generator) -> Character:
 
 
 def _picture(character: Character, hand: Hand) -> NDArray[np.float64]:
-    """The clean character as a unit vector, with a broad pen: what is near on paper is near here."""
-    broad = np.full((1, 1), 2.0)
-    ink = ink_of([controls[None] for controls in character.strokes], hand, broad).ravel()
+    """The clean character as a unit vector, drawn with a broad pen: what is near on paper is alike."""
+    ink = ink_of([controls[None] for controls in character.strokes], hand, np.full((1, 1), 2.0)).ravel()
     return np.asarray(ink / np.linalg.norm(ink))
 
 
 @functools.cache
 def _curve(num_controls: int, roundness: float) -> NDArray[np.float64]:
-    """Matrix (points, controls) from control points to a curve through them: cubic, with tangents of `roundness`.
+    """Matrix (P, K) from control points to a curve through them.
 
-    Hermite segments with the central differences as tangents; 0 gives straight lines with corners, 1 Catmull-Rom.
+    Cubic Hermite segments whose tangents are `roundness` times the central differences: 1 is a Catmull-Rom spline. 0
+    gives straight lines with corners.
     """
     at = np.linspace(0, num_controls - 1, _POINTS_PER_STROKE)
     segment = np.minimum(at.astype(int), num_controls - 2)
     t = (at - segment)[:, None]
     each = np.eye(num_controls)
-    tangent = roundness * np.gradient(each, axis=0)
     start, end = each[segment], each[segment + 1]
-    smooth = t * t * (3 - 2 * t)
-    straight = (1 - t) * start + t * end
     if roundness == 0:
-        return straight
-    curved = (1 - smooth) * start + smooth * end
-    curved += t * (1 - t) ** 2 * tangent[segment] - t**2 * (1 - t) * tangent[segment + 1]
-    return curved
+        return (1 - t) * start + t * end
+    tangent = roundness * np.gradient(each, axis=0)
+    share = t * t * (3 - 2 * t)
+    bend = t * (1 - t) ** 2 * tangent[segment] - t**2 * (1 - t) * tangent[segment + 1]
+    return (1 - share) * start + share * end + bend

@@ -66,7 +66,7 @@ def test_nearest_mean_of_raw_pixels_is_far_above_chance_and_far_from_perfect(dra
     means /= np.linalg.norm(means, axis=1, keepdims=True)
     found = (drawings[:, :5] @ means.T).argmax(axis=2)
     share = float((found == np.arange(len(drawings))[:, None]).mean())
-    assert 0.4 < share < 0.9  # chance is 1 %
+    assert 0.3 < share < 0.7  # chance is 1 %
 
 
 def test_hands_write_differently() -> None:
