@@ -165,7 +165,7 @@ def _curve(num_controls: int, roundness: float) -> NDArray[np.float64]:
     start, end = each[segment], each[segment + 1]
     if roundness == 0:
         return (1 - t) * start + t * end
-    tangent = roundness * np.gradient(each, axis=0)
+    tangent = roundness * np.asarray(np.gradient(each, axis=0))
     share = t * t * (3 - 2 * t)
     bend = t * (1 - t) ** 2 * tangent[segment] - t**2 * (1 - t) * tangent[segment + 1]
     return (1 - share) * start + share * end + bend
