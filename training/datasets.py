@@ -17,7 +17,7 @@ from graceful.errors import GracefulError, UsageError
 from graceful.training.folders import IMAGE_SUFFIXES
 from graceful.training.images import read_payloads, unreadable_reason
 from graceful.training.manifest import DatasetNotFoundError, LabelledImages, read_manifest, write_manifest
-from graceful.training.materialise import materialise_digits, materialise_torchvision
+from graceful.training.materialise import materialise_digits, materialise_glyphs, materialise_torchvision
 from graceful.training.rows import Rows, as_text, csv_rows, folder_rows, parquet_rows
 
 __all__ = [
@@ -98,11 +98,13 @@ class DatasetConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: Literal["parquet", "folder", "csv", "torchvision", "digits"] = Field(description="Kind of data set.")
+    source: Literal["parquet", "folder", "csv", "torchvision", "digits", "glyphs"] = Field(
+        description="Kind of data set; glyphs are made-up alphabets that are drawn by the code."
+    )
     path: str | tuple[str, ...] = Field(
         description="Parquet file or files, or a folder of them; image folder (its sub-folders are the labels; a "
         "symlinked folder is read once); CSV file with a header, whose rows name an image each; torchvision's root "
-        "folder; the Parquet file that the bundled digits are written to once."
+        "folder; the Parquet file that the bundled digits or the drawn glyphs are written to once."
     )
     torchvision_name: str | None = Field(default=None, description="Class in torchvision.datasets, such as CIFAR100.")
     torchvision_train: bool = Field(default=True, description="Its training part; false takes the test part.")
@@ -358,6 +360,8 @@ def _all_rows(config: DatasetConfig) -> Rows:
     paths = config.paths
     if config.source == "digits":
         paths = tuple(materialise_digits(path) for path in paths)
+    elif config.source == "glyphs":
+        paths = tuple(materialise_glyphs(path) for path in paths)
     elif config.source == "torchvision":
         name, train = str(config.torchvision_name), config.torchvision_train
         paths = tuple(materialise_torchvision(name, path, train) for path in paths)

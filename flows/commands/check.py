@@ -134,7 +134,7 @@ def _data_sets(config: PipelineConfig) -> dict[str, DatasetConfig]:
 
 def _look(name: str, config: DatasetConfig, hashes: dict[str, str]) -> _Set:
     """List a data set, and hash its images unless that takes long. `hashes` remembers those of other data sets."""
-    if config.source == "digits" and not all(map(exists, config.paths)):
+    if config.source in ("digits", "glyphs") and not all(map(exists, config.paths)):
         return _Set(name, config, [], np.array([], np.str_), None, False)  # it is written by the update
     sources, labels = list_images(config)
     by_content = config.split is not None and config.split.by == "content"
@@ -163,8 +163,8 @@ def _is_cheap(sources: Sequence[str]) -> bool:
 
 def _check_set(images: _Set) -> Iterator[Finding]:
     name, labels = images.name, Counter(images.labels.tolist())
-    if images.config.source == "digits" and not all(map(exists, images.config.paths)):
-        yield Finding("ok", f"{name}: the bundled digits, written when they are first used")
+    if images.config.source in ("digits", "glyphs") and not all(map(exists, images.config.paths)):
+        yield Finding("ok", f"{name}: {images.config.source}, written when they are first used")
         return
     if not images.sources:
         yield Finding("error", f"{name}: expected images, found none that pass where and split", _where_from(images))
