@@ -5,7 +5,7 @@ file that every worker reads. Images that cannot be decoded are left out, listed
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,20 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from graceful.errors import GracefulError, UsageError
 from graceful.files import resolve
 from graceful.training.images import image_column, read_payloads, unreadable_reason
-from graceful.training.manifest import DatasetNotFoundError, LabelledImages, read_manifest, write_manifest
+from graceful.training.manifest import DatasetNotFoundError, LabelledImages
 from graceful.training.materialise import materialise_digits, materialise_torchvision
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-
-__all__ = [
-    "DatasetNotFoundError",
-    "LabelledImages",
-    "materialise_digits",
-    "materialise_torchvision",
-    "read_manifest",
-    "read_payloads",
-    "write_manifest",
-]
 
 
 class EmptyDatasetError(GracefulError):
@@ -162,30 +152,6 @@ def draw_per_label(labels: NDArray[np.str_], count: int, seed: int) -> NDArray[n
         stable = int.from_bytes(hashlib.sha256(str(name).encode()).digest()[:8], "little")
         mask[np.random.default_rng([seed, stable]).permutation(members)[:count]] = True
     return mask
-
-
-def growing_classes(
-    labels: Sequence[str] | NDArray[np.str_],
-    counts: Sequence[int],
-    groups: Sequence[str] | NDArray[np.str_] | None = None,
-    seed: int | None = None,
-) -> list[list[str]]:
-    """Return for each generation the sorted classes that it may see: those of the first `counts[t]` groups.
-
-    Groups (for instance alphabets) are aligned with the labels; without them every class is its own group. They come in
-    alphabetical order, or shuffled when a seed is given.
-    """
-    label_array = np.asarray(labels, dtype=np.str_)
-    group_array = label_array if groups is None else np.asarray(groups, dtype=np.str_)
-    names = np.unique(group_array)
-    if list(counts) != sorted(counts) or not len(counts) or counts[0] < 1 or counts[-1] > len(names):
-        raise UsageError(
-            f"growing classes: expected ascending counts from 1 to {len(names)}, found {list(counts)}; the data has "
-            f"{len(names)} groups"
-        )
-    if seed is not None:
-        names = np.random.default_rng(seed).permutation(names)
-    return [np.unique(label_array[np.isin(group_array, names[:count])]).tolist() for count in counts]
 
 
 def column_values(config: DatasetConfig, column: str) -> list[Any]:

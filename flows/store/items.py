@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from graceful.training.datasets import LabelledImages
+from graceful.training.manifest import LabelledImages
 
 
 def item_id_of(source: str, below: str | None = None) -> str:

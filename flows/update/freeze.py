@@ -19,9 +19,10 @@ from graceful.flows.store.evaluation_set import EvaluationSet, load_evaluation_s
 from graceful.flows.store.events import Decided, Retired, Trained, UpdateStarted
 from graceful.flows.store.registry import Registry
 from graceful.flows.store.workspace import Workspace
-from graceful.training.datasets import LabelledImages, check_trainable, load_images, write_manifest
+from graceful.training.datasets import check_trainable, load_images
 from graceful.training.generation import ordinal_of
 from graceful.training.job import TRAINING_VERSION
+from graceful.training.manifest import LabelledImages, write_manifest
 
 
 @dataclass(frozen=True)

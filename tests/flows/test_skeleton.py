@@ -20,7 +20,7 @@ from graceful.flows.update.rollout import (
     release_previous,
     rollback,
 )
-from graceful.training.datasets import LabelledImages
+from graceful.training.manifest import LabelledImages
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row
 
 IDENTITIES, PER_IDENTITY, QUERIES_EACH = 200, 3, 6
