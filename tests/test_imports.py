@@ -31,7 +31,8 @@ ORDER = {
     "evaluation": (
         "evaluation", "evaluation.outcomes", "evaluation.retrieval", "evaluation.flips", "evaluation.matrix",
         "evaluation.backfill", "evaluation.intervals", "evaluation.power", "evaluation.cost", "evaluation.policy",
-        "evaluation.evidence", "evaluation.guards", "evaluation.decision", "evaluation.captions", "evaluation.report",
+        "evaluation.evidence", "evaluation.guards", "evaluation.decision", "evaluation.arrays", "evaluation.captions",
+        "evaluation.report",
     ),
     "flows": (
         "flows", "flows.store", "flows.store.processes", "flows.store.items", "flows.store.evaluation_set",
@@ -45,7 +46,7 @@ ORDER = {
         "flows.update.publish", "flows.update.order", "flows.update.replay", "flows.update.flow",
         "flows.search", "flows.search.searcher", "flows.search.http",
         "flows.schedule", "flows.commands", "flows.commands.status", "flows.commands.evaluations",
-        "flows.commands.operations", "flows.commands.updates", "flows.terminal", "flows.cli",
+        "flows.commands.operations", "flows.commands.updates", "flows.api", "flows.terminal", "flows.cli",
     ),
 }  # fmt: skip
 
@@ -77,6 +78,7 @@ FORBIDDEN = {"flows.cli": ("pyarrow", "prefect", "ray", *PACKAGES[:3])}
 # Plain Python: an update, a search and a judgement run the same without Prefect.
 WITHOUT_PREFECT = (
     "flows.search.searcher", "flows.search.http", "flows.update.order", "flows.update.replay", "flows.commands.status",
+    "flows.api",
 )  # fmt: skip
 
 
@@ -171,20 +173,26 @@ def loaded_after(statement: str, *names: str) -> set[str]:
     return set(done.stdout.split())
 
 
+HEAVY = (
+    "torch", "ray", "faiss", "prefect", "pyarrow", "deltalake", "numpy", "scipy", "pydantic", "matplotlib",
+    *(f"graceful.{name}" for name in PACKAGES[:3]),
+)  # fmt: skip
+
+
 def test_command_line_imports_nothing_heavy_before_a_command_runs():
-    heavy = (
-        "torch",
-        "ray",
-        "faiss",
-        "prefect",
-        "pyarrow",
-        "deltalake",
-        "numpy",
-        "scipy",
-        "pydantic",
-        *(f"graceful.{name}" for name in PACKAGES[:3]),
-    )
-    assert loaded_after("import graceful.flows.cli", *heavy) == set()
+    assert loaded_after("import graceful.flows.cli", *HEAVY) == set()
+
+
+def test_the_package_itself_loads_nothing_until_a_name_is_used():
+    assert loaded_after("import graceful; dir(graceful)", *HEAVY, "rich", "graceful.flows") == set()
+    loaded = loaded_after("import graceful; graceful.nfr_bound", *HEAVY, "graceful.flows")
+    assert loaded == {"numpy", "scipy", "graceful.evaluation"}
+
+
+def test_the_package_is_imported_in_a_fraction_of_a_second():
+    program = "import time; start = time.process_time(); import graceful; print(time.process_time() - start)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert float(done.stdout) < 0.3, "seconds of this processor"
 
 
 def test_searching_loads_neither_prefect_nor_ray():
