@@ -238,7 +238,7 @@ def _request_body() -> dict[str, Any]:
     form = {"type": "object", "required": ["image"], "properties": {"image": image}}
     return {
         "required": True,
-        "description": f"An image, alone or as the one file of a form, or a vector; at most {MAX_BODY_BYTES >> 20} MiB.",
+        "description": f"An image, alone or as the file of a form, or a vector; at most {MAX_BODY_BYTES >> 20} MiB.",
         "content": {
             "image/*": {"schema": image},
             "multipart/form-data": {"schema": form},
