@@ -46,6 +46,7 @@ def test_pins_that_keep_prefect_and_ray_alive_are_in_place():
     """Newer FastAPI breaks every flow run, newer SQLAlchemy stops schedules, Ray without `default` has no State API."""
     assert not pins()["fastapi"].specifier.contains("0.151.0")
     assert not pins()["sqlalchemy"].specifier.contains("2.1.0")
+    assert not pins()["pyarrow"].specifier.contains("25.0.0")
     assert {"default", "train"} <= pins()["ray"].extras
     extra = [Requirement(text) for text in requires("ray") or []]
     wanted = {found.name for found in extra if found.marker and found.marker.evaluate({"extra": "default"})}
