@@ -10,8 +10,9 @@ Every method calls the function that the command of that name calls. Errors that
 `graceful.errors.GracefulError`. Nothing is printed unless a workspace is opened with `progress=True`.
 """
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,25 +86,47 @@ class WorkspaceHandle:
 
         return [ingest_images(self.root, _place(path), label, self._console) for path in _several(paths, "ingesting")]
 
-    def update(self, *, adopt: str | None = None, again: bool = False, paragon: bool | None = None) -> "UpdateResult":
-        """Train a candidate (or adopt one), judge it against what is served, decide, and carry the decision out.
+    def update(self, *, again: bool = False, paragon: bool | None = None) -> "UpdateResult":
+        """Train a candidate, judge it against what is served, decide, and carry the decision out.
 
         Run again, it goes on where it was killed; decided before, it does nothing.
 
         Args:
-            adopt: "package.module:factory" of an encoder from elsewhere, judged instead of training one.
             again: Judge anew what was decided about before.
             paragon: Also train without constraints; by default what the configuration says.
 
         Returns:
             Outcome, summary, who serves now, and where the report lies. HOLD and INCONCLUSIVE are outcomes, no errors.
         """
-        from graceful.flows.runtime.environment import prepare_environment
-
-        prepare_environment(self.root)
+        self._prepare()
         from graceful.flows.commands.updates import update_workspace
 
-        return update_workspace(self.root, self._console, again=again, adopt=adopt, paragon=paragon)
+        return update_workspace(self.root, self._console, again=again, paragon=paragon)
+
+    def adopt(
+        self,
+        name: str,
+        factory: str,
+        *,
+        weights: str | Path | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> "UpdateResult":
+        """Judge an encoder that was trained elsewhere, and roll it out if the gate says so.
+
+        Args:
+            name: What to call the encoder; it stands in the lineage.
+            factory: "package.module:function" that returns a torch module (n, c, h, w) -> (n, d).
+            weights: File of weights to load into it.
+            kwargs: Arguments of the factory; what JSON can hold.
+            preprocessing: `image_size`, `channels`, `mean` and `std` where they differ from the configuration's.
+        """
+        self._prepare()
+        from graceful.flows.commands.updates import adopt_encoder, update_workspace
+
+        file = None if weights is None else Path(weights)
+        adopted = adopt_encoder(self.root, name, factory, file, json.dumps(dict(kwargs or {})), preprocessing or {})
+        return update_workspace(self.root, self._console, adopted=adopted)
 
     def status(self) -> dict[str, Any]:
         """Who serves, who owns rows, what is unreadable, what is under way; as `graceful status --json` prints it."""
@@ -136,11 +159,14 @@ class WorkspaceHandle:
             searcher.refresh()
         return searcher.search_images(sources, k)
 
-    def rollback(self, reason: str = "rollback") -> dict[str, Any]:
-        """Return to the previous generation: one move of a pointer, no data touched. Returns the serving state."""
+    def rollback(self, reason: str = "rollback", *, yes: bool = False) -> dict[str, Any]:
+        """Return to the previous generation: one move of a pointer, no data touched. Returns the serving state.
+
+        `yes`: also when items cannot be found afterwards, which is refused otherwise.
+        """
         from graceful.flows.commands.status import roll_back
 
-        return roll_back(self.root, reason)
+        return roll_back(self.root, reason, yes=yes)
 
     def report(self, evaluation: str | None = None) -> Report:
         """The decision of an evaluation, by default of the newest, and the location of its report.
@@ -151,6 +177,12 @@ class WorkspaceHandle:
         from graceful.flows.commands.evaluations import read_report
 
         return Report(*read_report(self.root, evaluation))
+
+    def _prepare(self) -> None:
+        """Set what Prefect reads when it is imported; it starts a server for this process if none runs."""
+        from graceful.flows.runtime.environment import prepare_environment
+
+        prepare_environment(self.root)
 
 
 def _place(given: str | Path) -> str:

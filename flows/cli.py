@@ -1,12 +1,15 @@
 """The command line `graceful`: parse, call, print. Nothing heavy is imported before a command runs.
 
-Exit codes: 0 done, 1 failed, 2 wrong use, 3 the decision is to hold, 4 the decision is inconclusive.
+Exit codes: 0 done, 1 failed, 2 wrong use, 3 the decision is to hold, 4 it is inconclusive, 130 interrupted, 143 ended.
 """
 
 import json
 import os
 import re
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +19,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-FAILED, WRONG_USE, HELD, UNDECIDED = 1, 2, 3, 4
+FAILED, WRONG_USE, HELD, UNDECIDED, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
+_SECONDS_TO_END = 6.0
 
 app = typer.Typer(
     name="graceful",
@@ -41,6 +45,9 @@ ParagonOption = Annotated[
         "another configuration: what was decided without is judged anew.",
     ),
 ]
+YesOption = Annotated[bool, typer.Option("--yes", help="Move even if items that can be read now could not be.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it stands in the lineage, with your name.")]
+CandidateArgument = Annotated[str, typer.Argument(help="Id of a generation, or its first part: g002.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
@@ -78,9 +85,6 @@ def init(
 def update(
     root: RootOption = ".",
     again: Annotated[bool, typer.Option(help="Judge anew what was decided about before.")] = False,
-    adopt: Annotated[
-        str | None, typer.Option(help="Judge an encoder from elsewhere, 'package.module:factory', instead of training.")
-    ] = None,
     paragon: ParagonOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -88,15 +92,11 @@ def update(
 
     Run again, it goes on where it was killed; decided before, it does nothing. Exit code 3: hold, 4: inconclusive.
     """
-    with reported_errors(as_json):
-        _say_that_it_starts(as_json)
-        from graceful.flows.runtime.environment import prepare_environment
-
-        prepare_environment(_place(root))
+    with reported_errors(as_json), _flow_server(_place(root), as_json):
         from graceful.flows.commands.updates import update_workspace
 
-        result = update_workspace(_place(root), _console(as_json), again=again, adopt=adopt, paragon=paragon)
-        _print(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result))
+        result = update_workspace(_place(root), _console(as_json), again=again, paragon=paragon)
+        _print(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result, _place(root)))
         raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))
 
 
@@ -118,16 +118,17 @@ def replay(
     Run again, it goes on where it stopped; with --controls it adds them to a history that is there. Exit code 0
     whatever was decided, as long as the history completed.
     """
-    with reported_errors(as_json):
-        _say_that_it_starts(as_json)
-        from graceful.flows.runtime.environment import prepare_environment
-
-        prepare_environment(root or "workspaces")
+    with reported_errors(as_json), _flow_server(_place(root or "workspaces"), as_json):
         from graceful.flows.commands.updates import replay_history
         from graceful.flows.terminal import print_replay
 
         result = replay_history(config, root, _console(as_json), paragon=paragon, controls=controls)
-        _print(as_json, result.model_dump(mode="json"), lambda console: print_replay(console, result))
+
+        def text(console: Console) -> None:
+            print_replay(console, result)
+            _print_next(console, result.root, result.report)
+
+        _print(as_json, result.model_dump(mode="json"), text)
 
 
 @app.command()
@@ -231,13 +232,14 @@ def decide(
 def rollback(
     root: RootOption = ".",
     reason: Annotated[str, typer.Option(help="Why; it stands in the lineage.")] = "rollback",
+    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Return to the previous generation: one move of a pointer, no data touched."""
     with reported_errors(as_json):
         from graceful.flows.commands.status import roll_back
 
-        state = roll_back(_place(root), reason)
+        state = roll_back(_place(root), reason, yes=yes)
         _print(as_json, state, lambda console: console.print(f"Serving {state['champion']} again.", highlight=False))
 
 
@@ -286,9 +288,167 @@ def serve(
             serve_updates(_place(root), ui_host, ui_port)
 
 
+@app.command()
+def demo(
+    root: Annotated[
+        str | None, typer.Option("--root", "-r", help="New folder for the demo; by default a temporary one that stays.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Walk through every outcome in seconds, without training: synthetic encoders; real gallery, gate and rollback."""
+    with reported_errors(as_json):
+        from dataclasses import asdict
+
+        from graceful.flows.commands.demo import run_demo
+
+        result = run_demo(None if root is None else _place(root), _console(as_json))
+        if as_json:
+            print(json.dumps(asdict(result), indent=2))
+
+
+@app.command()
+def accept(
+    generation: CandidateArgument,
+    reason: ReasonOption,
+    root: RootOption = ".",
+    fraction: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Serve after wave 0 and re-embed so much; by default everything, first."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve a candidate that the gate held or left open. Your word stands beside the decision; nothing is trained.
+
+    Look at [bold]graceful flips[/bold] first: what is listed there will be wrong from now on.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.updates import accept_candidate
+
+        found = accept_candidate(_place(root), _console(as_json), generation, reason=reason, fraction=fraction)
+        line = f"Serving {found['serving']}: accepted although the gate said {found['decided']}."
+        _print(as_json, found, lambda console: console.print(line, highlight=False))
+
+
+@app.command()
+def reject(
+    generation: CandidateArgument, reason: ReasonOption, root: RootOption = ".", as_json: JsonOption = False
+) -> None:
+    """Turn a candidate down: it no longer waits. What serves stays as it is."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.status import reject_candidate
+
+        found = reject_candidate(_place(root), generation, reason)
+        line = f"{found['rejected']} is rejected; serving {found['serving']}."
+        _print(as_json, found, lambda console: console.print(line, highlight=False))
+
+
+@app.command()
+def promote(
+    generation: CandidateArgument,
+    reason: ReasonOption,
+    root: RootOption = ".",
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Go forward again, after a rollback, to a generation that has served before: one move of a pointer."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.status import promote_again
+
+        state = promote_again(_place(root), generation, reason, yes=yes)
+        _print(as_json, state, lambda console: console.print(f"Serving {state['champion']} again.", highlight=False))
+
+
+@app.command()
+def retire(
+    generation: CandidateArgument, reason: ReasonOption, root: RootOption = ".", as_json: JsonOption = False
+) -> None:
+    """Take a generation out of every later comparison and constraint. Its vectors stay until they are collected."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.status import retire_generation
+
+        found = retire_generation(_place(root), generation, reason)
+        _print(as_json, found, lambda console: console.print(f"{found['retired']} is retired.", highlight=False))
+
+
+@app.command()
+def history(root: RootOption = ".", as_json: JsonOption = False) -> None:
+    """List the generations with what was decided about them and who decided, and every move of what serves."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.history import lineage_history
+        from graceful.flows.terminal import print_history
+
+        found = lineage_history(_place(root))
+        _print(as_json, found, lambda console: print_history(console, found))
+
+
+@app.command()
+def flips(
+    generation: Annotated[str | None, typer.Argument(help="Candidate; by default that of the newest decision.")] = None,
+    root: RootOption = ".",
+    limit: Annotated[int, typer.Option(min=1, help="How many to list.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List the queries that are right today and would be wrong with a candidate, the worst first."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.history import flips_of
+        from graceful.flows.terminal import print_flips
+
+        found = flips_of(_place(root), generation, limit)
+        _print(as_json, found, lambda console: print_flips(console, found))
+
+
+@app.command()
+def adopt(
+    name: Annotated[str, typer.Argument(help="What to call the encoder; it stands in the lineage.")],
+    factory: Annotated[
+        str, typer.Option(help="'package.module:function' that returns a torch module (n, c, h, w) -> (n, d).")
+    ],
+    root: RootOption = ".",
+    weights: Annotated[Path | None, typer.Option(help="File of weights to load into it.")] = None,
+    kwargs: Annotated[str, typer.Option(help="Arguments of the factory, as JSON.")] = "{}",
+    image_size: Annotated[int | None, typer.Option(help="Pixels it takes; by default the configuration's.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 for grey, 3 for RGB.")] = None,
+    mean: Annotated[list[float] | None, typer.Option(help="Mean per channel, 0 to 1; once for each.")] = None,
+    std: Annotated[list[float] | None, typer.Option(help="Standard deviation per channel; once for each.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge an encoder that was trained elsewhere, and roll it out if the gate says so.
+
+    It is tried on a few images before anything is recorded. Any width will do: what it cannot be compared with, it has
+    to re-embed. Exit code 3: hold, 4: inconclusive.
+    """
+    with reported_errors(as_json), _flow_server(_place(root), as_json):
+        from graceful.flows.commands.updates import adopt_encoder, update_workspace
+
+        given = {"image_size": image_size, "channels": channels, "mean": mean, "std": std}
+        adopted = adopt_encoder(_place(root), name, factory, weights, kwargs, {k: v for k, v in given.items() if v})
+        result = update_workspace(_place(root), _console(as_json), adopted=adopted)
+        _print(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result, _place(root)))
+        raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the command ends as after Ctrl-C."""
+
+
 def main() -> None:
     """Entry point of the console script."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
     app()
+
+
+def _end_soon(code: int) -> None:
+    """End this process within seconds, whatever still waits: a library's thread may wait for a server that is gone."""
+
+    def end() -> None:
+        time.sleep(_SECONDS_TO_END)
+        os._exit(code)
+
+    threading.Thread(target=end, daemon=True, name="end").start()
 
 
 @contextmanager
@@ -304,9 +464,11 @@ def reported_errors(as_json: bool = False) -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort):
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         print("interrupted; run the same command again to go on", file=sys.stderr)
-        raise typer.Exit(130) from None
+        code = TERMINATED if isinstance(interruption, Terminated) else INTERRUPTED
+        _end_soon(code)
+        raise typer.Exit(code) from None
     except Exception as error:
         if os.environ.get("GRACEFUL_DEBUG"):
             raise
@@ -327,8 +489,21 @@ def reported_errors(as_json: bool = False) -> Iterator[None]:
         raise typer.Exit(WRONG_USE if wrong_use else FAILED) from None
 
 
-def _say_that_it_starts(as_json: bool) -> None:
+@contextmanager
+def _flow_server(place: str, as_json: bool) -> Iterator[None]:
+    """Give the block a flow server to report to: one that runs for this workspace, or one for this command alone."""
+    import importlib
+
+    from graceful.flows.runtime.environment import prepare_environment
+    from graceful.flows.runtime.server import flow_server
+
     _console(as_json).print("Starting (PyTorch, Ray and a flow server take a while to load) ...", style="dim")
+    prepare_environment(place)
+    if "prefect" in sys.modules:  # who has loaded Prefect has settled which server it talks to
+        yield
+        return
+    with flow_server(place, meanwhile=lambda: importlib.import_module("graceful.flows.commands.updates")):
+        yield
 
 
 def _place(given: str | Path) -> str:
@@ -349,11 +524,19 @@ def _print(as_json: bool, document: Any, text: Callable[[Console], None]) -> Non
         text(Console())
 
 
-def _print_update(console: Console, result: Any) -> None:
+def _print_next(console: Console, root: str, report: str) -> None:
+    from graceful.flows.commands.suggestions import next_commands
+    from graceful.flows.terminal import print_next
+
+    print_next(console, next_commands(root, report))
+
+
+def _print_update(console: Console, result: Any, root: str) -> None:
     again = " (decided before; --again judges anew)" if result.repeated else ""
     console.print(f"[bold]{result.candidate}: {result.outcome}[/bold]{again}", highlight=False)
     console.print(result.summary, highlight=False)
     console.print(f"Serving {result.champion}.  Report: {result.report}", highlight=False, soft_wrap=True)
+    _print_next(console, root, result.report)
 
 
 def _print_counts(console: Console, found: dict[str, Any]) -> None:

@@ -14,39 +14,21 @@ A team with a Prefect server of its own sets PREFECT_API_URL: then no server is 
 
 import asyncio
 import contextlib
-import json
 import os
-import runpy
 import signal
-import socket
-import subprocess
-import sys
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graceful.errors import GracefulError
-from graceful.flows.runtime.environment import SERVER_FILE, running_server
-from graceful.flows.store.processes import process_start
+from graceful.flows.runtime.server import flow_server
 
 if TYPE_CHECKING:
     from prefect.runner import Runner
 
     from graceful.flows.settings.config import PipelineConfig
 
-START_TIMEOUT_S = 240.0
-STOP_TIMEOUT_S = 20.0
 # Runs prove every 30 s that they live (the shortest that Prefect allows); three silent minutes are a crash.
 HEARTBEAT_S = 30
 ZOMBIE_AFTER_S = 180
-
-
-class ServiceError(GracefulError):
-    """The flow server cannot be started, or ended by itself."""
 
 
 def serve_updates(root: str, host: str = "127.0.0.1", port: int = 4200) -> None:
@@ -65,75 +47,8 @@ def serve_updates(root: str, host: str = "127.0.0.1", port: int = 4200) -> None:
     config = load_workspace_config(root)
     os.environ.setdefault("PREFECT_RUNNER_POLL_FREQUENCY", "5")
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_S))
-    with _terminated_as_interrupted(), flow_server(root, host, port) as api_url:
-        os.environ["PREFECT_API_URL"] = api_url
+    with _terminated_as_interrupted(), flow_server(root, host, port, found_by_others=True) as api_url:
         asyncio.run(_run(root, config, api_url))
-
-
-@contextlib.contextmanager
-def flow_server(root: str, host: str, port: int) -> Iterator[str]:
-    """The address of a server that runs for this workspace; one is started, and ended, if there is none."""
-    known = os.environ.get("PREFECT_API_URL") or running_server(root)
-    if known:
-        yield known
-        return
-    with contextlib.closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ServiceError(
-                f"starting the flow server: cannot listen on {host}:{port} ({error.strerror}); give another --ui-port"
-            ) from None
-    home = Path(root) / ".prefect"
-    home.mkdir(exist_ok=True)
-    reached_at = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    api_url = f"http://{f'[{reached_at}]' if ':' in reached_at else reached_at}:{port}/api"
-    log = home / "server.log"
-    environment = {**os.environ, "PREFECT_HOME": str(home), "GRACEFUL_PARENT": str(os.getpid())}
-    # Where the pages ask for data: wherever they were loaded from. The default is port 4200, whatever the real one is.
-    environment.setdefault("PREFECT_SERVER_UI_API_URL", "/api")
-    with log.open("ab") as output:
-        # A session of its own: Ctrl-C in the terminal reaches this process only, which ends the server last.
-        server = subprocess.Popen(
-            [sys.executable, "-m", "graceful.flows.schedule", host, str(port)],
-            env=environment, cwd=root, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
-    found = home / SERVER_FILE
-    try:
-        _wait_until_healthy(server, api_url, log)
-        state = {"api_url": api_url, "host": socket.gethostname(), "pid": server.pid}
-        state["process_start"] = process_start(server.pid)
-        found.write_text(json.dumps(state, indent=2) + "\n")
-        yield api_url
-    finally:
-        found.unlink(missing_ok=True)
-        _end(server)
-
-
-def _wait_until_healthy(server: "subprocess.Popen[bytes]", api_url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            with urllib.request.urlopen(f"{api_url}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            pass
-        if server.poll() is not None or time.monotonic() > deadline:
-            why = f"it ended with {server.returncode}" if server.poll() is not None else "it does not answer"
-            tail = " ".join(log.read_text(errors="replace")[-400:].split())
-            raise ServiceError(f"starting the flow server: {why}; its log ends: {tail} ({log})")
-        time.sleep(0.25)
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a process and what it started, kindly at first."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_TIMEOUT_S)
-            break
 
 
 async def _run(root: str, config: "PipelineConfig", api_url: str) -> None:
@@ -243,21 +158,3 @@ def _terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _serve_flows(host: str, port: str) -> None:
-    """Be the flow server; end when the process that wanted it has gone."""
-    parent = int(os.environ["GRACEFUL_PARENT"])
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True, name="parent").start()
-    sys.argv = ["prefect", "server", "start", "--host", host, "--port", port]
-    runpy.run_module("prefect", run_name="__main__", alter_sys=True)
-
-
-if __name__ == "__main__":
-    _serve_flows(*sys.argv[1:])

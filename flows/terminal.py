@@ -1,13 +1,22 @@
 """Results as a person reads them in a terminal: matrices, decisions, status."""
 
+from __future__ import annotations
+
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from graceful.evaluation.decision import Decision
-from graceful.flows.update.replay import ControlResult, ReplayResult
+if TYPE_CHECKING:  # what is printed; a command that prints a status must not load what made it
+    from graceful.evaluation.decision import Decision
+    from graceful.evaluation.guards import Reason
+    from graceful.flows.update.replay import ControlResult, ReplayResult
+
+OVERALL = "overall"
+"""Scope of a guard that is about all queries: it needs no words."""
 
 
 def print_replay(console: Console, result: ReplayResult) -> None:
@@ -26,31 +35,82 @@ def print_replay(console: Console, result: ReplayResult) -> None:
     console.print(f"\nServing {result.champion}.  Report: {result.report}", highlight=False, soft_wrap=True)
 
 
-def print_decision(console: Console, decision: Decision, limit: int | None = None) -> None:
-    """The outcome, then every guard with threshold, value, bound and n."""
+def print_decision(console: Console, decision: Decision) -> None:
+    """The outcome, the guards that led to it, and of the others those that do not pass; the rest is counted.
+
+    Every guard has its limit, the measured value, its bound, n and verdict. Rows that read the same are printed once.
+    """
     console.print(f"[bold]{decision.outcome}[/bold]", highlight=False)
-    console.print(decision.summary, highlight=False)
-    table = Table("guard", "scope", "state", box=None)
+    console.print(decision.summary, highlight=False, markup=False)
+    decisive, others = decision.reasons[: decision.num_decisive], decision.reasons[decision.num_decisive :]
+    shown = [("*", reason) for reason in decisive] + [("", reason) for reason in others if reason.verdict != "PASS"]
+    table = Table("", "guard", "where", box=None, padding=(0, 1, 0, 0))
     for name in ("limit", "value", "bound", "n"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict")
-    for reason in decision.reasons[:limit]:
-        table.add_row(
-            reason.guard, reason.scope, _state(reason.state), _share(reason.threshold), _share(reason.value),
-            _share(reason.bound), "" if reason.n is None else f"{reason.n:,}", reason.verdict,
-        )  # fmt: skip
-    console.print(table)
+    table.add_column("verdict", no_wrap=True)
+    folded = Counter((mark, *_cells(reason)) for mark, reason in shown)
+    for (mark, guard, where, *numbers, verdict), times in folded.items():
+        table.add_row(mark, guard, where + (f" ({times} times)" if times > 1 else ""), *numbers, verdict)
+    if folded:
+        console.print(table, highlight=False)
+    passed = sum(reason.verdict == "PASS" for reason in decision.reasons)
+    left_out = len(decision.reasons) - len(shown)
+    notes = ["* led to the decision."] if decisive else []
+    notes.append(f"{passed} of {len(decision.reasons)} guards pass" + (f", {left_out} not shown." if left_out else "."))
+    console.print(" ".join(notes), highlight=False)
 
 
 def print_status(console: Console, status: dict[str, Any]) -> None:
     """What serves, what is readable, what is under way."""
     table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in status.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{key}: {inner:,}" if isinstance(inner, int) else f"{key}: {inner}"
-                              for key, inner in value.items()) or "none"  # fmt: skip
-        table.add_row(name.replace("_", " "), "none" if value is None else str(value))
+        table.add_row(name.replace("_", " "), Text(_words(value)))
     console.print(table)
+
+
+def print_next(console: Console, commands: Sequence[str]) -> None:
+    """Commands to try next, each on a line of its own, to be copied whole."""
+    if commands:
+        console.print("Next:", highlight=False)
+    for command in commands:
+        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_history(console: Console, history: dict[str, Any]) -> None:
+    """Generations, what was decided about them and by whom; then every move of what serves."""
+    for found in history["generations"]:
+        marks = [word for word in ("serves", "served_before", "retired") if found[word]]
+        parts = [found["generation"], found["origin"], found["made"], found["decision"] or "not judged"]
+        console.print(f"[bold]{'  '.join(parts)}[/bold]  {', '.join(marks).replace('_', ' ')}", highlight=False)
+        if found["decided_by"] != "gate":
+            console.print(f"    {found['decided_by']}: {found['reason']}", highlight=False, markup=False)
+        elif found["why"]:
+            console.print(f"    {found['why']}", highlight=False, markup=False)
+    if history["moves"]:
+        console.print("Moves:", highlight=False)
+    for move in history["moves"]:
+        rest = ", ".join(str(move[name]) for name in ("to", "ordered", "reason", "by") if name in move)
+        line = f"  {move['when']}  {move['what'].replace('_', ' ')} {move['generation']}  {rest}"
+        console.print(line.rstrip(), highlight=False, markup=False)
+
+
+def print_flips(console: Console, found: dict[str, Any]) -> None:
+    """Queries that would go from right to wrong."""
+    if found["against"] is None:
+        console.print(f"{found['generation']}: nothing served before it, so nothing can flip.", highlight=False)
+        return
+    console.print(
+        f"{found['generation']} against {found['against']}, {_state(found['state'])}: {found['num_flips']:,} of "
+        f"{found['num_queries']:,} queries go from right to wrong, {found['num_repaired']:,} from wrong to right.",
+        highlight=False,
+    )
+    for flip in found["flips"]:
+        after = f"found at {flip['rank_after']:,}" if flip["rank_after"] else "not found"
+        console.print(f"  {flip['identity']}  {flip['query']}  {after}", highlight=False, markup=False, soft_wrap=True)
+    if found["num_flips"] > len(found["flips"]):
+        console.print(f"  ... and {found['num_flips'] - len(found['flips']):,} more (--limit)", highlight=False)
 
 
 def _print_control(console: Console, control: ControlResult) -> None:
@@ -68,30 +128,75 @@ def _print_matrix(
     values: Sequence[Sequence[float | None]],
     criterion: bool = True,
 ) -> None:
-    table = Table(box=None)
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right")
-    for row, name in enumerate(names):
-        cells = []
-        for column in range(len(names)):
-            value, reference = values[row][column], values[column][column]
-            mark = ""
-            if criterion and row > column and value is not None and reference is not None:
-                mark = "+" if value > reference else "-"
-            cells.append("." if value is None else f"{100 * value:.1f}{mark}")
-        table.add_row(name, *cells)
     console.print(f"\n[bold]{title}[/bold]", highlight=False)
-    console.print(table)
+    # Two spaces around each cell, the widest of which is "100.0+"; a long lineage goes on below.
+    per_table = max(1, (console.width - max(map(len, names), default=0) - 2) // 8)
+    for first in range(0, len(names), per_table):
+        columns = range(first, min(first + per_table, len(names)))
+        table = Table("", box=None)
+        for column in columns:
+            table.add_column(names[column], justify="right", no_wrap=True)
+        for row, name in enumerate(names):
+            table.add_row(name, *(_cell(values, row, column, criterion) for column in columns))
+        console.print(table)
+
+
+def _cell(values: Sequence[Sequence[float | None]], row: int, column: int, criterion: bool) -> str:
+    value, reference = values[row][column], values[column][column]
+    mark = ""
+    if criterion and row > column and value is not None and reference is not None:
+        mark = "+" if value > reference else "-"
+    return "." if value is None else f"{100 * value:.1f}{mark}"
+
+
+def _cells(reason: Reason) -> tuple[str, ...]:
+    """A guard as it is printed: guard, where, limit, value, bound, n, verdict."""
+    scope = "" if reason.scope == OVERALL else reason.scope
+    if reason.guard in ("certificate", "wave zero"):
+        scope = f"rows of {reason.scope}" if reason.guard == "certificate" else "rows it cannot read"
+    where = ", ".join(part for part in (scope, _state(reason.state)) if part)
+    show = {"quality": _points, "dip": _points, "certificate": _points, "cost": _days}.get(reason.guard, _share)
+    numbers = (show(value) for value in (reason.threshold, reason.value, reason.bound))
+    return (reason.guard, where, *numbers, "" if reason.n is None else f"{reason.n:,}", reason.verdict)
 
 
 def _state(name: str | None) -> str:
-    """A state in few letters: fractions as per cent re-embedded."""
+    """A state in words."""
     if name is None:
         return ""
     kind, _, rest = name.partition("/")
-    return f"{100 * float(rest):g} % re-embedded" if kind == "fraction" else name
+    query, _, gallery = rest.partition("/")
+    if kind == "fraction":
+        return f"{100 * float(rest):g} % re-embedded"
+    if kind == "pair":
+        return f"{query} on its own gallery" if query == gallery else f"{query} on the gallery of {gallery}"
+    return {
+        "live": f"{query} on served rows of {gallery}",
+        "served": "as served now",
+        "classify": f"classes of {rest}",
+    }.get(kind, name)
+
+
+def _words(value: object) -> str:
+    """A value as a person says it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_words(inner)}" for key, inner in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_words, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "none" if value is None or value == "" else str(value)
 
 
 def _share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.2f} %"
+
+
+def _points(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:+.2f} pt"
+
+
+def _days(value: float | None) -> str:
+    return "" if value is None else f"{value:,.1f} d"

@@ -39,14 +39,19 @@ ORDER = {
         "flows.store.events", "flows.store.registry", "flows.store.workspace", "flows.store.claim",
         "flows.store.evaluations",
         "flows.settings", "flows.settings.template", "flows.settings.config", "flows.settings.reference",
-        "flows.runtime", "flows.runtime.environment", "flows.runtime.progress", "flows.runtime.cluster",
-        "flows.runtime.jobs", "flows.runtime.encoders", "flows.runtime.session", "flows.runtime.flow_ui",
-        "flows.update", "flows.update.bench", "flows.update.assess", "flows.update.rollout", "flows.update.freeze",
+        "flows.runtime", "flows.runtime.environment", "flows.runtime.server", "flows.runtime.progress",
+        "flows.runtime.cluster", "flows.runtime.jobs", "flows.runtime.encoders", "flows.runtime.session",
+        "flows.runtime.flow_ui",
+        "flows.update", "flows.update.bench", "flows.update.assess", "flows.update.serving", "flows.update.rollout",
+        "flows.update.act",
+        "flows.update.freeze",
         "flows.update.train", "flows.update.judge", "flows.update.conclude", "flows.update.diagnosis",
         "flows.update.publish", "flows.update.order", "flows.update.replay", "flows.update.flow",
-        "flows.search", "flows.search.searcher", "flows.search.http",
-        "flows.schedule", "flows.commands", "flows.commands.status", "flows.commands.evaluations",
-        "flows.commands.operations", "flows.commands.updates", "flows.api", "flows.terminal", "flows.cli",
+        "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.http",
+        "flows.schedule", "flows.commands", "flows.commands.status", "flows.commands.history",
+        "flows.commands.evaluations", "flows.commands.adopt",
+        "flows.commands.operations", "flows.commands.updates", "flows.commands.suggestions",
+        "flows.commands.demo_world", "flows.commands.demo", "flows.api", "flows.terminal", "flows.cli",
     ),
 }  # fmt: skip
 
@@ -63,6 +68,7 @@ ALLOWED = {
     "pytorch_metric_learning": ("training",),
     "sklearn": ("training.materialise",),
     "PIL": ("training.images",),
+    "cachetools": ("training.images",),
     "faiss": ("indexing.search", "indexing.snapshots"),
     "deltalake": ("indexing.tables",),
     "pyarrow": ("indexing", "training", "flows"),
@@ -78,7 +84,7 @@ FORBIDDEN = {"flows.cli": ("pyarrow", "prefect", "ray", *PACKAGES[:3])}
 # Plain Python: an update, a search and a judgement run the same without Prefect.
 WITHOUT_PREFECT = (
     "flows.search.searcher", "flows.search.http", "flows.update.order", "flows.update.replay", "flows.commands.status",
-    "flows.api",
+    "flows.commands.demo", "flows.api",
 )  # fmt: skip
 
 
@@ -197,6 +203,10 @@ def test_the_package_is_imported_in_a_fraction_of_a_second():
 
 def test_searching_loads_neither_prefect_nor_ray():
     assert loaded_after("import graceful.flows.search.searcher", "prefect", "ray", "torch") == {"torch"}
+
+
+def test_the_demo_loads_neither_torch_nor_ray_nor_prefect():
+    assert loaded_after("import graceful.flows.commands.demo", "torch", "ray", "prefect", "faiss") == {"faiss"}
 
 
 def test_judging_stored_outcomes_loads_no_framework():

@@ -40,6 +40,14 @@ class Preprocessing(BaseModel):
     channels: Literal[1, 3] = Field(description="1 converts to grey, 3 to RGB.")
     mean: tuple[float, ...] = Field(description="Mean per channel on the 0 to 1 scale.")
     std: tuple[float, ...] = Field(description="Standard deviation per channel on the 0 to 1 scale.")
+    decoding: Literal["photo", "plain"] = Field(
+        default="photo",
+        description="photo: upright by the EXIF orientation, 16-bit grey scaled to 8 bits, transparent pixels on the "
+        "background; plain: none of these, as generations of before this key decode.",
+    )
+    background: int = Field(
+        default=255, ge=0, le=255, description="photo: grey level, 0 to 255, that shows through transparent pixels."
+    )
 
     @model_validator(mode="after")
     def _one_value_per_channel(self) -> "Preprocessing":
@@ -54,7 +62,15 @@ class Preprocessing(BaseModel):
 
     def fingerprint(self) -> str:
         """Digest of these values: two generations with the same fingerprint can share decoded images."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()[:16]
+        values = self.model_dump()
+        if self.decoding == "plain":  # cards were written with this digest before there was another decoding
+            del values["decoding"], values["background"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def takes_weights_of(self, other: "Preprocessing") -> bool:
+        """Whether a network trained on the other's input can go on with this one: all but the decoding is the same."""
+        decoding = {"decoding": self.decoding, "background": self.background}
+        return self == other.model_copy(update=decoding)
 
 
 class BackboneSpec(BaseModel):
@@ -91,6 +107,15 @@ class GenerationCard(BaseModel):
         default=0, ge=0, description="Clean images behind the batch norm statistics; 0: nothing to calibrate."
     )
     training: dict[str, Any] = Field(default_factory=dict, description="Summary of the training (JSON values only).")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _decodes_as_when_written(cls, record: Any) -> Any:
+        """A card that does not say how it decodes was written when there was one way: not today's default."""
+        preprocessing = record.get("preprocessing") if isinstance(record, dict) else None
+        if not isinstance(preprocessing, dict) or "decoding" in preprocessing:
+            return record
+        return {**record, "preprocessing": {**preprocessing, "decoding": "plain"}}
 
     @field_validator("generation_id")
     @classmethod

@@ -3,27 +3,54 @@
 A source names one image: "/abs/file.png" (or any URI) or "/abs/file.parquet#123", row 123 of a Parquet file with a
 Hugging Face image column (struct of bytes and path, or plain binary). "#123@photo" names the column where a file has
 several; without it the column is `image`, or else the only one that holds images.
+
+Training, embedding, search and the checks of ingest all decode with `decode`. What it holds in memory is bounded: the
+header is looked at first, an image above MAX_PIXELS is refused undecoded, and a format outside FORMATS is not opened.
 """
 
 import io
 import threading
 import warnings
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from cachetools import LRUCache
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from graceful.errors import GracefulError, UsageError
 from graceful.files import join, read_bytes, resolve
 from graceful.training.generation import Preprocessing
 
+MAX_PIXELS = 2**26
+"""Width times height of the largest image that is decoded: 67 megapixels, above the 61 of today's largest full frame
+sensors. A pixel takes 4 bytes once decoded, and as many again while it is turned or put on a background."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM")
+"""Formats that are opened, by PIL's names; a phone's MPO counts as JPEG. Among the others are some that decode before
+their size is known (ICO) and some that start programs (EPS)."""
+
 _CACHED_GROUPS_BYTES = 256 * 2**20
-_MAX_PIXELS = 2**28
+_DRAFT = 2  # a JPEG is read at a fraction of its size that is this often the wanted size or more
+_BLOCK = 2**20
 _PNG_START = b"\x89PNG\r\n\x1a\n"
+# What turns an image upright, by its EXIF orientation.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+# What is checked before a generation exists: the same decoding, at a size that costs nothing.
+_CHECK = Preprocessing(image_size=32, channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 class UnreadableImageError(GracefulError):
@@ -113,26 +140,49 @@ def read_payloads(sources: Sequence[str], failures: dict[int, str] | None = None
 
 
 def decode(payload: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Return the pixels (channels, size, size) of one encoded image.
+    """Return the pixels (channels, size, size) of one encoded image; of several frames the first.
 
-    Raises: UnreadableImageError on empty, truncated or foreign bytes.
+    With `decoding = "photo"` the image is turned upright by its EXIF orientation (damaged tags say nothing),
+    transparent pixels show the background, and deep grey becomes 8 bits. 16-bit values are divided by 257. For 32-bit
+    integers and floats no header tells the range: 0 to 65535 where a value is above 255, 0 to 1 for floats where none
+    is above 1, else 0 to 255; values outside are clipped, NaN is black. A JPEG is read at an eighth, a quarter or half
+    of its size where that is a whole number of pixels and at least twice the wanted size; it is always the same for the
+    same bytes and size.
+
+    With "plain" none of that is done: transparency is ignored, deep grey clipped at 255, and no format but TIFF turned,
+    which PIL does by itself. All other images have the same pixels under both.
+
+    Raises: UnreadableImageError on empty, truncated or foreign bytes, and on more than MAX_PIXELS.
     """
-    with _open(payload) as image:
-        converted = image.convert("L" if preprocessing.channels == 1 else "RGB")
-        size = (preprocessing.image_size, preprocessing.image_size)
-        if converted.size != size:
-            converted = converted.resize(size, Image.Resampling.BILINEAR)
-        pixels = np.asarray(converted)
+    mode = "L" if preprocessing.channels == 1 else "RGB"
+    size = (preprocessing.image_size, preprocessing.image_size)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # size is checked by itself; EXIF warnings say nothing about pixels
+            image = _as_seen(payload, preprocessing) if preprocessing.decoding == "photo" else _open(payload)
+            if image.mode != mode:
+                image = image.convert(mode)
+            if image.size != size:
+                image = image.resize(size, Image.Resampling.BILINEAR)
+            pixels = np.array(image)
+    except UnreadableImageError:
+        raise
+    except UnidentifiedImageError:  # its message names a buffer in memory
+        raise UnreadableImageError(f"cannot be decoded: expected one of {', '.join(FORMATS)}, found none") from None
+    except Image.DecompressionBombError:  # PIL refuses some sizes itself
+        raise UnreadableImageError(f"is too large: expected at most {MAX_PIXELS:,} pixels, found more") from None
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... for broken files
+        raise UnreadableImageError(f"cannot be decoded: {_one_line(error)}") from error
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def unreadable_reason(payload: bytes | None) -> str | None:
-    """Return why an image cannot be decoded, or None when it can: it is decoded in full."""
+    """Return why an image cannot be decoded, or None when it can: it is decoded in full, as a photo."""
     if payload is None:
         return "no bytes"
     try:
-        with _open(payload):
-            return None
+        decode(payload, _CHECK)
+        return None
     except UnreadableImageError as error:
         return str(error)
 
@@ -145,22 +195,67 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def _open(payload: bytes) -> Image.Image:
+    """Return an image whose header is read and whose pixels are not."""
     if not payload:
         raise UnreadableImageError("empty")
     if payload.startswith(_PNG_START) and b"IEND" not in payload:  # PIL accepts a file that lost only its end
         raise UnreadableImageError("truncated: the file has no end")
+    image = Image.open(io.BytesIO(payload), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise UnreadableImageError(
+            f"is too large: expected at most {MAX_PIXELS:,} pixels, found {image.width}x{image.height}"
+        )
+    return image
+
+
+def _as_seen(payload: bytes, preprocessing: Preprocessing) -> Image.Image:
+    """Return an image as a viewer shows it: 8 bits, on a background, upright."""
+    image = _open(payload)
+    enough = _DRAFT * preprocessing.image_size
+    for part in (8, 4, 2):  # a part that leaves a rest would shift the edges
+        if min(image.size) // part >= enough and not (image.width % part or image.height % part):
+            image.draft(None, (image.width // part, image.height // part))  # other formats than JPEG ignore it
+            break
+    image.load()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # size is checked below; EXIF warnings say nothing about pixels
-            image = Image.open(io.BytesIO(payload))
-            if image.width * image.height > _MAX_PIXELS:
-                raise UnreadableImageError(f"{image.width}x{image.height} pixels are more than {_MAX_PIXELS}")
-            image.load()
-            return image
-    except UnreadableImageError:
-        raise
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... for broken files
-        raise UnreadableImageError(f"cannot be decoded: {_one_line(error)}") from error
+        # Not ImageOps.exif_transpose: it writes all tags back, and fails on damaged ones that matter to nobody here.
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # PIL raises SyntaxError, struct.error, ... for damaged tags
+        turn = None
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image, preprocessing.background)
+    elif image.has_transparency_data:
+        image = _on_background(image, preprocessing.background)
+    return image if turn is None else image.transpose(turn)
+
+
+def _eight_bits(image: Image.Image, background: int) -> Image.Image:
+    """Return deep grey as 8 bits, block by block; see `decode`."""
+    values = np.asarray(image).reshape(-1)
+    top = 65535.0
+    if values.dtype.itemsize > 2:
+        largest = np.fmax.reduce(values)
+        top = 65535.0 if largest > 255 else 255.0 if largest > 1 or values.dtype.kind != "f" else 1.0
+    key = image.info.get("transparency")  # the one value that is transparent
+    levels = np.empty(len(values), np.uint8)
+    for start in range(0, len(values), _BLOCK):
+        block = values[start : start + _BLOCK]
+        shares = np.minimum(np.fmax(block.astype(np.float32), 0), top)  # fmax takes 0 rather than NaN
+        levels[start : start + _BLOCK] = np.rint(shares * np.float32(255 / top))
+        if key is not None:
+            levels[start : start + _BLOCK][block == key] = background
+    return Image.fromarray(levels.reshape(image.height, image.width))
+
+
+def _on_background(image: Image.Image, background: int) -> Image.Image:
+    """Return an image with transparency as RGB over an even grey, block by block."""
+    flat = Image.new("RGB", image.size, (background,) * 3)
+    rows = max(1, _BLOCK // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        block = image.crop(box).convert("RGBA")
+        flat.paste(block, box, mask=block.getchannel("A"))
+    return flat
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -193,28 +288,13 @@ def _read_rows(
                 payloads[index] = payload
 
 
-class _GroupCache:
-    """The most recently used image columns of row groups, up to a number of bytes, shared by the threads."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._columns: OrderedDict[tuple[object, ...], pa.ChunkedArray] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[object, ...]) -> pa.ChunkedArray | None:
-        with self._lock:
-            if key in self._columns:
-                self._columns.move_to_end(key)
-            return self._columns.get(key)
-
-    def put(self, key: tuple[object, ...], column: pa.ChunkedArray) -> None:
-        with self._lock:
-            self._columns[key] = column
-            while len(self._columns) > 1 and sum(kept.nbytes for kept in self._columns.values()) > self._limit_bytes:
-                self._columns.popitem(last=False)
+def _cache_of(limit_bytes: int) -> "LRUCache[tuple[object, ...], pa.ChunkedArray]":
+    """Return a cache of image columns of row groups. One above the limit is kept alone, not read for every batch."""
+    return LRUCache(limit_bytes, getsizeof=lambda column: min(column.nbytes, limit_bytes))
 
 
-_CACHE = _GroupCache(_CACHED_GROUPS_BYTES)
+_GROUPS = _cache_of(_CACHED_GROUPS_BYTES)  # shared by the threads
+_GROUPS_LOCK = threading.Lock()
 
 
 class _GroupReader:
@@ -231,10 +311,12 @@ class _GroupReader:
 
     def read(self, group: int) -> pa.ChunkedArray:
         key = (*self._key, group)
-        column = _CACHE.get(key)
+        with _GROUPS_LOCK:
+            column = _GROUPS.get(key)
         if column is None:
             column = self._file.read_row_group(group, columns=[self._column]).column(0)
-            _CACHE.put(key, column)
+            with _GROUPS_LOCK:
+                _GROUPS[key] = column
         return column
 
 

@@ -160,7 +160,7 @@ def _load_parent(run: _Run) -> _Parent | None:
     if job.parent_uri is None or not (takes_weights or config.rows_from_parent):
         return None
     card, network = open_network(job.parent_uri, run.device)
-    same_network = card.backbone == config.backbone and card.preprocessing == config.preprocessing
+    same_network = card.backbone == config.backbone and config.preprocessing.takes_weights_of(card.preprocessing)
     if card.width != config.width or (takes_weights and not same_network):
         raise IncompatibleParentError(
             f"training {job.name}: expected a parent with the same backbone, preprocessing and width, found "
@@ -170,7 +170,7 @@ def _load_parent(run: _Run) -> _Parent | None:
     means = material.predecessors.class_means_of(card.generation_id)
     if means is None:
         pixels = material.pixels
-        if card.preprocessing != config.preprocessing:
+        if not config.preprocessing.takes_weights_of(card.preprocessing):
             raise IncompatibleParentError(
                 f"training {job.name}: expected the parent {card.generation_id} among the predecessors, because its "
                 "preprocessing differs from this training's, found it missing; add it or set rows_from_parent = false"

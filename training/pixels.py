@@ -16,7 +16,7 @@ from torch.nn import functional
 from graceful.errors import GracefulError
 from graceful.training.encoder import normalise
 from graceful.training.generation import Preprocessing
-from graceful.training.images import decode, read_payloads
+from graceful.training.images import UnreadableImageError, decode, read_payloads
 from graceful.training.job import AugmentationConfig
 from graceful.training.manifest import LabelledImages
 
@@ -44,7 +44,12 @@ def decode_all(images: LabelledImages, preprocessing: Preprocessing, scratch: Pa
                     f"reading training images: expected the content that the manifest names, found another (in "
                     f"{images.sources[row]}); write the manifest again"
                 )
-            pixels[row] = decode(payload, preprocessing)
+            try:
+                pixels[row] = decode(payload, preprocessing)
+            except UnreadableImageError as error:
+                raise UnreadableImageError(
+                    f"reading training images: {images.sources[row]} {error}; leave it out and write the manifest again"
+                ) from error
     return torch.from_numpy(pixels)
 
 

@@ -22,7 +22,7 @@ from graceful.flows.settings.template import TEMPLATE
 from graceful.flows.store.items import item_id_of, item_table
 from graceful.flows.store.workspace import Workspace, open_workspace, require_workspace
 from graceful.flows.update.conclude import release_when_due
-from graceful.flows.update.rollout import ingest
+from graceful.flows.update.serving import ingest
 from graceful.training.datasets import DatasetConfig, load_images
 from graceful.training.manifest import LabelledImages
 

@@ -4,11 +4,10 @@ from dataclasses import asdict
 from typing import Any
 
 from graceful.files import exists, join, remove
-from graceful.flows.settings.config import load_workspace_config
 from graceful.flows.store.evaluation_set import evaluation_set_uri, named_in_set
-from graceful.flows.store.events import Decided, Pending, Trained, UpdateStarted
+from graceful.flows.store.events import Decided, Pending, Promoted, Rejected, Retired, Trained, UpdateStarted
 from graceful.flows.store.workspace import Workspace, open_workspace
-from graceful.flows.update.rollout import delete, rollback
+from graceful.flows.update.serving import delete, go_forward, reject, retire, rollback
 from graceful.indexing.maintenance import collect, forget
 from graceful.training.manifest import read_manifest
 
@@ -47,9 +46,11 @@ def workspace_status(root: str) -> dict[str, Any]:
 
 def pending_generation(workspace: Workspace) -> str | None:
     """The candidate that waits for more evidence; the next candidate supersedes it."""
-    trained = workspace.registry.generations()
-    pending = [event.generation for event in workspace.registry.events(Pending)]
-    return trained[-1] if trained and trained[-1] in pending else None
+    registry = workspace.registry
+    trained = registry.generations()
+    waiting = {event.generation for event in registry.events(Pending)}
+    settled = {event.generation for kind in (Promoted, Rejected, Retired) for event in registry.events(kind)}
+    return trained[-1] if trained and trained[-1] in waiting - settled else None
 
 
 def delete_items(root: str, item_ids: list[str], *, forget: bool) -> dict[str, Any]:
@@ -86,13 +87,38 @@ def _where_named(workspace: Workspace, hashes: set[str]) -> tuple[list[str], lis
     return trained_on, [*manifests.values(), *sorted(uri for uri in sets if hashes & named_in_set(uri))]
 
 
-def roll_back(root: str, reason: str) -> dict[str, Any]:
+def roll_back(root: str, reason: str, *, yes: bool = False) -> dict[str, Any]:
     """Move the serving state back."""
-    return rollback(open_workspace(root), reason=reason).model_dump(mode="json")
+    return rollback(open_workspace(root), reason=reason, yes=yes).model_dump(mode="json")
+
+
+def promote_again(root: str, generation: str, reason: str, *, yes: bool = False) -> dict[str, Any]:
+    """Go forward again to a generation that has served before."""
+    workspace = open_workspace(root)
+    state = go_forward(workspace, workspace.registry.resolve(generation), reason=reason, yes=yes)
+    return state.model_dump(mode="json")
+
+
+def reject_candidate(root: str, generation: str, reason: str) -> dict[str, Any]:
+    """Turn a candidate down."""
+    workspace = open_workspace(root)
+    name = workspace.registry.resolve(generation)
+    reject(workspace, name, reason=reason)
+    return {"rejected": name, "serving": workspace.registry.serving().champion}
+
+
+def retire_generation(root: str, generation: str, reason: str) -> dict[str, Any]:
+    """Take a generation out of every later comparison and constraint."""
+    workspace = open_workspace(root)
+    name = workspace.registry.resolve(generation)
+    retire(workspace, name, reason=reason)
+    return {"retired": name, "serving": workspace.registry.serving().champion}
 
 
 def collect_garbage(root: str) -> dict[str, Any]:
     """Drop vectors that nobody can read."""
+    from graceful.flows.settings.config import load_workspace_config
+
     workspace = open_workspace(root)
     config = load_workspace_config(root)
     pending = pending_generation(workspace)

@@ -1,49 +1,65 @@
-"""Commands that train and judge: update, replay, adopt. They load PyTorch, Ray and Prefect."""
+"""Commands that train and judge: update, accept, replay. They load PyTorch, Ray and Prefect."""
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
 
+from graceful.errors import UsageError
 from graceful.files import is_remote, join, write_bytes, write_json
+from graceful.flows.commands.adopt import adopt_generation
 from graceful.flows.runtime.progress import TerminalProgress
-from graceful.flows.settings.config import CONFIG_FILE, Control, PipelineConfig, load_config, load_workspace_config
-from graceful.flows.store.events import Adopted
-from graceful.flows.store.workspace import Workspace, open_workspace, require_workspace
+from graceful.flows.runtime.session import open_session
+from graceful.flows.settings.config import CONFIG_FILE, Control, load_config, load_workspace_config
+from graceful.flows.store.workspace import open_workspace, require_workspace
+from graceful.flows.update.act import Order
 from graceful.flows.update.flow import BESIDE, replay, update
-from graceful.flows.update.order import UpdateResult
+from graceful.flows.update.order import UpdateResult, accept
 from graceful.flows.update.replay import ReplayResult, replay_table
-from graceful.training.encoder import adopt as adopt_encoder
-from graceful.training.generation import ordinal_of
 
 
 def update_workspace(
-    root: str, console: Console, *, again: bool = False, adopt: str | None = None, paragon: bool | None = None
+    root: str, console: Console, *, again: bool = False, adopted: str | None = None, paragon: bool | None = None
 ) -> UpdateResult:
-    """Run the update flow in this process."""
+    """Run the update flow in this process; `adopted`: judge this generation instead of training one."""
     require_workspace(root)
-    config = load_workspace_config(root)
-    adopted = None if adopt is None else adopt_generation(open_workspace(root), config, adopt)
     BESIDE.set(TerminalProgress(console))
     return update(root, again=again, train_paragon=paragon, adopted=adopted, wait_hours=0.0)
 
 
-def adopt_generation(workspace: Workspace, config: PipelineConfig, factory: str) -> str:
-    """Store an encoder from elsewhere as a generation; the same encoder is stored once."""
-    registry = workspace.registry
-    for event in registry.events(Adopted):
-        if event.payload.factory == factory:
-            return event.generation
-    ordinal = max([ordinal_of(name) for name in registry.generations()], default=0) + 1
-    card = adopt_encoder(
-        factory,
-        preprocessing=config.training.preprocessing,
-        out_uri=join(workspace.root, "generations"),
-        ordinal=ordinal,
+def adopt_encoder(
+    root: str, name: str, factory: str, weights: Path | None, kwargs: str, preprocessing: Mapping[str, Any]
+) -> str:
+    """Try an encoder from elsewhere and store it; returns its id. `kwargs` is a JSON object."""
+    try:
+        arguments = json.loads(kwargs)
+    except ValueError as error:
+        raise UsageError(f"adopting {name}: expected --kwargs as a JSON object, found {kwargs!r} ({error})") from None
+    workspace = open_workspace(root)
+    config = load_workspace_config(root)
+    file = None if weights is None else os.path.abspath(weights)
+    return adopt_generation(
+        workspace, config, name, factory, weights=file, kwargs=arguments, preprocessing=preprocessing
     )
-    registry.record(Adopted(name=factory, factory=factory), generation=card.generation_id)
-    return card.generation_id
+
+
+def accept_candidate(
+    root: str, console: Console, generation: str, *, reason: str, fraction: float | None = None
+) -> dict[str, Any]:
+    """Carry out the operator's word on a candidate; no flow server, nothing is trained."""
+    workspace = open_workspace(root)
+    name = workspace.registry.resolve(generation)
+    with open_session(root, load_workspace_config(root), TerminalProgress(console)) as session:
+        decided = accept(session, name, Order(reason, fraction))
+    return {
+        "accepted": name,
+        "decided": decided.outcome,
+        "serving": workspace.registry.serving().champion,
+        "evaluation": workspace.evaluation_uri(decided.evaluation),
+    }
 
 
 def replay_history(

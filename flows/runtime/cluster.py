@@ -10,7 +10,9 @@ import functools
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,6 +39,7 @@ _SINGLE_BOX = {
 
 
 _START_ATTEMPTS = 3
+_SECONDS_TO_END = 4.0
 
 
 class ClusterStartError(GracefulError):
@@ -62,8 +65,14 @@ class RaySession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._started:
-            ray.shutdown()
             self._started = False
+            if kind is None or issubclass(kind, Exception):
+                ray.shutdown()
+                return
+            # Interrupted: the signal may have ended Ray's own processes, and then it waits for them for a minute.
+            ending = threading.Thread(target=ray.shutdown, daemon=True, name="ray-shutdown")
+            ending.start()
+            ending.join(_SECONDS_TO_END)
 
     def ensure(self) -> None:
         """Start or join the cluster unless this process is connected to one already."""
@@ -87,6 +96,9 @@ class RaySession:
                 logging_level=logging.ERROR,
             )
         self._started = True
+        if threading.current_thread() is threading.main_thread():
+            # Ray puts a handler of its own in place, which prints a native stack trace and aborts: ours comes back.
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
     def _start_local(self) -> None:
         """Start a cluster in this process. Ray gives its node 30 s, which a busy machine may not keep: try again."""

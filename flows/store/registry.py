@@ -48,6 +48,10 @@ class UncertifiedGenerationError(GracefulError):
     """A query of this generation may not be answered: the generation has no certificate for itself."""
 
 
+class UnknownGenerationError(GracefulError):
+    """No generation has this id."""
+
+
 class ServingMovedError(GracefulError):
     """Another update moved the serving state first; nothing was changed."""
 
@@ -137,6 +141,21 @@ class Registry:
         """Every generation ever trained or adopted, by ordinal."""
         ids = {event.generation for kind in (Trained, Adopted) for event in self.events(kind)}
         return sorted(ids, key=ordinal_of)
+
+    def resolve(self, name: str) -> str:
+        """The full id of a generation that is called by its id or by its ordinal (`g002`).
+
+        Raises:
+            UnknownGenerationError: there is none, or the ordinal is that of several.
+        """
+        known = self.generations()
+        found = [generation for generation in known if name in (generation, generation.partition("-")[0])]
+        if len(found) != 1:
+            raise UnknownGenerationError(
+                f"finding generation {name}: expected one of {', '.join(known) or 'none yet'}, found "
+                f"{', '.join(found) or 'no such'}; give one of these ids"
+            )
+        return found[0]
 
     def served_generations(self) -> list[str]:
         """Every generation that has ever been champion, by ordinal: the predecessors of the next one."""

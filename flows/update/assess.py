@@ -1,4 +1,4 @@
-"""Judges a candidate: ranks, outcomes, certificates, evidence, decision."""
+"""Judges a candidate: ranks, outcomes, certificates, evidence, decision; and records what was decided."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 from graceful.evaluation.cost import CostInputs
 from graceful.evaluation.evidence import Question, certify
 from graceful.evaluation.policy import RolloutPolicy
+from graceful.files import crash_point
 from graceful.flows.store.evaluation_set import EvaluationSet
-from graceful.flows.store.evaluations import Evaluation, judge
+from graceful.flows.store.evaluations import Evaluation, judge, write_evaluation
+from graceful.flows.store.events import Decided
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.bench import UNREADABLE, Bench, Classifier, plan_ranking, production_owners
 from graceful.training.generation import ordinal_of
@@ -88,6 +90,24 @@ def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candi
     unreadable = len(view.unreadable()) / max(view.num_items, 1)
     question = question.model_copy(update={"live_owners": shares, "unreadable_share": unreadable})
     return judge(bench.outcomes(), candidacy.policy, question)
+
+
+def record_decision(
+    workspace: Workspace, evaluation: Evaluation, update_key: str, *, paragon: str | None = None
+) -> Decided:
+    """Store an evaluation and write its decision into the lineage, before anything acts on it or shows it."""
+    number = len(workspace.registry.events(Decided, update_key)) + 1
+    made = Decided(
+        evaluation=update_key if number == 1 else f"{update_key}-drift{number}",
+        outcome=evaluation.decision.outcome,
+        summary=evaluation.decision.summary,
+        paragon=paragon,
+    )
+    write_evaluation(workspace.evaluation_uri(made.evaluation), evaluation)
+    crash_point("evaluation-written")
+    workspace.registry.record(made, update_key=update_key, generation=evaluation.decision.candidate, occurrence=number)
+    crash_point("decided")
+    return made
 
 
 def live_shares(workspace: Workspace, champion: str) -> dict[str, float]:

@@ -70,9 +70,15 @@ class Bench:
             average_precision=dict(self.average_precision),
         )
 
+    def comparable(self, query_generation: str, gallery_generation: str) -> bool:
+        """Whether queries of one generation can be scored against vectors of another: by their widths."""
+        width = self.query_vectors[query_generation].shape[1]
+        stored = self.gallery_vectors[gallery_generation].shape[1]
+        return stored == width or stored in self.prefix_widths.get(query_generation, ())
+
     def measure_pairs(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Pure galleries: every pair (query generation, gallery generation) in stacked products."""
-        ranked = self._rank(list(pairs), None, {})
+        """Pure galleries: every pair (query, gallery generation) that can be compared, in stacked products."""
+        ranked = self._rank([pair for pair in pairs if self.comparable(*pair)], None, {})
         for (query, gallery), ranks in ranked.items():
             self._store(pair_state(query, gallery), ranks)
 
@@ -92,6 +98,11 @@ class Bench:
                 num_queries = len(self.evaluation_set.queries)
                 self.first_rank[state] = np.zeros(num_queries, np.int32)
                 self.average_precision[state] = np.full(num_queries, np.nan, np.float32)
+                continue
+            if not self.comparable(query_generation, owner):
+                # Such a query finds nothing there: every answer is wrong, and no certificate can follow.
+                self.first_rank[state] = np.full(len(self.evaluation_set.queries), len(owners) + 1, np.int32)
+                self.average_precision[state] = np.zeros(len(self.evaluation_set.queries), np.float32)
                 continue
             ranks = self._rank([(query_generation, owner)], owners == owner, {})
             self._store(state, ranks[query_generation, owner])

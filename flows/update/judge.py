@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graceful.evaluation.cost import CostInputs
-from graceful.files import crash_point, exists, read_json
-from graceful.flows.store.evaluations import Evaluation, read_evaluation, write_evaluation
+from graceful.files import exists, read_json
+from graceful.flows.store.evaluations import Evaluation, read_evaluation
 from graceful.flows.store.events import Decided
-from graceful.flows.update.assess import Candidacy, assess, mix_drift
+from graceful.flows.update.assess import Candidacy, assess, mix_drift, record_decision
 from graceful.flows.update.bench import Classifier
 from graceful.flows.update.freeze import Inputs
 from graceful.indexing.gallery import View
@@ -58,18 +58,7 @@ def judge(inputs: Inputs, candidate: str, paragon: str | None = None) -> tuple[D
         lambda generation, hashes: workspace.cache(generation).read(hashes),
     )
     inputs.session.compute_s += time.monotonic() - started
-    number = len(registry.events(Decided, frozen.update_key)) + 1
-    made = Decided(
-        evaluation=frozen.update_key if number == 1 else f"{frozen.update_key}-drift{number}",
-        outcome=evaluation.decision.outcome,
-        summary=evaluation.decision.summary,
-        paragon=paragon,
-    )
-    write_evaluation(workspace.evaluation_uri(made.evaluation), evaluation)
-    crash_point("evaluation-written")
-    registry.record(made, update_key=frozen.update_key, generation=candidate, occurrence=number)
-    crash_point("decided")
-    return made, evaluation
+    return record_decision(workspace, evaluation, frozen.update_key, paragon=paragon), evaluation
 
 
 def classifiers(inputs: Inputs, generations: list[str]) -> dict[str, Classifier]:

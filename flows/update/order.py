@@ -1,4 +1,4 @@
-"""The order of an update: the only place where its steps stand one after the other. Plain Python.
+"""The order of an update: what makes a candidate, then `act.decide_and_act`. Plain Python; there is no other order.
 
 Everything that updates a workspace calls `update`: the Prefect flow, the command line, a replay, and every test. What
 surrounds a step (a task of the flow UI, nothing at all) is handed in as `step`. Each step finds its own earlier output
@@ -7,8 +7,8 @@ to hold is an update that went well.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Protocol, TypeVar
+from contextlib import ExitStack
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -17,23 +17,18 @@ from graceful.files import crash_point, join
 from graceful.flows.runtime.session import Session
 from graceful.flows.store.claim import claim
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
-from graceful.flows.store.events import Decided, Overridden
+from graceful.flows.store.events import Decided
+from graceful.flows.update.act import Case, Order, Step, decide_and_act, plain
 from graceful.flows.update.conclude import completed, conclude, release_when_due
 from graceful.flows.update.freeze import Inputs, freeze
 from graceful.flows.update.judge import class_distance, judge, recorded
 from graceful.flows.update.publish import publish
-from graceful.flows.update.rollout import Rollout, continue_plan, embed_before_move, operator, prepare, promote
+from graceful.flows.update.serving import MoveRefusedError
 from graceful.flows.update.train import embed_evaluation, extend_cache, train_candidate, train_paragon
 from graceful.indexing.reindex import ReindexReport
 
 T = TypeVar("T")
-
-
-class Step(Protocol):
-    """How a step is carried out: `act` is called once, and its result is the step's."""
-
-    def __call__(self, name: str, act: Callable[[], T]) -> T:
-        """Carry out a step of this name."""
+_HISTORY = "the history serves every generation"
 
 
 class UpdateResult(BaseModel):
@@ -57,11 +52,6 @@ class UpdateResult(BaseModel):
     failures: int
     paragon: str | None = None
     repeated: bool = False
-
-
-def plain(name: str, act: Callable[[], T]) -> T:  # noqa: ARG001
-    """Carry out a step, and nothing around it."""
-    return act()
 
 
 def update(
@@ -95,7 +85,9 @@ def update(
         crash_point(f"after {name}")
         return result
 
-    with nullcontext() if claimed else claim(session.workspace.root, "an update", wait_s=wait_s):
+    with ExitStack() as held:
+        if not claimed:
+            held.enter_context(claim(session.workspace.root, "an update", wait_s=wait_s))
         release_when_due(session)
         inputs = do("freeze inputs", lambda: freeze(session, again=again, adopted=adopted))
         known = recorded(inputs)
@@ -112,61 +104,71 @@ def update(
             paragon = do("train paragon", lambda: train_paragon(inputs))
         for name in (*inputs.frozen.generations, candidate, *([paragon] if paragon else [])):
             do(f"embed evaluation set with {name}", lambda name=name: embed_evaluation(inputs, name))  # type: ignore[misc]
-        decided, evaluation = do("judge", lambda: judge(inputs, candidate, paragon))
-        # Published as soon as it is known: the waves that follow may take hours, or be killed.
-        do("publish the decision", lambda: publish(session, decided, evaluation))
-        report = ReindexReport()
-        rollout = _rollout(inputs, decided, evaluation, serve_anyway)
-        if rollout is not None:
-            report = do("embed before the move", lambda: _embed_before_move(inputs, rollout))
-            do("move serving state", lambda: _move(inputs, rollout))
-    report = report.plus(do("re-index", lambda: carry_on(session)))
-    do("conclude", lambda: conclude(inputs, evaluation.decision))
-    do("publish", lambda: publish(session, decided, evaluation))
+        case = Case(
+            workspace=session.workspace,
+            update_key=inputs.frozen.update_key,
+            champion=inputs.frozen.champion,
+            gallery=session.config.gallery,
+            judge=lambda: judge(inputs, candidate, paragon),
+            publish=lambda *made: publish(
+                session.workspace, *made, name=session.config.name, progress=session.progress
+            ),
+            conclude=lambda decision: _conclude(inputs, decision),
+            progress=session.progress,
+            class_distance=lambda view: class_distance(inputs, view),
+        )
+        decided, evaluation, report = decide_and_act(
+            case, do=do, order=Order(_HISTORY) if serve_anyway else None, settled=held.close
+        )
     return _result(inputs, decided, evaluation, report)
 
 
-def carry_on(session: Session) -> ReindexReport:
-    """Re-index up to the decided fraction, wave by wave, as long as the plan is the active one."""
-    registry = session.workspace.registry
-    serving = registry.serving()
-    rows = registry.plan(serving.active_plan)[0].num_items if serving.active_plan else 0
-    with session.progress.track("re-indexing", rows) as advance:
-        return continue_plan(session.workspace, unit_rows=session.config.gallery.unit_rows, on_rows=advance)
+def accept(session: Session, generation: str, order: Order, *, step: Step = plain) -> Decided:
+    """Carry out the operator's word on a candidate that the gate held or left open. Nothing is trained.
+
+    The same way as after a decision: certificates, wave 0 or everything, the move, the waves, the report. Killed and
+    called again, it goes on.
+
+    Raises:
+        MoveRefusedError: nobody decided about the generation, it serves already, or another one served then.
+    """
+    workspace, registry = session.workspace, session.workspace.registry
+    found = [event for event in registry.events(Decided) if event.generation == generation]
+    if not found:
+        raise MoveRefusedError(
+            f"accepting {generation}: expected a decision about it, found none; run 'graceful update' to judge it"
+        )
+    decided, key = found[-1].payload, found[-1].update_key
+    evaluation = read_evaluation(workspace.evaluation_uri(decided.evaluation))
+    champion = evaluation.decision.champion
+    with ExitStack() as held:
+        held.enter_context(claim(workspace.root, f"accepting {generation}"))
+        serving = registry.serving()
+        if serving.champion == generation and serving.active_plan is None:
+            raise MoveRefusedError(f"accepting {generation}: it serves already")
+        if serving.champion not in (generation, champion):
+            raise MoveRefusedError(
+                f"accepting {generation}: expected champion {champion}, about which it was judged, found "
+                f"{serving.champion}; run 'graceful update --again' to judge it against that"
+            )
+        case = Case(
+            workspace=workspace,
+            update_key=key,
+            champion=champion,
+            gallery=session.config.gallery,
+            judge=lambda: (decided, evaluation),
+            publish=lambda *made: publish(workspace, *made, name=session.config.name, progress=session.progress),
+            conclude=lambda decision: conclude(workspace, key, decision),
+            progress=session.progress,
+        )
+        decide_and_act(case, do=step, order=order, settled=held.close)
+    return decided
 
 
-def _rollout(inputs: Inputs, decided: Decided, evaluation: Evaluation, serve_anyway: bool) -> Rollout | None:
-    frozen, gallery = inputs.frozen, inputs.session.config.gallery
-    key, name = frozen.update_key, decided.evaluation
-    rollout = Rollout.of(evaluation.decision, update_key=key, evaluation=name, gallery=gallery)
-    if rollout is not None or not serve_anyway:
-        return rollout
-    record_order(inputs.session, evaluation.decision, key, "FULL_BACKFILL", "the history serves every generation")
-    return Rollout.ordered_by_operator(evaluation.evidence, update_key=key, evaluation=name, gallery=gallery)
-
-
-def record_order(session: Session, decision: Decision, update_key: str, ordered: str, reason: str) -> None:
-    """Write into the lineage that the operator orders what was not decided."""
-    session.workspace.registry.record(
-        Overridden(decided=decision.outcome, ordered=ordered, reason=reason, by=operator()),
-        update_key=update_key,
-        generation=decision.candidate,
-    )
-
-
-def _embed_before_move(inputs: Inputs, rollout: Rollout) -> ReindexReport:
-    """Issue certificates, store the plan, and embed what must be there before the serving state moves."""
-    distance = (lambda view: class_distance(inputs, view)) if rollout.order == "class_distance" else None
-    plan = prepare(inputs.workspace, rollout, distance)
-    rows = plan.num_items if plan.before_move == "all" else plan.num_wave_zero
-    label = f"embedding with {rollout.generation} before the move"
-    with inputs.session.progress.track(label, rows) as advance:
-        return embed_before_move(inputs.workspace, rollout, plan, on_rows=advance)
-
-
-def _move(inputs: Inputs, rollout: Rollout) -> None:
-    """Move the serving state: last, by compare-and-swap, naming the decision."""
-    promote(inputs.workspace, rollout, prepare(inputs.workspace, rollout), champion=inputs.frozen.champion)
+def _conclude(inputs: Inputs, decision: Decision) -> None:
+    session = inputs.session
+    compute_s = session.compute_s + session.encoders.busy_s - inputs.busy_before_s
+    conclude(session.workspace, inputs.frozen.update_key, decision, compute_s)
 
 
 def _result(

@@ -10,16 +10,26 @@ from graceful.evaluation.captions import decision_markdown, matrix_markdown
 from graceful.evaluation.matrix import CompatibilityMatrix
 from graceful.evaluation.report import evidence_curve_png, matrix_png, render_report
 from graceful.files import is_remote, join, write_bytes
-from graceful.flows.runtime.progress import Artifact
-from graceful.flows.runtime.session import Session
+from graceful.flows.runtime.progress import Artifact, Progress
 from graceful.flows.store.evaluations import Evaluation
 from graceful.flows.store.events import Decided
+from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.diagnosis import diagnosis, lineage_rows, matrices
 
 
-def publish(session: Session, decided: Decided, evaluation: Evaluation) -> str:
-    """Write report.html into the evaluation's folder and show the artifacts; returns the report's location."""
-    workspace, registry = session.workspace, session.workspace.registry
+def publish(
+    workspace: Workspace,
+    decided: Decided,
+    evaluation: Evaluation,
+    *,
+    name: str = "graceful",
+    progress: Progress | None = None,
+) -> str:
+    """Write report.html into the evaluation's folder; returns its location.
+
+    With `progress` the artifacts of the pipeline of this name are shown as well.
+    """
+    registry = workspace.registry
     matrix, nfr = matrices(registry, evaluation.outcomes, evaluation.evidence.candidate, evaluation.policy.k)
     page = render_report(
         evaluation.evidence,
@@ -33,7 +43,8 @@ def publish(session: Session, decided: Decided, evaluation: Evaluation) -> str:
     )
     report = join(workspace.evaluation_uri(decided.evaluation), "report.html")
     write_bytes(report, page.encode())
-    session.progress.show(_artifacts(session.config.name, evaluation, matrix, report))
+    if progress is not None:
+        progress.show(_artifacts(name, evaluation, matrix, report))
     return report
 
 

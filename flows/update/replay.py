@@ -30,7 +30,7 @@ from graceful.flows.update import train as making
 from graceful.flows.update.bench import Bench
 from graceful.flows.update.diagnosis import classification_nfr, constrained_pairs, matrices
 from graceful.flows.update.order import Step, UpdateResult, plain, update
-from graceful.flows.update.rollout import ingest
+from graceful.flows.update.serving import ingest
 from graceful.training.datasets import DatasetConfig, column_values, load_images
 from graceful.training.job import TrainingConfig
 

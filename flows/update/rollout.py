@@ -4,9 +4,6 @@ Every function may be killed anywhere and called again: what it finds committed 
 is the point: certificates and the plan first, vectors next, the serving state last.
 """
 
-import getpass
-import socket
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -15,14 +12,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from graceful.errors import GracefulError
 from graceful.evaluation.decision import CertificateToIssue, Decision, certificates_to_issue
 from graceful.evaluation.evidence import Evidence
 from graceful.files import crash_point
-from graceful.flows.store.events import PlanCompleted, PreviousReleased, Promoted, RolledBack
+from graceful.flows.store.events import PlanCompleted, Promoted
 from graceful.flows.store.registry import Plan, ServingMovedError, ServingState
 from graceful.flows.store.workspace import Workspace
-from graceful.indexing.gallery import IngestResult, View
+from graceful.indexing.gallery import View
 from graceful.indexing.planner import OrderInputs, plan_waves, rank_items
 from graceful.indexing.reindex import ReindexReport, carry_out, embed_missing
 
@@ -31,10 +27,6 @@ if TYPE_CHECKING:
 
 ClassDistance = Callable[[View], NDArray[np.float32]]
 """Cosine distance (N,) of the vectors of a view to the nearest class mean of their generation; NaN where unreadable."""
-
-
-class NothingToRollBackError(GracefulError):
-    """There is no previous generation to return to."""
 
 
 ACTED_ON = ("BOOTSTRAP", "COMPATIBLE_ROLLOUT", "FULL_BACKFILL")
@@ -246,98 +238,6 @@ def continue_plan(
     if not report.superseded:
         _end_plan(workspace, plan)
     return report
-
-
-def rollback(workspace: Workspace, *, reason: str = "rollback") -> ServingState:
-    """Return to the previous generation: one pointer move, no data touched.
-
-    Raises:
-        NothingToRollBackError: no generation served before, or it has been released.
-    """
-    serving = workspace.registry.serving()
-    if serving.previous is None:
-        raise NothingToRollBackError(
-            f"rolling back: expected a previous generation, found none (champion {serving.champion}); "
-            "it was released, or there has been no promotion since the last rollback"
-        )
-    state = workspace.registry.move_serving(
-        serving, champion=serving.previous, previous=None, active_plan=None, moved_by=reason
-    )
-    back = RolledBack(to=serving.previous, reason=reason, by=operator())
-    workspace.registry.record(back, generation=serving.champion or "")
-    return state
-
-
-def release_previous(workspace: Workspace) -> ServingState:
-    """End the probation: ingest writes the champion's vectors only, and a rollback is no longer possible."""
-    serving = workspace.registry.serving()
-    if serving.previous is None:
-        return serving
-    state = workspace.registry.move_serving(serving, previous=None, moved_by="previous released")
-    workspace.registry.record(PreviousReleased(), generation=serving.previous)
-    return state
-
-
-def generations_to_write(workspace: Workspace, supported: Sequence[str] = ()) -> list[str]:
-    """Generations whose vectors an ingest writes, the champion first.
-
-    The previous one until it is released, so that a rollback finds every item; the one of a full backfill from its
-    start; and every supported client's, unless a certificate lets it read the champion's.
-    """
-    serving = workspace.registry.serving()
-    if serving.champion is None:
-        return [workspace.registry.plan(serving.active_plan)[0].generation] if serving.active_plan else []
-    names = [serving.champion]
-    if serving.previous is not None:
-        names.append(serving.previous)
-    if serving.active_plan is not None:
-        names.append(workspace.registry.plan(serving.active_plan)[0].generation)
-    certificates = workspace.registry.certificates()
-    names += [name for name in supported if (name, serving.champion) not in certificates]
-    return list(dict.fromkeys(names))
-
-
-def ingest(
-    workspace: Workspace,
-    items: pa.Table,
-    *,
-    unit: str,
-    supported: Sequence[str] = (),
-    unit_rows: int = 4_096,
-    on_rows: Callable[[int], None] | None = None,
-) -> tuple[IngestResult, dict[str, ReindexReport]]:
-    """Add or change items, and write their vectors for every generation that must find them.
-
-    `on_rows` counts rows of the champion's vectors only.
-    """
-    result = workspace.gallery.ingest(items, unit=unit)
-    crash_point("items-ingested")
-    item_ids = items["item_id"].combine_chunks()
-    reports = {}
-    for place, generation in enumerate(generations_to_write(workspace, supported)):
-        embed = workspace.embed_with(generation)
-        reports[generation] = embed_missing(
-            workspace.gallery,
-            generation,
-            embed,
-            item_ids=item_ids,
-            unit_rows=unit_rows,
-            on_rows=on_rows if place == 0 else None,
-        )
-    return result, reports
-
-
-def delete(workspace: Workspace, item_ids: Sequence[str]) -> int:
-    """Write tombstones for items; returns how many were there."""
-    return workspace.gallery.delete(item_ids, unit=f"{time.time_ns()}")
-
-
-def operator() -> str:
-    """Who gave an order, as the machine knows them."""
-    try:
-        return f"{getpass.getuser()}@{socket.gethostname()}"
-    except (KeyError, OSError):  # no name for this user id
-        return socket.gethostname()
 
 
 def _end_plan(workspace: Workspace, plan: Plan) -> None:

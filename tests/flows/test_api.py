@@ -15,8 +15,10 @@ from tests.flows import running, tiny
 def updates_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The update without a flow server; what is Prefect's is tested with the command."""
 
-    def update_workspace(root: str, console: object, *, again: bool, adopt: object, paragon: object) -> UpdateResult:
-        return running.update(root, again=again)
+    def update_workspace(
+        root: str, console: object, *, again: bool = False, adopted: str | None = None, paragon: bool | None = None
+    ) -> UpdateResult:
+        return running.update(root, again=again, adopted=adopted)
 
     monkeypatch.setattr("graceful.flows.commands.updates.update_workspace", update_workspace)
     monkeypatch.setattr("graceful.flows.runtime.environment.prepare_environment", lambda root: None)

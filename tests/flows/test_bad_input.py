@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 from graceful.files import set_crash_hook
 from graceful.flows.cli import app, reported_errors
-from graceful.flows.commands.updates import adopt_generation
+from graceful.flows.commands.adopt import adopt_generation
 from graceful.flows.search.searcher import GallerySearcher
 from graceful.flows.store.events import Promoted, UpdateStarted
 from graceful.flows.store.workspace import Workspace
@@ -202,6 +203,14 @@ def test_empty_image_is_not_ingested(workspace_root, untouched, tmp_path):
     one_line(line, "expected a folder, found none", "missing")
 
 
+def test_an_image_of_too_many_pixels_is_neither_ingested_nor_searched_with(workspace_root, untouched, tmp_path):
+    Image.new("1", (13_300, 13_300)).save(tmp_path / "huge.png")
+    for name in ("ingest", "search"):
+        code, line = command(name, tmp_path / "huge.png", "--root", workspace_root)
+        assert code == FAILED
+        one_line(line, "huge.png", "is too large: expected at most 67,108,864 pixels, found 13300x13300")
+
+
 @pytest.mark.parametrize(("content", "reason"), [(b"", "empty"), (b"GIF, almost", "cannot be decoded"), (None, "read")])
 def test_search_with_a_bad_image_says_why(workspace_root, untouched, tmp_path, content, reason):
     image = tmp_path / "query.png"
@@ -239,7 +248,7 @@ def foreign_encoders(tmp_path, monkeypatch):
 
 
 def judge_adopted(root: Path, factory: str) -> UpdateResult:
-    name = adopt_generation(Workspace(str(root)), tiny.open_config(root), factory)
+    name = adopt_generation(Workspace(str(root)), tiny.open_config(root), "foreign", factory)
     return running.update(root, adopted=name)
 
 

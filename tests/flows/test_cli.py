@@ -15,8 +15,9 @@ from graceful.flows.cli import app, reported_errors
 from tests.flows import tiny
 
 COMMANDS = [
-    "collect", "decide", "delete", "ingest", "init", "replay", "report", "rollback", "search", "serve", "status",
-    "update",
+    "accept", "adopt", "collect", "decide", "delete", "demo", "flips", "history",
+    "ingest", "init", "promote", "reject", "replay", "report", "retire", "rollback",
+    "search", "serve", "status", "update",
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from graceful.flows.schedule import flow_server
+from graceful.flows.runtime.server import flow_server
 from tests.flows import running, tiny
 from tests.flows.test_service import environment, free_port
 

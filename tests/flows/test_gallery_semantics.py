@@ -6,16 +6,12 @@ import pytest
 
 from graceful.flows.store.registry import ServingMovedError, UncertifiedGenerationError
 from graceful.flows.store.workspace import Workspace
-from graceful.flows.update.rollout import (
+from graceful.flows.update.rollout import Rollout, continue_plan, embed_before_move, prepare, promote
+from graceful.flows.update.serving import (
     NothingToRollBackError,
-    Rollout,
-    continue_plan,
     delete,
-    embed_before_move,
     generations_to_write,
     ingest,
-    prepare,
-    promote,
     release_previous,
     rollback,
 )

@@ -17,17 +17,8 @@ from graceful.flows.store.claim import UpdateInProgressError, claim
 from graceful.flows.store.events import Decided
 from graceful.flows.store.registry import ServingMovedError
 from graceful.flows.store.workspace import Workspace, require_workspace
-from graceful.flows.update.rollout import (
-    Rollout,
-    continue_plan,
-    delete,
-    embed_before_move,
-    ingest,
-    prepare,
-    promote,
-    release_previous,
-    rollback,
-)
+from graceful.flows.update.rollout import Rollout, continue_plan, embed_before_move, prepare, promote
+from graceful.flows.update.serving import delete, ingest, release_previous, rollback
 from graceful.indexing.maintenance import collect, forget
 from graceful.training.datasets import load_images
 from graceful.training.images import read_payloads

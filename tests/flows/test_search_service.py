@@ -1,5 +1,6 @@
 """The HTTP endpoint over a small gallery of digits: answers, refusals, and following the serving state."""
 
+import io
 import subprocess
 import sys
 import threading
@@ -13,15 +14,26 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from graceful.flows.search.http import MAX_BODY_BYTES, make_app
 from graceful.flows.search.searcher import GallerySearcher, publish_view
 from graceful.flows.store.workspace import open_workspace
-from graceful.flows.update.rollout import rollback
+from graceful.flows.update.serving import rollback
 from graceful.indexing.exact import WidthMismatchError
 from graceful.indexing.gallery import GalleryVersion
 from graceful.indexing.search import IndexCorruptedError
 from tests.flows import running, tiny
+
+
+def _too_large() -> bytes:
+    """A small PNG of 13,300 x 13,300 pixels."""
+    buffer = io.BytesIO()
+    Image.new("1", (13_300, 13_300)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+TOO_LARGE = _too_large()
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +109,11 @@ def test_a_vector_is_searched_with_exactly_and_k_counts(workspace: Path, client:
         ({"content": b"no image", "headers": {"content-type": "image/png"}}, 422, "give a readable image"),
         ({"files": {"image": ("a.png", b"\x89PNG\r\n\x1a\nrest", "image/png")}}, 422, "give a readable image"),
         ({"data": {"k": "3"}, "files": {}}, 422, "give a readable image"),
+        (
+            {"content": TOO_LARGE, "headers": {"content-type": "image/png"}},
+            422,
+            "at most 67,108,864 pixels, found 13300x1",
+        ),
         ({"files": [("a", ("a.png", b"x")), ("b", ("b.png", b"y"))]}, 400, "one file, found 2"),
         ({"json": {"vector": [1.0, 2.0]}}, 422, "width 16"),
         ({"json": {"vector": [0.0] * 16}}, 422, "not zero"),
@@ -210,7 +227,7 @@ def test_refreshing_without_a_change_reads_no_view(workspace: Path, monkeypatch:
 def test_only_the_newest_snapshot_of_each_query_generation_stays(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graceful.flows.search.searcher._KEPT_S", 0.0)
+    monkeypatch.setattr("graceful.flows.search.views._KEPT_S", 0.0)
     opened = open_workspace(str(workspace))
     generation, index = GallerySearcher(opened).generation, Path(opened.index_location())
     view = opened.view(generation)

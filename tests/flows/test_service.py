@@ -221,7 +221,7 @@ def test_the_flow_server_ends_when_the_process_that_wanted_it_was_killed(tmp_pat
     start = (
         "import os, subprocess, sys\n"
         "environment = {**os.environ, 'GRACEFUL_PARENT': str(os.getpid())}\n"
-        f"command = [sys.executable, '-m', 'graceful.flows.schedule', '127.0.0.1', '{port}']\n"
+        f"command = [sys.executable, '-m', 'graceful.flows.runtime.server', '127.0.0.1', '{port}']\n"
         "child = subprocess.Popen(command, env=environment,"
         " stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)\n"
         "os.kill(os.getpid(), 9)\n"

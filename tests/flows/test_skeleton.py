@@ -1,27 +1,25 @@
 """The whole of an update without Ray and Prefect: synthetic encoders, real tables, gate, waves and rollback."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from graceful.evaluation.decision import CertificateToIssue
 from graceful.evaluation.policy import RolloutPolicy
+from graceful.flows.settings.config import GalleryConfig
 from graceful.flows.store.evaluation_set import EvaluationSet
 from graceful.flows.store.evaluations import read_evaluation, recompute, write_evaluation
+from graceful.flows.store.events import Decided
 from graceful.flows.store.workspace import Workspace
-from graceful.flows.update.assess import Candidacy, assess, mix_drift
-from graceful.flows.update.rollout import (
-    Rollout,
-    continue_plan,
-    embed_before_move,
-    generations_to_write,
-    ingest,
-    prepare,
-    promote,
-    release_previous,
-    rollback,
-)
-from graceful.training.manifest import LabelledImages
-from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row
+from graceful.flows.update import act
+from graceful.flows.update.act import Case, decide_and_act
+from graceful.flows.update.assess import Candidacy, assess, mix_drift, record_decision
+from graceful.flows.update.rollout import Rollout
+from graceful.flows.update.serving import generations_to_write, ingest, release_previous, rollback
+from graceful.indexing.reindex import ReindexReport
+from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, labelled
 
 IDENTITIES, PER_IDENTITY, QUERIES_EACH = 200, 3, 6
 POLICY = RolloutPolicy(num_resamples=400)
@@ -33,16 +31,8 @@ FIRST = SyntheticGeneration("g001-aaaaaa", noise=0.5)
 
 
 def images(first, count):
-    rows = [
-        item_row(f"id{identity:03d}-{image}", f"id{identity:03d}", f"g{image}")
-        for identity in range(IDENTITIES)
-        for image in range(first, first + count)
-    ]
-    return LabelledImages(
-        sources=[row["source"] for row in rows],
-        labels=np.array([row["label"] for row in rows]),
-        content_sha256=[row["content_sha256"] for row in rows],
-    ), pa.Table.from_pylist(rows)
+    identities = [f"id{identity:03d}" for identity in range(IDENTITIES)]
+    return labelled(identities, [f"g{image}" for image in range(first, first + count)])
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +65,18 @@ def judge_candidate(workspace, models, evaluation_set, candidate, champion, poli
     return assess(workspace, evaluation_set, Candidacy(candidate, champion, served, policy, order, clients), vectors)
 
 
-def carry_out(workspace, evaluation, key):
-    decision = evaluation.decision
-    whole = decision.outcome in ("BOOTSTRAP", "FULL_BACKFILL")
-    rollout = Rollout(
-        key, decision.candidate, f"decision-{key}", 1.0 if whole else decision.fraction, decision.order or "random",
-        "all" if whole else "wave_zero",
-        tuple((c.query_generation, c.gallery_generation) for c in decision.certificates), wave_rows=100,
-    )  # fmt: skip
-    plan = prepare(workspace, rollout)
-    embed_before_move(workspace, rollout, plan)
-    promote(workspace, rollout, plan, champion=decision.champion)
-    return continue_plan(workspace)
+def carry_out(workspace, evaluation, key, *, step=act.plain, publish=lambda decided, evaluation: None):
+    """What an update does with a decision, `evaluation` being what its judgement came to."""
+    case = Case(
+        workspace=workspace,
+        update_key=key,
+        champion=evaluation.decision.champion,
+        gallery=GalleryConfig(wave_rows=100),
+        judge=lambda: (record_decision(workspace, evaluation, key), evaluation),
+        publish=publish,
+        conclude=lambda decision: None,
+    )
+    return decide_and_act(case, do=step)[2]
 
 
 def candidate(models, **geometry):
@@ -167,8 +157,6 @@ def test_states_that_are_judged_are_those_that_production_serves(world, evaluati
     policy = POLICY.model_copy(update={"fractions": (0.0, 0.5, 1.0), "max_dip_points": 20.0})
     evaluation = judge_candidate(workspace, models, evaluation_set, better, FIRST.generation_id, policy)
     decision = evaluation.decision.model_copy(update={"outcome": "COMPATIBLE_ROLLOUT", "fraction": 0.5})
-    from dataclasses import replace
-
     carry_out(workspace, replace(evaluation, decision=decision), "second")
     after = judge_candidate(workspace, models, evaluation_set, candidate(models, noise=0.2), better, policy)
     expected = evaluation.outcomes.first_rank["fraction/0.5"]
@@ -228,11 +216,129 @@ def test_a_chain_of_generations_over_a_mixed_gallery(world, evaluation_set, orde
         evaluation = judge_candidate(workspace, models, evaluation_set, generation.generation_id, champion, WIDE, order)
         assert evaluation.decision.outcome == "COMPATIBLE_ROLLOUT", evaluation.decision.summary
         decision = evaluation.decision.model_copy(update={"fraction": 0.3})
-        from dataclasses import replace
-
         carry_out(workspace, replace(evaluation, decision=decision), f"u{ordinal}")
         champion = generation.generation_id
     rows = workspace.view(champion).rows_by_generation()
     # The random order is one order: each plan re-embeds the rows of the one before it again. By age, all take part.
     assert len([count for count in rows.values() if count]) == {"random": 2, "oldest_generation": 4}[order]
     assert len(workspace.view(champion).unreadable()) == 0
+
+
+# Three mistakes that must not be made, each with a check that finds it and a mutant that makes it.
+
+
+def check_that_a_backfill_embeds_before_it_serves(world, evaluation_set):
+    """While the gallery is embedded the old champion answers, from its own rows; afterwards nothing is unreadable.
+
+    The candidate could read the old rows, and the mix of both is what the decision has refused.
+    """
+    workspace, models = world
+    better = candidate(models, noise=0.2)
+    evaluation = judge_candidate(workspace, models, evaluation_set, better, FIRST.generation_id)
+    assert verdicts(evaluation) == {FIRST.generation_id: "PASS"}
+    decision = evaluation.decision.model_copy(update={"outcome": "FULL_BACKFILL", "fraction": 1.0})
+    served = []
+
+    def look(unit):
+        champion = workspace.registry.serving().champion
+        rows = workspace.view(champion).rows_by_generation()
+        served.append((champion, {name for name, count in rows.items() if count}))
+
+    def look_after(name, step):
+        result = step()
+        if name == "move serving state":
+            view = workspace.view(workspace.registry.serving().champion)
+            moved.append((view.rows_by_generation(), len(view.unreadable())))
+        return result
+
+    moved = []
+    models.before_unit = look
+    carry_out(workspace, replace(evaluation, decision=decision), "second", step=look_after)
+    assert served, "nothing was embedded"
+    assert all(seen == (FIRST.generation_id, {FIRST.generation_id}) for seen in served), served
+    assert moved == [({FIRST.generation_id: 0, better: IDENTITIES * PER_IDENTITY}, 0)], "the refused mix was served"
+    assert workspace.registry.serving().champion == better
+
+
+def check_that_wave_zero_is_embedded_before_the_move(world, evaluation_set):
+    """A candidate that may not read an owner's rows serves only when it has vectors of its own for all of them."""
+    workspace, models = world
+    better = candidate(models, noise=0.2)
+    evaluation = judge_candidate(workspace, models, evaluation_set, better, FIRST.generation_id)
+    carry_out(workspace, evaluation, "second")
+    owned = workspace.view(better).rows_by_generation()
+    assert owned[better] or evaluation.decision.fraction == 0.0
+    third = SyntheticGeneration("g003-cccccc", noise=0.1)
+    models.add(third)
+    evaluation = judge_candidate(workspace, models, evaluation_set, third.generation_id, better, WIDE)
+    own = CertificateToIssue(query_generation=third.generation_id, gallery_generation=third.generation_id)
+    decision = evaluation.decision.model_copy(
+        update={"outcome": "COMPATIBLE_ROLLOUT", "fraction": 0.0, "order": "random", "certificates": (own,)}
+    )
+    unreadable = []
+
+    def look_after(name, step):
+        result = step()
+        if name == "move serving state":
+            unreadable.append(len(workspace.view(third.generation_id).unreadable()))
+        return result
+
+    carry_out(workspace, replace(evaluation, decision=decision), "third", step=look_after)
+    assert workspace.registry.serving().champion == third.generation_id
+    assert unreadable == [0], "right after the move items could not be read"
+
+
+def check_that_a_decision_is_recorded_before_it_is_published(world, evaluation_set):
+    """Whoever is shown a decision finds it in the lineage and on disk, and nothing has moved yet."""
+    workspace, models = world
+    better = candidate(models, noise=0.2)
+    evaluation = judge_candidate(workspace, models, evaluation_set, better, FIRST.generation_id)
+    found = []
+
+    def publish(decided, shown):
+        recorded = [event.payload for event in workspace.registry.events(Decided, "second")]
+        found.append((decided in recorded, workspace.registry.serving().champion))
+        assert decided in recorded, "published what is not in the lineage"
+        assert read_evaluation(workspace.evaluation_uri(decided.evaluation)).decision == shown.decision
+
+    carry_out(workspace, evaluation, "second", publish=publish)
+    assert found == [(True, FIRST.generation_id), (True, better)]
+
+
+def serve_before_embedding(monkeypatch):
+    real = Rollout.of
+
+    def hasty(decision, **names):
+        rollout = real(decision, **names)
+        return replace(rollout, before_move="wave_zero") if decision.outcome == "FULL_BACKFILL" else rollout
+
+    monkeypatch.setattr(Rollout, "of", hasty)
+
+
+def skip_wave_zero(monkeypatch):
+    monkeypatch.setattr(act, "embed_before_move", lambda *_, **__: ReindexReport())
+
+
+def publish_before_recording(monkeypatch):
+    unrecorded = Decided(evaluation="second", outcome="COMPATIBLE_ROLLOUT", summary="")
+    monkeypatch.setitem(globals(), "record_decision", lambda *_, **__: unrecorded)
+
+
+PROPERTIES = {
+    check_that_a_backfill_embeds_before_it_serves: serve_before_embedding,
+    check_that_wave_zero_is_embedded_before_the_move: skip_wave_zero,
+    check_that_a_decision_is_recorded_before_it_is_published: publish_before_recording,
+}
+
+
+@pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
+def test_order_of_writes(world, evaluation_set, check):
+    check(world, evaluation_set)
+
+
+@pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
+def test_check_finds_the_mutant(world, evaluation_set, check, monkeypatch):
+    """A check that cannot fail proves nothing."""
+    PROPERTIES[check](monkeypatch)
+    with pytest.raises(AssertionError):
+        check(world, evaluation_set)

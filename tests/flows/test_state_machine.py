@@ -21,18 +21,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from graceful.evaluation.decision import CertificateToIssue, Decision
 from graceful.files import set_crash_hook
+from graceful.flows.settings.config import GalleryConfig
 from graceful.flows.store.workspace import Workspace
-from graceful.flows.update.rollout import (
+from graceful.flows.update.rollout import Rollout, continue_plan, embed_before_move, prepare, promote
+from graceful.flows.update.serving import (
     NothingToRollBackError,
-    Rollout,
-    continue_plan,
     delete,
-    embed_before_move,
     generations_to_write,
     ingest,
-    prepare,
-    promote,
     release_previous,
     rollback,
 )
@@ -40,6 +38,7 @@ from graceful.indexing import gallery as gallery_module
 from graceful.indexing.maintenance import collect
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row
 
+GALLERY = GalleryConfig(order="oldest_generation", wave_rows=2, unit_rows=2)
 ITEM_IDS = [f"item-{number}" for number in range(6)]
 CRASH_POINTS = [
     "table-file-written", "table-committed", "items-ingested", "vectors-before-commit", "vectors-after-commit",
@@ -182,10 +181,18 @@ class UpdateMachine(RuleBasedStateMachine):
         owners = [] if champion is None else self.workspace.registry.readable(champion)
         certified = [owner for place, owner in enumerate(owners) if place not in refuse]
         pairs = ((candidate, candidate), *((candidate, owner) for owner in certified))
-        rollout = Rollout(
-            f"u-{candidate}", candidate, f"d-{candidate}", 1.0 if full else fraction, "oldest_generation",
-            "all" if full else "wave_zero", pairs, wave_rows=2, unit_rows=2,
-        )  # fmt: skip
+        decision = Decision(
+            outcome="BOOTSTRAP" if champion is None else "FULL_BACKFILL" if full else "COMPATIBLE_ROLLOUT",
+            summary="",
+            candidate=candidate,
+            champion=champion,
+            fraction=fraction,
+            order=GALLERY.order,
+            certificates=tuple(CertificateToIssue(query_generation=q, gallery_generation=g) for q, g in pairs),
+            reasons=(),
+        )
+        rollout = Rollout.of(decision, update_key=f"u-{candidate}", evaluation=f"d-{candidate}", gallery=GALLERY)
+        assert rollout is not None
 
         def operation():
             plan = prepare(self.workspace, rollout)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -112,6 +113,19 @@ def test_lineage_tells_the_whole_story_in_order(history):
     kinds = [e.kind for e in registry.history() if e.update_key == history["second"]["update_key"]]
     assert kinds == ["update_started", "trained", "decided", "promoted", "update_completed"]
     assert history["second"]["update_key"] != history["first"]["update_key"]
+
+
+def test_commands_printed_at_the_end_of_an_update_work(history, copy):
+    from graceful.flows.commands.suggestions import next_commands
+
+    report = str(copy / "evaluations" / Path(history["second"]["report"]).parent.name / "report.html")
+    commands = next_commands(str(copy), report)
+    assert [line.split()[1] for line in commands] == ["-m", "report", "search", "rollback"]
+    assert Path(shlex.split(commands[0])[-1].removeprefix("file://")).exists()
+    for line in commands[1:]:
+        assert line.endswith(f" --root {shlex.quote(str(copy))}")
+        done = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert done.exit_code == 0, f"{line}: {done.output}"
 
 
 def test_report_is_one_offline_page_with_the_decision(history):

@@ -22,7 +22,7 @@ from graceful.flows.settings.config import PipelineConfig, load_config
 from graceful.flows.store.events import Decided
 from graceful.flows.store.items import item_table
 from graceful.flows.store.workspace import Workspace
-from graceful.flows.update.rollout import ingest
+from graceful.flows.update.serving import ingest
 from graceful.training.datasets import load_images
 from graceful.training.manifest import LabelledImages
 

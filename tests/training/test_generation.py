@@ -20,6 +20,28 @@ from graceful.training.generation import (
 )
 
 DIGEST = "9f2c1a" + "0" * 58
+# Written by the version before `decoding` and `background` existed.
+EARLIER_CARD = """{
+  "format_version": 1,
+  "generation_id": "g003-9f2c1a",
+  "ordinal": 3,
+  "origin": "trained",
+  "parent": "g002-aaaaaa",
+  "predecessors": ["g001-bbbbbb", "g002-aaaaaa"],
+  "backbone": {"name": "small_cnn", "kwargs": {"block_widths": [8, 16]}},
+  "preprocessing": {"image_size": 8, "channels": 1, "mean": [0.3], "std": [0.37]},
+  "preprocessing_fingerprint": "9f059c8fa12b5647",
+  "width": 16,
+  "prefix_widths": [],
+  "classes": ["a", "b"],
+  "digest": "9f2c1a0000000000000000000000000000000000000000000000000000000000",
+  "has_classifier": true,
+  "classifier_digest": null,
+  "normalized": true,
+  "calibrated_images": 40,
+  "training": {"epochs": 2}
+}
+"""
 
 
 def make_card(preprocessing: Preprocessing) -> GenerationCard:
@@ -82,9 +104,38 @@ def test_card_that_contradicts_itself_is_refused(
 
 
 def test_fingerprint_changes_with_every_value(preprocessing: Preprocessing) -> None:
-    changed = [{"image_size": 9}, {"mean": (0.31,)}, {"std": (0.4,)}]
+    changed = [{"image_size": 9}, {"mean": (0.31,)}, {"std": (0.4,)}, {"decoding": "plain"}, {"background": 0}]
     prints = {preprocessing.model_copy(update=change).fingerprint() for change in changed}
-    assert len(prints | {preprocessing.fingerprint()}) == 4
+    assert len(prints | {preprocessing.fingerprint()}) == 6
+
+
+def test_earlier_card_keeps_its_fingerprint_and_decodes_as_it_always_did(
+    tmp_path: Path, preprocessing: Preprocessing
+) -> None:
+    (tmp_path / "card.json").write_text(EARLIER_CARD)
+    card = read_card(str(tmp_path))
+    assert card.preprocessing.decoding == "plain"
+    assert card.preprocessing_fingerprint == card.preprocessing.fingerprint() == "9f059c8fa12b5647"
+    assert preprocessing.decoding == "photo"  # what a configuration that does not name it means
+    assert preprocessing.fingerprint() != "9f059c8fa12b5647"
+    write_card(str(tmp_path / "copy"), card)
+    assert read_card(str(tmp_path / "copy")) == card
+    assert GenerationCard.model_validate_json(EARLIER_CARD) == card
+
+
+def test_card_of_today_says_how_it_decodes(tmp_path: Path, preprocessing: Preprocessing) -> None:
+    for decoding in ("photo", "plain"):
+        card = make_card(preprocessing.model_copy(update={"decoding": decoding, "background": 0}))
+        write_card(str(tmp_path), card)
+        assert json.loads((tmp_path / "card.json").read_text())["preprocessing"]["decoding"] == decoding
+        assert read_card(str(tmp_path)) == card
+
+
+def test_weights_are_taken_over_another_decoding_and_over_no_other_change(preprocessing: Preprocessing) -> None:
+    for change in ({"decoding": "plain"}, {"background": 0}, {}):
+        assert preprocessing.takes_weights_of(preprocessing.model_copy(update=change))
+    for change in ({"image_size": 9}, {"mean": (0.31,)}, {"std": (0.4,)}):
+        assert not preprocessing.takes_weights_of(preprocessing.model_copy(update={**change, "decoding": "plain"}))
 
 
 def test_preprocessing_needs_one_mean_per_channel() -> None:

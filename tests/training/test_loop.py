@@ -1,6 +1,7 @@
 """The training loop on digits: it learns, calibrates, stays compatible, resumes exactly, refuses bad input."""
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,22 @@ def test_adopted_predecessor_and_wider_generation_are_constrained_on_the_prefix(
     narrow = config.model_copy(update={"width": 8})
     with pytest.raises(IncompatibleParentError, match="expected a width of at least 12"):
         run_training(job.model_copy(update={"config": narrow, "name": "narrow"}))
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+def test_a_generation_of_before_photo_decoding_is_a_parent_like_any_other(
+    make_job: MakeJob, write_embeddings: Callable[..., str], digits: LabelledImages, constrained: bool
+) -> None:
+    first = make_job(name="first")
+    card = run_training(first)
+    uri = folder(first, card)
+    record = json.loads(Path(uri, "card.json").read_text())
+    del record["preprocessing"]["decoding"], record["preprocessing"]["background"]
+    plain = card.preprocessing.model_copy(update={"decoding": "plain"})
+    Path(uri, "card.json").write_text(json.dumps({**record, "preprocessing_fingerprint": plain.fingerprint()}))
+    fields = {} if constrained else {"predecessors": ()}
+    job = succeed(make_job, write_embeddings, digits, uri, name="second", **fields)
+    assert run_training(job).preprocessing.decoding == "photo"
 
 
 # Calibration and interpolation
