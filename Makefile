@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOWEST ?= .venv-lowest
+FAST := -m "not slow and not browser"
 WORKSPACE ?= workspaces/digits
 
 # The folders lie apart from where they are imported; mypy looks at the package as it is shipped.
@@ -12,7 +14,7 @@ cp -r graceful/. training indexing evaluation flows $(VENV)/types/graceful/
 cd $(VENV)/types && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p graceful
 endef
 
-.PHONY: quickstart test test-fast lint format benchmarks clean
+.PHONY: quickstart test test-fast test-lowest test-wheel lint format benchmarks clean
 
 quickstart: $(STAMP)
 	$(BIN)/graceful replay examples/digits.toml --root $(WORKSPACE)
@@ -21,7 +23,20 @@ test: $(STAMP) lint
 	$(BIN)/python -m pytest -q --durations=15
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow and not browser"
+	$(BIN)/python -m pytest -q $(FAST)
+
+# The lowest versions that pyproject.toml allows, of what it names itself; the tools keep the versions that are pinned.
+test-lowest: $(STAMP)
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --output-file $(VENV)/lowest.txt pyproject.toml
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(LOWEST)
+	grep -E '^(hypothesis|moto|pytest|pytest-timeout|ranx)==' constraints.txt > $(VENV)/tools.txt
+	$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --constraint $(VENV)/lowest.txt \
+	    --constraint $(VENV)/tools.txt --editable . hypothesis 'moto[s3,server]' pytest pytest-timeout ranx
+	$(LOWEST)/bin/python -m pytest -q $(FAST) $(TESTS)
+
+# What is shipped, not what lies here: the wheel, in a folder whose own `training` must not be found instead.
+test-wheel: $(STAMP)
+	$(BIN)/python -m pytest -q tests/test_packaging.py -k wheel
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -44,4 +59,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) workspaces .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) workspaces .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,11 +14,12 @@ from graceful.files import join
 from graceful.flows.runtime.cluster import RaySession
 from graceful.flows.settings.config import ClusterConfig
 from graceful.indexing.embedding_files import write_embedding_file
-from graceful.training.datasets import DatasetConfig, load_images, write_manifest
+from graceful.training.datasets import DatasetConfig, load_images
 from graceful.training.encoder import open_encoder
 from graceful.training.generation import PredecessorRef, Preprocessing
 from graceful.training.job import AugmentationConfig, TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
+from graceful.training.manifest import write_manifest
 
 _NUM_PREDECESSORS = 10
 

@@ -39,10 +39,10 @@ class BackfillCurve:
         return dip(self.values, self.served)
 
 
-def backfill_curve(
+def curve_from_outcomes(
     outcomes: Outcomes, fractions: Sequence[float] | None = None, *, metric: Metric = "recall@k", k: int = 1
 ) -> BackfillCurve:
-    """Collect the fraction states, all that there are unless `fractions` names them."""
+    """Collect the fraction states, all that there are unless `fractions` names them; see `arrays.backfill_curve`."""
     if fractions is None:
         parsed = [parse_state(state).fraction for state in outcomes.states]
         fractions = sorted(fraction for fraction in parsed if fraction is not None)

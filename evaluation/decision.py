@@ -28,9 +28,6 @@ from graceful.evaluation.evidence import (
     OVERALL,
     Evidence,
     PairedDifference,
-    certify,
-    gather_evidence,
-    wave_zero_generations,
 )
 from graceful.evaluation.guards import (
     Option,
@@ -46,21 +43,6 @@ from graceful.evaluation.guards import (
 from graceful.evaluation.outcomes import fraction_state
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.evaluation.power import queries_for_margin, queries_for_nfr
-
-__all__ = [
-    "JUDGING_VERSION",
-    "CertificateToIssue",
-    "Decision",
-    "Evidence",
-    "Outcome",
-    "Reason",
-    "RolloutPolicy",
-    "certificates_to_issue",
-    "certify",
-    "decide",
-    "gather_evidence",
-    "wave_zero_generations",
-]
 
 JUDGING_VERSION = 1
 """Version of the judgement. Raise it with every change after which the same outcomes and policy are decided

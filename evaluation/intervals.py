@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 # With few clusters, or few clusters that hold a flip, the ICC estimate is mostly noise, and its low values let a
@@ -142,11 +142,41 @@ def share_bounds(hits: NDArray[np.bool_], clusters: NDArray[Any], alpha: float =
     )
 
 
-def nfr_bounds(
-    right_before: NDArray[np.bool_], right_after: NDArray[np.bool_], clusters: NDArray[Any], alpha: float = 0.05
+def nfr_bound(
+    right_before: ArrayLike, right_after: ArrayLike, clusters: ArrayLike | None = None, alpha: float = 0.05
 ) -> ShareBounds:
-    """Bounds of the negative flip rate: the share of queries right before and wrong after."""
-    return share_bounds(np.asarray(right_before, np.bool_) & ~np.asarray(right_after, np.bool_), clusters, alpha)
+    """Bound the negative flip rate (NFR): the share of queries that are right before an update and wrong after it.
+
+    Args:
+        right_before: (Q,) booleans, whether each query finds a relevant item now.
+        right_after: (Q,) booleans over the same queries, after the update.
+        clusters: (Q,) what queries are alike in, usually the identity; by default every query is independent.
+        alpha: error level of each side: the true rate lies above `upper` with at most this probability.
+
+    Returns:
+        Counted value, one-sided `lower` and `upper` in [0, 1], and the sample that the bound is worth (`effective_n`).
+
+    Raises:
+        ValueError: the arrays are not over the same queries.
+
+    Source: NFR, Yan et al., CVPR 2021 (arXiv 2011.09161), eq. 1; bounds, see `share_bounds`.
+
+    >>> before, after = np.ones(1000, bool), np.ones(1000, bool)
+    >>> after[:30] = False
+    >>> bound = nfr_bound(before, after)
+    >>> bound.value, round(bound.upper, 4)
+    (0.03, 0.0405)
+    >>> round(nfr_bound(before, after, np.arange(1000) // 10).upper, 4)  # the 30 flips are three identities
+    0.0763
+    """
+    before, after = np.asarray(right_before, np.bool_), np.asarray(right_after, np.bool_)
+    groups = np.arange(len(before)) if clusters is None else np.asarray(clusters)
+    if not before.shape == after.shape == groups.shape or before.ndim != 1:
+        raise ValueError(
+            f"bounding the NFR: expected the same queries before, after and in clusters, found shapes {before.shape}, "
+            f"{after.shape} and {groups.shape}"
+        )
+    return share_bounds(before & ~after, groups, alpha)
 
 
 def resample_counts(num_clusters: int, num_resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:

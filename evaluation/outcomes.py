@@ -18,14 +18,13 @@ measurable", which is not the same as wrong; `compare` says what follows from it
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 SERVED = "served"
-STATE_KINDS = ("served", "fraction", "pair", "classify", "live")
 Metric = Literal["recall@k", "mAP"]
 METRICS: tuple[Metric, ...] = ("recall@k", "mAP")
 SLICE_PREFIX = "slice_"
@@ -107,17 +106,6 @@ class Comparison(NamedTuple):
     right_before: NDArray[np.bool_]
     right_after: NDArray[np.bool_]
     num_lost: int  # measurable before, not after: counted as wrong after
-
-
-def add_states(outcomes: Outcomes, states: Mapping[str, tuple[NDArray[np.int32], NDArray[np.float32]]]) -> Outcomes:
-    """Outcomes with further (or replaced) states: name -> (first_rank, average_precision) over the same queries."""
-    ranks = {name: rank for name, (rank, _) in states.items()}
-    precisions = {name: precision for name, (_, precision) in states.items()}
-    return replace(
-        outcomes,
-        first_rank={**outcomes.first_rank, **ranks},
-        average_precision={**outcomes.average_precision, **precisions},
-    )
 
 
 def fraction_state(fraction: float) -> str:

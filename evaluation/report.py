@@ -20,9 +20,7 @@ from numpy.typing import NDArray
 
 from graceful.evaluation.captions import (
     curve_caption,
-    decision_markdown,
     matrix_caption,
-    matrix_markdown,
     metric_name,
     nfr_caption,
     number,
@@ -37,17 +35,6 @@ from graceful.evaluation.flips import flips_by_slice
 from graceful.evaluation.matrix import CompatibilityMatrix, criterion
 from graceful.evaluation.outcomes import SERVED, Outcomes, fraction_state
 from graceful.evaluation.policy import RolloutPolicy
-
-__all__ = [
-    "curve_png",
-    "decision_markdown",
-    "duration",
-    "evidence_curve_png",
-    "heatmap_png",
-    "matrix_markdown",
-    "matrix_png",
-    "render_report",
-]
 
 TEMPLATE = "report.html.j2"
 INK, MUTED, RULE = "#1b2733", "#5b6875", "#d8dee4"
@@ -123,44 +110,13 @@ def render_report(
     )
 
 
-def heatmap_png(
-    values: NDArray[np.float64],
-    row_labels: Sequence[str],
-    column_labels: Sequence[str],
-    *,
-    marks: NDArray[np.float64] | None = None,
-    row_title: str = "queries by",
-    column_title: str = "gallery of",
-    colours: str = "Blues",
-    dpi: int = 160,
-) -> bytes:
-    """Heat map of shares, written as per cent; NaN is left blank. `marks`: 1 gets a check, 0 a cross, NaN nothing."""
-    return _png(_heatmap(values, row_labels, column_labels, column_title, row_title, colours, marks), dpi)
-
-
 def matrix_png(matrix: CompatibilityMatrix, *, dpi: int = 160) -> bytes:
-    """`heatmap_png` of a compatibility matrix with the criterion marked."""
+    """Heat map of a compatibility matrix in per cent, the criterion marked; NaN is left blank."""
     return _png(_matrix_figure(matrix), dpi)
 
 
-def curve_png(
-    fractions: Sequence[float] | NDArray[np.float64],
-    values: Sequence[float] | NDArray[np.float64],
-    lower: Sequence[float] | NDArray[np.float64],
-    upper: Sequence[float] | NDArray[np.float64],
-    *,
-    served: float,
-    chosen: float | None = None,
-    metric: str = "recall@1",
-    dpi: int = 160,
-) -> bytes:
-    """Backfill curve with its simultaneous band, what is served now, and the chosen fraction."""
-    x, y, low, high = (np.asarray(array, np.float64) for array in (fractions, values, lower, upper))
-    return _png(_curve_figure(_Curve(x, y, low, high, served), chosen, metric), dpi)
-
-
 def evidence_curve_png(evidence: Evidence, decision: Decision, *, dpi: int = 160) -> bytes:
-    """`curve_png` of the evidence's overall states."""
+    """Backfill curve of all queries, its simultaneous band, what is served now, and the chosen fraction."""
     overall = [state for state in evidence.states if state.scope == OVERALL]
     return _png(_curve_figure(_curve_of(overall), decision.fraction, metric_name(evidence)), dpi)
 

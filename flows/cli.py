@@ -27,6 +27,7 @@ app = typer.Typer(
     name="graceful",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     help="Update embedding models without breaking the gallery: train each generation compatible with all its "
     "predecessors, measure what an update would win and break, decide, roll out, roll back.",
@@ -49,6 +50,23 @@ YesOption = Annotated[bool, typer.Option("--yes", help="Move even if items that 
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it stands in the lineage, with your name.")]
 CandidateArgument = Annotated[str, typer.Argument(help="Id of a generation, or its first part: g002.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"graceful {version('graceful')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
 
 
 @app.command()

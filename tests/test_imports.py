@@ -33,7 +33,8 @@ ORDER = {
     "evaluation": (
         "evaluation", "evaluation.outcomes", "evaluation.retrieval", "evaluation.flips", "evaluation.matrix",
         "evaluation.backfill", "evaluation.intervals", "evaluation.power", "evaluation.cost", "evaluation.policy",
-        "evaluation.evidence", "evaluation.guards", "evaluation.decision", "evaluation.captions", "evaluation.report",
+        "evaluation.evidence", "evaluation.guards", "evaluation.decision", "evaluation.arrays", "evaluation.captions",
+        "evaluation.report",
     ),
     "flows": (
         "flows", "flows.store", "flows.store.processes", "flows.store.items", "flows.store.evaluation_set",
@@ -54,7 +55,7 @@ ORDER = {
         "flows.commands.status", "flows.commands.evaluations",
         "flows.commands.history", "flows.commands.adopt",
         "flows.commands.images", "flows.commands.updates", "flows.commands.suggestions",
-        "flows.commands.demo_world", "flows.commands.demo", "flows.terminal", "flows.cli",
+        "flows.commands.demo_world", "flows.commands.demo", "flows.api", "flows.terminal", "flows.cli",
     ),
 }  # fmt: skip
 
@@ -87,7 +88,7 @@ FORBIDDEN = {"flows.cli": ("pyarrow", "prefect", "ray", *PACKAGES[:3])}
 # Plain Python: an update, a search and a judgement run the same without Prefect.
 WITHOUT_PREFECT = (
     "flows.search.searcher", "flows.search.http", "flows.update.order", "flows.update.replay", "flows.commands.status",
-    "flows.commands.demo",
+    "flows.commands.demo", "flows.api",
 )  # fmt: skip
 
 
@@ -182,20 +183,26 @@ def loaded_after(statement: str, *names: str) -> set[str]:
     return set(done.stdout.split())
 
 
+HEAVY = (
+    "torch", "ray", "faiss", "prefect", "pyarrow", "deltalake", "numpy", "scipy", "pydantic", "matplotlib",
+    *(f"graceful.{name}" for name in PACKAGES[:3]),
+)  # fmt: skip
+
+
 def test_command_line_imports_nothing_heavy_before_a_command_runs():
-    heavy = (
-        "torch",
-        "ray",
-        "faiss",
-        "prefect",
-        "pyarrow",
-        "deltalake",
-        "numpy",
-        "scipy",
-        "pydantic",
-        *(f"graceful.{name}" for name in PACKAGES[:3]),
-    )
-    assert loaded_after("import graceful.flows.cli", *heavy) == set()
+    assert loaded_after("import graceful.flows.cli", *HEAVY) == set()
+
+
+def test_the_package_itself_loads_nothing_until_a_name_is_used():
+    assert loaded_after("import graceful; dir(graceful)", *HEAVY, "rich", "graceful.flows") == set()
+    loaded = loaded_after("import graceful; graceful.nfr_bound", *HEAVY, "graceful.flows")
+    assert loaded == {"numpy", "scipy", "graceful.evaluation"}
+
+
+def test_the_package_is_imported_in_a_fraction_of_a_second():
+    program = "import time; start = time.process_time(); import graceful; print(time.process_time() - start)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert float(done.stdout) < 0.3, "seconds of this processor"
 
 
 def test_searching_loads_neither_prefect_nor_ray():

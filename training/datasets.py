@@ -14,22 +14,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from graceful.errors import GracefulError, UsageError
-from graceful.training.folders import IMAGE_SUFFIXES
 from graceful.training.images import read_payloads, unreadable_reason
-from graceful.training.manifest import DatasetNotFoundError, LabelledImages, read_manifest, write_manifest
+from graceful.training.manifest import LabelledImages
 from graceful.training.materialise import materialise_digits, materialise_glyphs, materialise_torchvision
 from graceful.training.rows import Rows, as_text, csv_rows, folder_rows, parquet_rows
-
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "DatasetNotFoundError",
-    "LabelledImages",
-    "materialise_digits",
-    "materialise_torchvision",
-    "read_manifest",
-    "read_payloads",
-    "write_manifest",
-]
 
 
 class EmptyDatasetError(GracefulError):
@@ -209,30 +197,6 @@ def draw_per_label(labels: NDArray[np.str_], count: int, seed: int) -> NDArray[n
         stable = int.from_bytes(hashlib.sha256(str(name).encode()).digest()[:8], "little")
         mask[np.random.default_rng([seed, stable]).permutation(members)[:count]] = True
     return mask
-
-
-def growing_classes(
-    labels: Sequence[str] | NDArray[np.str_],
-    counts: Sequence[int],
-    groups: Sequence[str] | NDArray[np.str_] | None = None,
-    seed: int | None = None,
-) -> list[list[str]]:
-    """Return for each generation the sorted classes that it may see: those of the first `counts[t]` groups.
-
-    Groups (for instance alphabets) are aligned with the labels; without them every class is its own group. They come in
-    alphabetical order, or shuffled when a seed is given.
-    """
-    label_array = np.asarray(labels, dtype=np.str_)
-    group_array = label_array if groups is None else np.asarray(groups, dtype=np.str_)
-    names = np.unique(group_array)
-    if list(counts) != sorted(counts) or not len(counts) or counts[0] < 1 or counts[-1] > len(names):
-        raise UsageError(
-            f"growing classes: expected ascending counts from 1 to {len(names)}, found {list(counts)}; the data has "
-            f"{len(names)} groups"
-        )
-    if seed is not None:
-        names = np.random.default_rng(seed).permutation(names)
-    return [np.unique(label_array[np.isin(group_array, names[:count])]).tolist() for count in counts]
 
 
 def column_values(config: DatasetConfig, column: str) -> list[Any]:

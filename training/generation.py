@@ -13,7 +13,6 @@ weights file, so the same id always means the same weights.
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -183,11 +182,6 @@ def ordinal_of(generation_id: str) -> int:
     if match is None:
         raise UsageError(f"reading a generation id: expected a form like g003-9f2c1a, found {generation_id!r}")
     return int(match.group(1))
-
-
-def lineage_order(generation_ids: Sequence[str]) -> list[str]:
-    """Return the ids from the oldest to the newest."""
-    return sorted(generation_ids, key=lambda generation_id: (ordinal_of(generation_id), generation_id))
 
 
 def write_card(uri: str, card: GenerationCard) -> None:

@@ -3,19 +3,14 @@
 A job's name stands for everything that went into it. A training that has ended is found and returned; one that was
 killed goes on from its last complete checkpoint. The trail (progress.py) is what is resumed from, never Ray's own run
 folder: every attempt gets a fresh one, because Ray rewrites its snapshot in place and a kill can leave it unreadable.
-
-Run as `python -m training.launch --spec job.json` it is the entry point of a Ray job.
 """
 
-import argparse
 import logging
 import os
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -26,24 +21,16 @@ import torch
 
 from graceful.errors import GracefulError, UnknownFormatError
 from graceful.files import join, resolve
-from graceful.training.datasets import DatasetNotFoundError, EmptyDatasetError, SingleImageClassError
+from graceful.training.datasets import EmptyDatasetError, SingleImageClassError
 from graceful.training.encoder import CorruptedWeightsError
 from graceful.training.generation import GenerationCard, GenerationNotFoundError
 from graceful.training.images import UnreadableImageError
-from graceful.training.job import AugmentationConfig, ConstraintConfig, HeadConfig, TrainingConfig, TrainingJob
+from graceful.training.job import TrainingJob
 from graceful.training.loop import IncompatibleParentError, TrainingDeadlineError, TrainingDivergedError, train_worker
+from graceful.training.manifest import DatasetNotFoundError
 from graceful.training.pixels import ChangedImagesError
 from graceful.training.predecessors import MisalignedCacheError
 from graceful.training.progress import TrailReporter
-
-__all__ = [
-    "AugmentationConfig",
-    "ConstraintConfig",
-    "HeadConfig",
-    "TrainingConfig",
-    "TrainingJob",
-    "run_training",
-]
 
 CONTROLLER_FAILURES = 3  # Ray's default is to retry for ever
 POLL_INTERVAL_S = 0.25
@@ -99,31 +86,6 @@ def run_training(
     if finished is None:
         raise TrainingFailedError(f"training {job.name}: expected a result at {trail.uri}, found none; run it again")
     return finished[1]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Carry out the job in a JSON file; return the exit code."""
-    parser = argparse.ArgumentParser(prog="training.launch", description="Train one generation.")
-    parser.add_argument("--spec", required=True, help="JSON file with a TrainingJob")
-    parser.add_argument("--deadline-s", type=float, default=None, help="give up after so many seconds")
-    options = parser.parse_args(arguments)
-    started = False
-    try:
-        job = TrainingJob.model_validate_json(Path(options.spec).read_text())
-        if job.num_workers and not ray.is_initialized():
-            ray.init(
-                logging_level=logging.WARNING, log_to_driver=False
-            )  # RAY_ADDRESS, which Ray jobs set, joins a cluster
-            started = True
-        card = run_training(job, on_progress=lambda line: print(line, flush=True), deadline_s=options.deadline_s)
-    except Exception as error:
-        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    finally:
-        if started:
-            ray.shutdown()
-    print(join(job.output_uri, card.generation_id), flush=True)
-    return 0
 
 
 class _Tail:
@@ -259,7 +221,3 @@ def _remove_folder(uri: str) -> None:
     file_system, path = resolve(uri)
     if file_system.get_file_info(path).type == pafs.FileType.Directory:
         file_system.delete_dir(path)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

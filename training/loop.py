@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from graceful.errors import GracefulError
 from graceful.training.backbones import build_backbone, load_initial_weights
 from graceful.training.constraints import CONSTRAINTS
-from graceful.training.datasets import LabelledImages, check_trainable, read_manifest
+from graceful.training.datasets import check_trainable
 from graceful.training.encoder import (
     autocast,
     named_dtype,
@@ -39,6 +39,7 @@ from graceful.training.finishing import calibrate, interpolate, interpolate_rows
 from graceful.training.generation import GenerationCard
 from graceful.training.heads import Head, build_head, initialise_rows
 from graceful.training.job import TrainingConfig, TrainingJob
+from graceful.training.manifest import LabelledImages, read_manifest
 from graceful.training.pixels import decode_all, training_batch
 from graceful.training.predecessors import Predecessors, load_predecessors, synthesise_rows
 from graceful.training.progress import Reporter

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from graceful.errors import GracefulError
-from graceful.training.datasets import LabelledImages
 from graceful.training.encoder import normalise
 from graceful.training.generation import Preprocessing
 from graceful.training.images import UnreadableImageError, decode, read_payloads
 from graceful.training.job import AugmentationConfig
+from graceful.training.manifest import LabelledImages
 
 
 class ChangedImagesError(GracefulError):

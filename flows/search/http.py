@@ -11,13 +11,11 @@ snapshot that it comes from, whole. Safe to run in any number of processes on on
 
 import asyncio
 import contextlib
-import email.parser
-import email.policy
 import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -158,10 +156,11 @@ def make_app(root: str, *, refresh_s: float = REFRESH_S) -> FastAPI:
     def status() -> dict[str, Any]:
         return state.status()
 
-    @app.post("/search")
+    @app.post("/search", openapi_extra={"requestBody": _request_body()})
     async def search(request: Request, k: Annotated[int, Query(ge=1, le=MAX_K)] = 10) -> Answer:
-        body = await _body(request)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        is_form, limited = kind == "multipart/form-data", _limited(request)
+        body = await _form_file(limited) if is_form else await limited.body()
         served = state.served()
         try:
             if kind == "application/json":
@@ -174,10 +173,9 @@ def make_app(root: str, *, refresh_s: float = REFRESH_S) -> FastAPI:
                 vector = np.asarray([query.vector], np.float32)
                 hits = (await run_in_threadpool(served.search_vectors, vector, query.k or k))[0]
             else:
-                payload = _form_file(body, request.headers["content-type"]) if kind == "multipart/form-data" else body
-                if not payload:
+                if not body:
                     raise HTTPException(400, "searching: expected an image or a vector in the body, found nothing")
-                hits = await run_in_threadpool(state.search_payload, served, payload, k)
+                hits = await run_in_threadpool(state.search_payload, served, body, k)
         except (UnreadableQueryError, WidthMismatchError, NonFiniteEmbeddingError) as error:
             raise HTTPException(422, str(error)) from None
         found = [FoundItem(**asdict(hit)) for hit in hits]
@@ -201,15 +199,28 @@ async def _follow(state: SearchState, refresh_s: float) -> None:
         await run_in_threadpool(state.refresh)
 
 
-async def _body(request: Request) -> bytes:
-    """Read the body, and refuse one that is too large before all of it is in memory."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
+def _limited(request: Request) -> Request:
+    """The same request, whose body is refused once it is too large, before all of it is in memory."""
+    size = 0
+
+    async def receive() -> MutableMapping[str, Any]:
+        nonlocal size
+        message = await request.receive()
+        size += len(message.get("body", b""))
         if size > MAX_BODY_BYTES:
             raise HTTPException(413, f"searching: expected at most {MAX_BODY_BYTES >> 20} MiB; send a smaller image")
-        parts.append(part)
-    return b"".join(parts)
+        return message
+
+    return Request(request.scope, receive)
+
+
+async def _form_file(request: Request) -> bytes:
+    """The bytes of the one file of a multipart form."""
+    async with request.form() as form:
+        files = [value for _, value in form.multi_items() if not isinstance(value, str)]
+        if len(files) != 1:
+            raise HTTPException(400, f"searching: expected a form with one file, found {len(files)}")
+        return await files[0].read()
 
 
 def _vector_query(body: bytes) -> VectorQuery:
@@ -221,12 +232,16 @@ def _vector_query(body: bytes) -> VectorQuery:
         raise HTTPException(422, f'searching: {place}: {problem["msg"]}; send {{"vector": [...]}}') from None
 
 
-def _form_file(body: bytes, content_type: str) -> bytes:
-    """Return the one file of a multipart form. The standard library reads it: a query is one small body in memory."""
-    parser = email.parser.BytesParser(policy=email.policy.HTTP)
-    form = parser.parsebytes(b"Content-Type: " + content_type.encode("latin-1") + b"\r\n\r\n" + body)
-    files = [part for part in form.iter_parts() if part.get_filename()] if form.is_multipart() else []
-    if len(files) != 1:
-        raise HTTPException(400, f"searching: expected a form with one file, found {len(files)}")
-    payload = files[0].get_payload(decode=True)
-    return payload if isinstance(payload, bytes) else b""
+def _request_body() -> dict[str, Any]:
+    """What /openapi.json says about the body of a search: FastAPI cannot see that one address takes three kinds."""
+    image = {"type": "string", "format": "binary", "description": "An image file."}
+    form = {"type": "object", "required": ["image"], "properties": {"image": image}}
+    return {
+        "required": True,
+        "description": f"An image, alone or as the file of a form, or a vector; at most {MAX_BODY_BYTES >> 20} MiB.",
+        "content": {
+            "image/*": {"schema": image},
+            "multipart/form-data": {"schema": form},
+            "application/json": {"schema": VectorQuery.model_json_schema()},
+        },
+    }

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from graceful.files import exists, join, resolve
-from graceful.training.datasets import DatasetConfig, LabelledImages, assert_disjoint, load_images
+from graceful.training.datasets import DatasetConfig, assert_disjoint, load_images
+from graceful.training.manifest import LabelledImages
 
 FORMAT_VERSION = "1"
 

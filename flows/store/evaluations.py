@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from graceful.errors import GracefulError, UnknownFormatError
-from graceful.evaluation.decision import Decision, decide, gather_evidence
-from graceful.evaluation.evidence import Evidence, Question
+from graceful.evaluation.decision import Decision, decide
+from graceful.evaluation.evidence import Evidence, Question, gather_evidence
 from graceful.evaluation.outcomes import Outcomes, from_columns, to_columns
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.files import exists, join, read_json, resolve, write_json

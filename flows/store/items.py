@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 
 from graceful.errors import GracefulError
 from graceful.files import resolve
-from graceful.training.datasets import LabelledImages
 from graceful.training.images import split_source
+from graceful.training.manifest import LabelledImages
 
 _SHOWN = 3
 

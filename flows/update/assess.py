@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graceful.evaluation.cost import CostInputs
-from graceful.evaluation.decision import certify
-from graceful.evaluation.evidence import Question
+from graceful.evaluation.evidence import Question, certify
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.files import crash_point
 from graceful.flows.store.evaluation_set import EvaluationSet

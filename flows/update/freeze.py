@@ -20,9 +20,10 @@ from graceful.flows.store.events import Decided, Retired, Trained, UpdateStarted
 from graceful.flows.store.leaks import refuse_trained_on
 from graceful.flows.store.registry import Registry
 from graceful.flows.store.workspace import Workspace
-from graceful.training.datasets import LabelledImages, check_trainable, load_images, write_manifest
+from graceful.training.datasets import check_trainable, load_images
 from graceful.training.generation import ordinal_of
 from graceful.training.job import TRAINING_VERSION
+from graceful.training.manifest import LabelledImages, write_manifest
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,17 @@ def plant(
         slices=dict(slices or {}),
         first_rank=ranks,
         average_precision={state: (1 / rank).astype(np.float32) for state, rank in ranks.items()},
+    )
+
+
+def with_states(outcomes: Outcomes, states: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Outcomes:
+    """Outcomes with further states: name -> (first_rank, average_precision)."""
+    ranks = {name: rank for name, (rank, _) in states.items()}
+    precisions = {name: precision for name, (_, precision) in states.items()}
+    return replace(
+        outcomes,
+        first_rank={**outcomes.first_rank, **ranks},
+        average_precision={**outcomes.average_precision, **precisions},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from graceful.evaluation.backfill import area_under_curve, backfill_curve, dip, smallest_sufficient_fraction
+from graceful.evaluation.backfill import area_under_curve, curve_from_outcomes, dip, smallest_sufficient_fraction
 
 
 def test_auc_is_the_plain_mean_and_not_a_trapezoid() -> None:
@@ -38,7 +38,7 @@ def test_dip_and_sufficient_fraction_are_nan_when_unknown() -> None:
 
 
 def test_the_curve_is_collected_from_the_fraction_states(planted) -> None:
-    curve = backfill_curve(planted(num_queries=100, losses={0.0: 10}, wins={1.0: 20}))
+    curve = curve_from_outcomes(planted(num_queries=100, losses={0.0: 10}, wins={1.0: 20}))
     assert curve.fractions.tolist() == [0, 0.05, 0.1, 0.25, 0.5, 0.75, 1]
     assert (curve.values[0], curve.values[-1], curve.served) == (0.6, 0.9, 0.7)
     assert curve.dip == pytest.approx(0.1)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from graceful.evaluation.cost import CostInputs
-from graceful.evaluation.decision import Decision, RolloutPolicy, decide
+from graceful.evaluation.decision import Decision, decide
 from graceful.evaluation.evidence import Evidence
 from graceful.evaluation.outcomes import Outcomes
+from graceful.evaluation.policy import RolloutPolicy
 from tests.evaluation.conftest import QUICK, gather
 
 PRICES = CostInputs(

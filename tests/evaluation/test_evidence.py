@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from graceful.evaluation.cost import CostInputs
 from graceful.evaluation.decision import certificates_to_issue
 from graceful.evaluation.evidence import Evidence, certify, wave_zero_generations
-from graceful.evaluation.outcomes import SERVED, Outcomes, add_states, fraction_state
+from graceful.evaluation.outcomes import SERVED, Outcomes, fraction_state
 from graceful.evaluation.policy import RolloutPolicy
-from tests.evaluation.conftest import QUICK, gather
+from tests.evaluation.conftest import QUICK, gather, with_states
 
 Plant = Callable[..., Outcomes]
 
@@ -151,12 +151,12 @@ def test_an_old_client_is_compared_with_its_own_vectors_and_gets_a_certificate_o
 
     states = {f"pair/{name}/{name}": state(own) for name in ("g0", "gx")}
     states |= {"pair/g0/g2": state(better), "pair/gx/g2": state(worse)}
-    evidence = gather(add_states(planted(), states), clients=["g0", "gx", "unmeasured"])
+    evidence = gather(with_states(planted(), states), clients=["g0", "gx", "unmeasured"])
     found = {item.query_generation: (item.gallery_generation, item.verdict) for item in evidence.clients}
     assert found == {"g0": ("g2", "PASS"), "gx": ("g2", "FAIL"), "unmeasured": ("g2", "UNKNOWN")}
     assert evidence.clients[0].difference == pytest.approx(0.025)
     # No option depends on a client: neither wave 0 nor the rest of the evidence changes.
-    assert evidence.model_copy(update={"clients": ()}) == gather(add_states(planted(), states))
+    assert evidence.model_copy(update={"clients": ()}) == gather(with_states(planted(), states))
     issued = {(item.query_generation, item.gallery_generation) for item in certificates_to_issue(evidence)}
     assert issued == {("g2", "g2"), ("g2", "g1"), ("g0", "g2")}
 

@@ -12,7 +12,7 @@ from graceful.evaluation.intervals import (
     difference_bands,
     intra_cluster_correlation,
     mcnemar_exact,
-    nfr_bounds,
+    nfr_bound,
     resample_counts,
     share_bounds,
 )
@@ -81,7 +81,7 @@ def test_no_query_and_one_query_bound_nothing() -> None:
 
 
 def test_nfr_counts_right_before_and_wrong_after() -> None:
-    bounds = nfr_bounds(np.array([1, 1, 0, 0], bool), np.array([1, 0, 1, 0], bool), np.arange(4))
+    bounds = nfr_bound(np.array([1, 1, 0, 0], bool), np.array([1, 0, 1, 0], bool), np.arange(4))
     assert (bounds.num_hits, bounds.value) == (1, 0.25)
 
 

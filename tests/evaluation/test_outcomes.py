@@ -11,7 +11,6 @@ from graceful.evaluation.outcomes import (
     SERVED,
     Outcomes,
     State,
-    add_states,
     classify_state,
     compare,
     fraction_state,
@@ -128,14 +127,6 @@ def test_columns_with_a_missing_or_repeated_query_are_refused() -> None:
     columns["query_id"] = np.array(["q0", "q1", "q0", "q0"])
     with pytest.raises(ValueError, match="'q1' missing"):
         from_columns(columns)
-
-
-def test_states_can_be_added_later() -> None:
-    outcomes = add_states(small({SERVED: [1, 2]}), {"fraction/0": (np.array([0, 3]), np.array([np.nan, 0.5]))})
-    assert outcomes.states == (SERVED, "fraction/0")
-    assert outcomes.first_rank["fraction/0"].dtype == np.int32
-    with pytest.raises(ValueError, match="expected served"):
-        add_states(outcomes, {"later": (np.array([1, 1]), np.array([1.0, 1.0]))})
 
 
 def test_no_queries_round_trip() -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import typer
@@ -38,6 +39,18 @@ def test_every_command_and_every_option_explains_itself(name):
     for parameter in command.params:
         if parameter.name != "help":
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["update", "-h"]])
+def test_help_has_a_short_name(arguments):
+    short, long = invoke(*arguments), invoke(*arguments[:-1], "--help")
+    assert short.exit_code == 0
+    assert short.output == long.output
+
+
+def test_version_is_that_of_the_installed_package():
+    result = invoke("--version")
+    assert (result.exit_code, result.output) == (0, f"graceful {version('graceful')}\n")
 
 
 def test_no_command_prints_the_help():

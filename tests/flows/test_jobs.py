@@ -30,9 +30,10 @@ from graceful.flows.runtime.jobs import JobFailedError, submit_embedding, submit
 from graceful.flows.settings.config import ClusterConfig
 from graceful.indexing.embed import EmbedUnit
 from graceful.indexing.embedding_files import read_embeddings
-from graceful.training.datasets import DatasetConfig, LabelledImages, load_images, write_manifest
+from graceful.training.datasets import DatasetConfig, load_images
 from graceful.training.generation import BackboneSpec, Preprocessing
 from graceful.training.job import TrainingConfig, TrainingJob
+from graceful.training.manifest import LabelledImages, write_manifest
 
 CODE = Path(__file__).parents[2]
 START_S = 180

@@ -124,6 +124,10 @@ def test_a_vector_is_searched_with_exactly_and_k_counts(workspace: Path, client:
         ({"json": {"vector": [1.0] * 16, "k": 0}}, 422, "k"),
         ({"json": {"vector": [1.0] * 16, "generation": "g000-000000"}}, 409, "encode it again"),
         ({"content": b"x" * (MAX_BODY_BYTES + 1), "headers": {"content-type": "image/png"}}, 413, "32 MiB"),
+        ({"files": {"image": ("a.png", b"x" * (MAX_BODY_BYTES + 1), "image/png")}}, 413, "32 MiB"),
+        ({"files": {"text": (None, b"no file")}}, 400, "one file, found 0"),
+        ({"content": b"--x", "headers": {"content-type": "multipart/form-data"}}, 400, "oundary"),
+        ({"content": b"none", "headers": {"content-type": "multipart/form-data; boundary=x"}}, 400, ""),
     ],
 )
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -136,6 +140,14 @@ def test_a_query_that_cannot_be_answered_is_refused_with_one_clear_line(
     assert answer.status_code == code, answer.text
     assert text in answer.text
     assert "\n" not in str(answer.json()["detail"])
+
+
+def test_a_client_is_told_what_a_search_may_send(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    body = document["paths"]["/search"]["post"]["requestBody"]
+    assert set(body["content"]) == {"image/*", "multipart/form-data", "application/json"}
+    assert body["content"]["multipart/form-data"]["schema"]["properties"]["image"]["format"] == "binary"
+    assert set(body["content"]["application/json"]["schema"]["properties"]) == {"vector", "generation", "k"}
 
 
 def test_k_outside_its_range_is_refused(client: TestClient) -> None:

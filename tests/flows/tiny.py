@@ -23,7 +23,8 @@ from graceful.flows.store.events import Decided
 from graceful.flows.store.items import item_table
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.serving import ingest
-from graceful.training.datasets import LabelledImages, load_images
+from graceful.training.datasets import load_images
+from graceful.training.manifest import LabelledImages
 
 ROOT = Path(__file__).parents[2]
 DIGITS = [str(digit) for digit in range(10)]

@@ -11,9 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from graceful.training.datasets import DatasetConfig, LabelledImages, load_images, write_manifest
+from graceful.training.datasets import DatasetConfig, load_images
 from graceful.training.generation import BackboneSpec, Preprocessing
 from graceful.training.job import AugmentationConfig, TrainingConfig, TrainingJob
+from graceful.training.manifest import LabelledImages, write_manifest
 
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -15,24 +15,20 @@ from pydantic import ValidationError
 from graceful.errors import UnknownFormatError, UsageError
 from graceful.training.datasets import (
     DatasetConfig,
-    DatasetNotFoundError,
     EmptyDatasetError,
     HoldOut,
-    LabelledImages,
     OverlapError,
     SingleImageClassError,
     UnreadableImagesError,
     assert_disjoint,
     check_trainable,
-    growing_classes,
     list_images,
     load_images,
-    read_manifest,
-    write_manifest,
 )
 from graceful.training.folders import list_folder
 from graceful.training.generation import Preprocessing
 from graceful.training.images import UnreadableImageError, decode, encode_png, read_payloads
+from graceful.training.manifest import DatasetNotFoundError, LabelledImages, read_manifest, write_manifest
 
 RNG = np.random.default_rng(0)
 PNGS = [encode_png(RNG.integers(0, 255, (9, 9), dtype=np.uint8)) for _ in range(12)]
@@ -370,18 +366,6 @@ def test_unknown_key_and_misplaced_name_are_refused() -> None:
 
 
 # Growth, overlap, manifests, pixels
-
-
-def test_classes_grow_by_group_and_never_shrink() -> None:
-    labels = ["x/1", "x/2", "y/1", "z/1", "z/2"]
-    groups = ["x", "x", "y", "z", "z"]
-    assert growing_classes(labels, [1, 3], groups) == [["x/1", "x/2"], labels]
-    assert growing_classes(labels, [2, 5]) == [["x/1", "x/2"], labels]
-    shuffled = growing_classes(labels, [1, 2, 3], groups, seed=4)
-    assert shuffled == growing_classes(labels, [1, 2, 3], groups, seed=4)
-    assert set(shuffled[0]) < set(shuffled[1]) < set(shuffled[2]) == set(labels)
-    with pytest.raises(ValueError, match="3 groups"):
-        growing_classes(labels, [2, 4], groups)
 
 
 def images_named(labels: list[str], digests: list[str]) -> LabelledImages:

@@ -12,7 +12,6 @@ from torch.nn.functional import normalize
 
 from graceful.files import join
 from graceful.training.backbones import build_backbone
-from graceful.training.datasets import LabelledImages
 from graceful.training.encoder import (
     CorruptedWeightsError,
     SourceEncoder,
@@ -25,6 +24,7 @@ from graceful.training.encoder import (
 from graceful.training.encoder import normalise as network_input
 from graceful.training.generation import BackboneSpec, Preprocessing, read_card
 from graceful.training.images import decode, encode_png, read_payloads
+from graceful.training.manifest import LabelledImages
 
 SMALL = BackboneSpec(name="small_cnn", kwargs={"block_widths": [8, 16]})
 

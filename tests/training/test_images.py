@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from graceful.training import images
-from graceful.training.datasets import LabelledImages
 from graceful.training.generation import Preprocessing
 from graceful.training.images import (
     MAX_PIXELS,
@@ -29,6 +28,7 @@ from graceful.training.images import (
     read_payloads,
     unreadable_reason,
 )
+from graceful.training.manifest import LabelledImages
 from graceful.training.pixels import decode_all
 
 RNG = np.random.default_rng(0)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from graceful.files import join
-from graceful.training.datasets import LabelledImages
 from graceful.training.encoder import open_encoder
 from graceful.training.job import TrainingConfig, TrainingJob
 from graceful.training.launch import ClusterNotStartedError, run_training
+from graceful.training.manifest import LabelledImages
 from graceful.training.pixels import ChangedImagesError
 from graceful.training.progress import TrailReporter
 

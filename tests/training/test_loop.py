@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from graceful.files import join
-from graceful.training.datasets import LabelledImages, SingleImageClassError
+from graceful.training.datasets import SingleImageClassError
 from graceful.training.encoder import adopt, normalise, open_encoder, open_network, read_classifier
 from graceful.training.finishing import calibrate, interpolate, interpolate_rows
 from graceful.training.generation import GenerationCard, PredecessorRef, Preprocessing
@@ -23,6 +23,7 @@ from graceful.training.images import decode, read_payloads
 from graceful.training.job import ConstraintConfig, TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
 from graceful.training.loop import IncompatibleParentError, TrainingDeadlineError, TrainingDivergedError, train_worker
+from graceful.training.manifest import LabelledImages
 from graceful.training.pixels import ChangedImagesError, affine, crop_flip, training_batch
 from graceful.training.progress import TrailReporter
 
