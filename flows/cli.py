@@ -560,6 +560,7 @@ def reported_errors(as_json: bool = False) -> Iterator[None]:
 @contextmanager
 def _flow_server(place: str, as_json: bool) -> Iterator[None]:
     """Give the block a flow server to report to: one that runs for this workspace, or one for this command alone."""
+    import functools
     import importlib
 
     from graceful.flows.runtime.environment import prepare_environment
@@ -570,7 +571,8 @@ def _flow_server(place: str, as_json: bool) -> Iterator[None]:
     if "prefect" in sys.modules:  # who has loaded Prefect has settled which server it talks to
         yield
         return
-    with flow_server(place, meanwhile=lambda: importlib.import_module("graceful.flows.commands.updates")):
+    loading = functools.partial(importlib.import_module, "graceful.flows.commands.updates")
+    with flow_server(place, meanwhile=loading, until_exit=True):
         yield
 
 

@@ -38,12 +38,14 @@ def flow_server(
     port: int = 0,
     *,
     found_by_others: bool = False,
+    until_exit: bool = False,
     meanwhile: Callable[[], object] = lambda: None,
 ) -> Iterator[str]:
     """The API address of a server that runs for this workspace; one is started, and ended, if there is none.
 
     PREFECT_API_URL names it while the block runs. Port 0 takes a free one. `meanwhile` is called while it starts.
-    `found_by_others`: other commands in this workspace use it while it runs.
+    `found_by_others`: other commands in this workspace use it while it runs. `until_exit`: it ends when this process
+    has ended, not with the block: Prefect tells it things to the last, and waits a minute for one that is gone.
     """
     known = os.environ.get("PREFECT_API_URL") or running_server(root)
     if known:
@@ -74,7 +76,7 @@ def flow_server(
             [sys.executable, "-m", "graceful.flows.runtime.server", host, str(port)],
             env=environment, cwd=home, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
-    found, still_needed = home / SERVER_FILE, False
+    found = home / SERVER_FILE
     try:
         os.environ["PREFECT_API_URL"] = api_url
         meanwhile()
@@ -84,16 +86,12 @@ def flow_server(
         if found_by_others:
             found.write_text(json.dumps(state, indent=2) + "\n")
         yield api_url
-    except KeyboardInterrupt:
-        if not found_by_others:
-            # Prefect has still something to tell the server; it ends by itself when this process has ended.
-            still_needed = True
-        raise
     finally:
-        os.environ.pop("PREFECT_API_URL", None)
+        if not until_exit:
+            os.environ.pop("PREFECT_API_URL", None)
         if found_by_others:
             found.unlink(missing_ok=True)
-        if not still_needed:
+        if not until_exit:
             _end(server)
 
 
