@@ -34,20 +34,31 @@ class Report(NamedTuple):
     decision: "Decision"
 
 
-def create(root: str | Path, config: str | Path | None = None, *, progress: bool = False) -> "WorkspaceHandle":
+def create(
+    root: str | Path,
+    config: str | Path | None = None,
+    *,
+    pictures: str | Path | None = None,
+    label: str | None = None,
+    progress: bool = False,
+) -> "WorkspaceHandle":
     """Create a workspace, or complete one that is there, and open it.
 
     Args:
         root: Folder, or object-store URI as text.
         config: Configuration to copy into it; by default a template to edit.
+        pictures: Folder or file of pictures to look at instead; a configuration that fits them is written.
+        label: Column of the labels in a CSV or Parquet file of pictures.
         progress: Whether to show progress on standard error.
 
     Raises:
         ConfigError: the configuration is wrong, or the workspace has one already.
+        InspectionError: nothing can be made of the pictures.
     """
-    from graceful.flows.commands.operations import create_workspace
+    from graceful.flows.commands.setup import create_workspace
 
-    create_workspace(_place(root), None if config is None else Path(config))
+    file = None if config is None else Path(config)
+    create_workspace(_place(root), file, None if pictures is None else _place(pictures), label)
     return open(root, progress=progress)
 
 
@@ -72,19 +83,33 @@ class WorkspaceHandle:
     def __repr__(self) -> str:
         return f"graceful.open({self.root!r})"
 
-    def ingest(self, paths: Sequence[str | Path], *, label: str | None = None) -> list[dict[str, Any]]:
+    def ingest(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        label: str | None = None,
+        prefix: str | None = None,
+        replace: bool = False,
+    ) -> dict[str, Any]:
         """Add images to the gallery, or new revisions of changed ones, with vectors for whoever must find them.
 
         Args:
             paths: Images, folders of images, or Parquet files with an image column.
-            label: Column with labels, for Parquet files.
+            label: Column with labels, for Parquet and CSV files.
+            prefix: First part of the items' ids; by default the name of the folder or file.
+            replace: Let these images replace items of the same id from another place.
 
         Returns:
-            For each path how many items were added, changed and unchanged, and how many vectors were made.
-        """
-        from graceful.flows.commands.operations import ingest_images
+            How many items were added, changed and unchanged, which images cannot be read, and how many vectors were
+            made for each generation.
 
-        return [ingest_images(self.root, _place(path), label, self._console) for path in _several(paths, "ingesting")]
+        Raises:
+            ItemClashError: an id would belong to two images; nothing is ingested then.
+        """
+        from graceful.flows.commands.images import ingest_images
+
+        places = [_place(path) for path in _several(paths, "ingesting")]
+        return ingest_images(self.root, places, label, self._console, prefix=prefix, may_replace=replace)
 
     def update(self, *, again: bool = False, paragon: bool | None = None) -> "UpdateResult":
         """Train a candidate, judge it against what is served, decide, and carry the decision out.

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,14 +72,38 @@ def _before_every_command(
 @app.command()
 def init(
     root: Annotated[str, typer.Argument(help="Folder or object-store URI of the new workspace.")] = ".",
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Pictures to look at: a folder with a sub-folder per label, a flat one with a CSV file (file,label), "
+            "a Parquet file, or a Hugging Face data set on disk. Writes a configuration that fits them.",
+        ),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="With --from: column of the labels in a CSV or Parquet file.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="Configuration to start from; by default a template.")] = None,
 ) -> None:
-    """Create a workspace: the folder, its empty tables and a [bold]graceful.toml[/bold] to edit."""
-    with reported_errors():
-        from graceful.flows.commands.operations import create_workspace
+    """Create a workspace: the folder, its empty tables and a [bold]graceful.toml[/bold].
 
-        path = create_workspace(_place(root), config)
-        Console().print(f"Created {path}. Edit it, then run 'graceful ingest' and 'graceful update'.", soft_wrap=True)
+    With --from nothing in it has to be edited before the first update; otherwise it is a template to edit.
+    """
+    with reported_errors():
+        from graceful.flows.commands.setup import create_workspace
+
+        with _counting("Looking at the pictures: {:,} read") as advance:
+            made = create_workspace(_place(root), config, _place(pictures) if pictures else None, label, advance)
+        console = Console(highlight=False, soft_wrap=True)
+        for line in made.lines:
+            console.print(line, markup=False)
+        if made.lines:
+            said = f"Wrote {made.config}. Next: 'graceful check', 'graceful ingest' and 'graceful update'."
+        elif made.written:
+            said = f"Created {made.config}. Edit it, then run 'graceful ingest' and 'graceful update'."
+        else:
+            said = f"The workspace is there already; {made.config} was left alone."
+        console.print(said, markup=False)
 
 
 @app.command()
@@ -92,12 +117,32 @@ def update(
 
     Run again, it goes on where it was killed; decided before, it does nothing. Exit code 3: hold, 4: inconclusive.
     """
+    with reported_errors(as_json):
+        from graceful.flows.commands.check import require_checked
+
+        require_checked(_place(root))
     with reported_errors(as_json), _flow_server(_place(root), as_json):
         from graceful.flows.commands.updates import update_workspace
 
         result = update_workspace(_place(root), _console(as_json), again=again, paragon=paragon)
         _print(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result, _place(root)))
         raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))
+
+
+@app.command()
+def check(root: RootOption = ".", as_json: JsonOption = False) -> None:
+    """Look for what would make an update fail: configuration, data, evaluation, network, cluster, disk.
+
+    Takes seconds, starts nothing, changes nothing; 'graceful update' does it first. Exit code 2: there are errors.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.check import check_workspace
+
+        found = check_workspace(_place(root))
+        num_errors = sum(finding.level == "error" for finding in found)
+        document = {"errors": num_errors, "findings": [asdict(finding) for finding in found]}
+        _print(as_json, document, lambda console: _print_findings(console, found))
+        raise typer.Exit(WRONG_USE if num_errors else 0)
 
 
 @app.command()
@@ -140,21 +185,35 @@ def status(root: RootOption = ".", as_json: JsonOption = False) -> None:
 
         found = workspace_status(_place(root))
         _print(as_json, found, lambda console: print_status(console, found))
+        if not as_json:
+            _say_what_the_template_needs(_place(root))
 
 
 @app.command()
 def ingest(
-    images: Annotated[Path, typer.Argument(help="Image, folder of images, or Parquet file with an image column.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Images, folders of images, or Parquet files with an image column.")
+    ],
     root: RootOption = ".",
-    label: Annotated[str | None, typer.Option(help="Parquet column with labels, if there is one.")] = None,
+    label: Annotated[str | None, typer.Option(help="Parquet or CSV column with labels, if there is one.")] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="First part of the items' ids; by default the name of the folder or file.")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let these images replace items of the same id from another place.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Add images to the gallery, or new revisions of changed ones, with vectors for whoever must find them."""
-    with reported_errors(as_json):
-        from graceful.flows.commands.operations import ingest_images
+    """Add images to the gallery, or new revisions of changed ones, with vectors for whoever must find them.
 
-        found = ingest_images(_place(root), _place(images), label, _console(as_json))
-        _print(as_json, found, lambda console: _print_counts(console, found))
+    An item's id names its collection: photos/2024/cat.jpg, train#17. An id that belongs to another image is refused.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.images import ingest_images
+
+        places = [_place(place) for place in images]
+        found = ingest_images(_place(root), places, label, _console(as_json), prefix=prefix, may_replace=replace)
+        _print(as_json, found, lambda console: _print_ingested(console, found))
 
 
 @app.command()
@@ -192,7 +251,7 @@ def search(
 ) -> None:
     """Search the gallery with an image, as production would."""
     with reported_errors(as_json):
-        from graceful.flows.commands.operations import search_image
+        from graceful.flows.commands.images import search_image
 
         found = search_image(_place(root), _place(image), k, generation)
         _print(as_json, found, lambda console: _print_hits(console, found))
@@ -417,6 +476,10 @@ def adopt(
     It is tried on a few images before anything is recorded. Any width will do: what it cannot be compared with, it has
     to re-embed. Exit code 3: hold, 4: inconclusive.
     """
+    with reported_errors(as_json):
+        from graceful.flows.commands.check import require_checked
+
+        require_checked(_place(root), factory)
     with reported_errors(as_json), _flow_server(_place(root), as_json):
         from graceful.flows.commands.updates import adopt_encoder, update_workspace
 
@@ -433,6 +496,7 @@ class Terminated(KeyboardInterrupt):
 
 def main() -> None:
     """Entry point of the console script."""
+    _look_for_modules_here()
 
     def terminate(*_: object) -> None:
         raise Terminated
@@ -506,6 +570,34 @@ def _flow_server(place: str, as_json: bool) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _counting(text: str) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how many there are so far; the line goes away at the end."""
+    with Console(stderr=True).status(text.format(0)) as line:
+        seen = 0
+
+        def advance(number: int) -> None:
+            nonlocal seen
+            seen += number
+            line.update(text.format(seen))
+
+        yield advance
+
+
+def _look_for_modules_here() -> None:
+    """Find a user's own package.module:factory in this folder, as 'python -m' would; nothing installed is hidden."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def _say_what_the_template_needs(root: str) -> None:
+    from graceful.flows.settings.config import is_unedited
+
+    if is_unedited(root):
+        line = f"The configuration is the unedited template: run 'graceful init {root} --from <pictures>', or edit it."
+        Console().print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 def _place(given: str | Path) -> str:
     """An absolute local path, or a URI as it was given, of whose two slashes pathlib has made one."""
     text = re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", str(given))
@@ -542,6 +634,33 @@ def _print_update(console: Console, result: Any, root: str) -> None:
 def _print_counts(console: Console, found: dict[str, Any]) -> None:
     for name, value in found.items():
         console.print(f"{name.replace('_', ' ')}: {value}", highlight=False)
+
+
+def _print_ingested(console: Console, found: dict[str, Any]) -> None:
+    counts = ", ".join(f"{found[name]:,} {name}" for name in ("added", "changed", "unchanged"))
+    console.print(f"Items: {counts}.", highlight=False)
+    for generation, count in found["vectors"].items():
+        console.print(f"Vectors of {generation}: {count:,} written.", highlight=False)
+    for generation, count in found["failures"].items():
+        console.print(f"Images that {generation} could not embed: {count:,}; see 'graceful status'.", highlight=False)
+    if not found["vectors"]:
+        console.print("No generation serves yet: the first 'graceful update' embeds them.", highlight=False)
+    if found["unreadable"]:
+        console.print(f"Not ingested, since they cannot be decoded: {len(found['unreadable']):,}", highlight=False)
+    for entry in found["unreadable"][:20]:
+        console.print(f"  {entry['source']}: {entry['reason']}", highlight=False, soft_wrap=True, markup=False)
+    if len(found["unreadable"]) > 20:
+        console.print("  and so on; --json lists all of them", highlight=False)
+
+
+def _print_findings(console: Console, found: list[Any]) -> None:
+    styles = {"error": "bold red", "warning": "yellow", "ok": "green"}
+    for finding in found:
+        console.print(f"{finding.level:8}", style=styles[finding.level], end="")
+        console.print(finding.line, highlight=False, soft_wrap=True, markup=False)
+    counts = {level: sum(finding.level == level for finding in found) for level in styles}
+    said = "An update can start." if not counts["error"] else "An update would fail."
+    console.print(f"{counts['error']} errors, {counts['warning']} warnings. {said}", highlight=False)
 
 
 def _print_hits(console: Console, found: dict[str, Any]) -> None:

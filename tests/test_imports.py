@@ -16,11 +16,12 @@ PACKAGES = ("training", "indexing", "evaluation", "flows")
 # Within a package a module imports only modules before it.
 ORDER = {
     "training": (
-        "training", "training.generation", "training.manifest", "training.images", "training.materialise",
+        "training", "training.generation", "training.choices", "training.job", "training.manifest", "training.images",
+        "training.measure", "training.glyphs", "training.materialise", "training.folders", "training.rows",
         "training.datasets", "training.backbones", "training.heads", "training.encoder", "training.predecessors",
         "training.constraints.bct", "training.constraints.cross_contrast", "training.constraints.ract",
-        "training.constraints", "training.job", "training.pixels", "training.progress", "training.finishing",
-        "training.loop", "training.launch",
+        "training.constraints", "training.pixels", "training.progress", "training.finishing", "training.loop",
+        "training.launch",
     ),
     "indexing": (
         "indexing", "indexing.embedding_files", "indexing.tables", "indexing.matching",
@@ -37,8 +38,9 @@ ORDER = {
     "flows": (
         "flows", "flows.store", "flows.store.processes", "flows.store.items", "flows.store.evaluation_set",
         "flows.store.events", "flows.store.registry", "flows.store.workspace", "flows.store.claim",
-        "flows.store.evaluations",
-        "flows.settings", "flows.settings.template", "flows.settings.config", "flows.settings.reference",
+        "flows.store.evaluations", "flows.store.leaks",
+        "flows.settings", "flows.settings.template", "flows.settings.cron", "flows.settings.config",
+        "flows.settings.reference", "flows.settings.inspection", "flows.settings.starter",
         "flows.runtime", "flows.runtime.environment", "flows.runtime.server", "flows.runtime.progress",
         "flows.runtime.cluster", "flows.runtime.jobs", "flows.runtime.encoders", "flows.runtime.session",
         "flows.runtime.flow_ui",
@@ -48,9 +50,10 @@ ORDER = {
         "flows.update.train", "flows.update.judge", "flows.update.conclude", "flows.update.diagnosis",
         "flows.update.publish", "flows.update.order", "flows.update.replay", "flows.update.flow",
         "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.http",
-        "flows.schedule", "flows.commands", "flows.commands.status", "flows.commands.history",
-        "flows.commands.evaluations", "flows.commands.adopt",
-        "flows.commands.operations", "flows.commands.updates", "flows.commands.suggestions",
+        "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
+        "flows.commands.status", "flows.commands.evaluations",
+        "flows.commands.history", "flows.commands.adopt",
+        "flows.commands.images", "flows.commands.updates", "flows.commands.suggestions",
         "flows.commands.demo_world", "flows.commands.demo", "flows.api", "flows.terminal", "flows.cli",
     ),
 }  # fmt: skip
@@ -67,7 +70,7 @@ ALLOWED = {
     "safetensors": ("training",),
     "pytorch_metric_learning": ("training",),
     "sklearn": ("training.materialise",),
-    "PIL": ("training.images",),
+    "PIL": ("training.images", "training.measure"),
     "cachetools": ("training.images",),
     "faiss": ("indexing.search", "indexing.snapshots"),
     "deltalake": ("indexing.tables",),
@@ -203,6 +206,11 @@ def test_the_package_is_imported_in_a_fraction_of_a_second():
 
 def test_searching_loads_neither_prefect_nor_ray():
     assert loaded_after("import graceful.flows.search.searcher", "prefect", "ray", "torch") == {"torch"}
+
+
+def test_reading_a_configuration_and_opening_a_workspace_load_no_framework():
+    statement = "import graceful.flows.settings.config, graceful.flows.store.workspace, graceful.flows.commands.check"
+    assert loaded_after(statement, "torch", "ray", "faiss", "prefect", "pytorch_metric_learning") == set()
 
 
 def test_the_demo_loads_neither_torch_nor_ray_nor_prefect():

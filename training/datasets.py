@@ -5,24 +5,19 @@ file that every worker reads. Images that cannot be decoded are left out, listed
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from graceful.errors import GracefulError, UsageError
-from graceful.files import resolve
-from graceful.training.images import image_column, read_payloads, unreadable_reason
-from graceful.training.manifest import DatasetNotFoundError, LabelledImages
-from graceful.training.materialise import materialise_digits, materialise_torchvision
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+from graceful.training.images import read_payloads, unreadable_reason
+from graceful.training.manifest import LabelledImages
+from graceful.training.materialise import materialise_digits, materialise_glyphs, materialise_torchvision
+from graceful.training.rows import Rows, as_text, csv_rows, folder_rows, parquet_rows
 
 
 class EmptyDatasetError(GracefulError):
@@ -51,13 +46,39 @@ class ValueRange(BaseModel):
 
 
 class HoldOut(BaseModel):
-    """A split inside every label: `count` images of it, drawn with the seed, against the rest."""
+    """A split: a share of all images drawn by their bytes, or `count` images of every label drawn with a seed.
+
+    By content an image stays on its side for ever: data may grow, and copies of the same bytes fall on the same side.
+    By label the draw is another one whenever a label gets images.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    count: int = Field(ge=1, description="Images of each label that are held out.")
     part: Literal["kept", "held_out"] = Field(description="Which side to load.")
-    seed: int = Field(default=0, description="Seed of the draw; both sides must use the same.")
+    by: Literal["label", "content"] = Field(
+        default="label", description="label: count images of each label; content: a share of all images, by their hash."
+    )
+    count: int | None = Field(default=None, ge=1, description="by label: images of each label that are held out.")
+    seed: int = Field(default=0, description="by label: seed of the draw; both sides must use the same.")
+    share: float | None = Field(
+        default=None, gt=0, lt=1, description="by content: share of all images that is held out."
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "HoldOut":
+        needed, other = ("share", "count") if self.by == "content" else ("count", "share")
+        if getattr(self, needed) is None or getattr(self, other) is not None:
+            raise UsageError(
+                f'split: expected {needed} and no {other} with by = "{self.by}", found share = {self.share} and count '
+                f'= {self.count}; write {{ share = 0.2, by = "content", ... }} or {{ count = 5, ... }}'
+            )
+        return self
+
+    def takes(self, content_sha256: str) -> bool:
+        """Whether an image of this content is on the side to load; by label that is not known of one image."""
+        if self.share is None:
+            return True
+        return is_held_out(content_sha256, self.share) == (self.part == "held_out")
 
 
 class DatasetConfig(BaseModel):
@@ -65,14 +86,21 @@ class DatasetConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: Literal["parquet", "folder", "torchvision", "digits"] = Field(description="Kind of data set.")
+    source: Literal["parquet", "folder", "csv", "torchvision", "digits", "glyphs"] = Field(
+        description="Kind of data set; glyphs are made-up alphabets that are drawn by the code."
+    )
     path: str | tuple[str, ...] = Field(
-        description="Parquet file or files; image folder (its sub-folders are the labels); torchvision's root folder; "
-        "the Parquet file that the bundled digits are written to once."
+        description="Parquet file or files, or a folder of them; image folder (its sub-folders are the labels; a "
+        "symlinked folder is read once); CSV file with a header, whose rows name an image each; torchvision's root "
+        "folder; the Parquet file that the bundled digits or the drawn glyphs are written to once."
     )
     torchvision_name: str | None = Field(default=None, description="Class in torchvision.datasets, such as CIFAR100.")
     torchvision_train: bool = Field(default=True, description="Its training part; false takes the test part.")
-    image_column: str | None = Field(default=None, description="Image column; by default image, or the only one.")
+    image_column: str | None = Field(
+        default=None,
+        description="Image column; by default image, or the only one. Of a CSV file: the column with the image's path, "
+        "by default file, file_name, filename, path or image.",
+    )
     label_columns: tuple[str, ...] = Field(
         default=("label",), description="Joined with / to the label; none for images without labels."
     )
@@ -80,7 +108,10 @@ class DatasetConfig(BaseModel):
         default_factory=dict, description="Column to its allowed values, or to {min, max}."
     )
     attributes: tuple[str, ...] = Field(default=(), description="Further columns to keep, as slices.")
-    split: HoldOut | None = Field(default=None, description="Take one side of a split inside every label.")
+    split: HoldOut | None = Field(default=None, description="Take one side of a split.")
+    min_per_label: int | None = Field(
+        default=None, ge=1, description="Leave out labels with fewer readable images than this, last of all."
+    )
     max_per_label: int | None = Field(
         default=None, ge=1, description="At most so many images of a label, drawn at random."
     )
@@ -102,45 +133,59 @@ class DatasetConfig(BaseModel):
 def load_images(config: DatasetConfig) -> LabelledImages:
     """Find the images of a data set, decode each once to see that it can be, and hash its bytes.
 
-    Order: by file, then by row (or by name in a folder). The split and `max_per_label` are drawn from the rows that
-    pass `where`, before any image is read; so they do not depend on which images are broken.
+    Order: by file, then by row (or by name in a folder). A split by label and `max_per_label` are drawn from the rows
+    that pass `where`, before any image is read; so they do not depend on which images are broken. A split by content
+    comes before `max_per_label`, and only images of the wanted side are decoded.
 
     Raises: DatasetNotFoundError, EmptyDatasetError, UnreadableImagesError.
     """
-    candidates = _folder_rows(config) if config.source == "folder" else _parquet_rows(config)
-    chosen = np.flatnonzero(_where_mask(config, candidates.columns))
-    labels = candidates.labels[chosen]
-    if config.split is not None:
-        held_out = draw_per_label(labels, config.split.count, config.split.seed)
-        keep = held_out if config.split.part == "held_out" else ~held_out
-        chosen, labels = chosen[keep], labels[keep]
-    if config.max_per_label is not None:
-        keep = draw_per_label(labels, config.max_per_label, config.seed)
-        chosen, labels = chosen[keep], labels[keep]
-    if not len(chosen):
-        raise EmptyDatasetError(
-            f"loading images: expected at least one, found none among {len(candidates.labels)} rows that pass "
-            f"where={config.where} and split (in {', '.join(config.paths)}); check the filters"
-        )
-    sources = [candidates.sources[i] for i in chosen]
-    reasons, digests = _check_and_hash(sources)
-    unreadable = [(sources[i], reason) for i, reason in sorted(reasons.items())]
-    if len(unreadable) > config.max_unreadable_share * len(sources):
+    read = _read(config)
+    unreadable = [(read.sources[i], reason) for i, reason in sorted(read.reasons.items())]
+    if len(unreadable) > config.max_unreadable_share * len(read.sources):
         raise UnreadableImagesError(
             f"loading images: expected at most {config.max_unreadable_share:.2%} unreadable, found {len(unreadable)} "
-            f"of {len(sources)} (first {unreadable[0][0]}: {unreadable[0][1]}); repair them or raise "
-            "max_unreadable_share"
+            f"of {len(read.sources)} ({_named(unreadable)}); repair them or raise max_unreadable_share"
         )
-    readable = np.array([i for i in range(len(sources)) if i not in reasons], dtype=np.int64)
+    readable = np.array([i for i in range(len(read.sources)) if i not in read.reasons], dtype=np.int64)
     if not len(readable):
-        raise EmptyDatasetError(f"loading images: expected at least one, found {len(sources)} that cannot be decoded")
+        raise EmptyDatasetError(
+            f"loading images: expected at least one, found {len(unreadable)} unreadable ({_named(unreadable)}); repair "
+            "them"
+        )
+    readable = readable[_common(read.labels[readable], config.min_per_label)]
+    if not len(readable):
+        raise EmptyDatasetError(
+            f"loading images: expected a label with at least min_per_label = {config.min_per_label} images, found none "
+            f"(in {', '.join(config.paths)}); add images or lower it"
+        )
     return LabelledImages(
-        sources=[sources[i] for i in readable],
-        labels=labels[readable],
-        content_sha256=[digests[i] for i in readable],
-        attributes={name: _as_text(candidates.columns[name][chosen][readable]) for name in config.attributes},
+        sources=[read.sources[i] for i in readable],
+        labels=read.labels[readable],
+        content_sha256=[read.digests[i] for i in readable],
+        attributes={name: as_text(read.columns[name][readable]) for name in config.attributes},
         unreadable=unreadable,
     )
+
+
+def list_images(config: DatasetConfig) -> tuple[list[str], NDArray[np.str_]]:
+    """Sources and labels of the rows that pass `where` and a split by label; no image is read, none is left out for it.
+
+    Raises: DatasetNotFoundError, and ValueError where a column is missing.
+    """
+    candidates, chosen = _candidates(config)
+    if config.split is None or config.split.by == "label":
+        chosen = chosen[_draw(config, candidates.labels[chosen])]
+        chosen = chosen[_common(candidates.labels[chosen], config.min_per_label)]
+    return [candidates.sources[i] for i in chosen], candidates.labels[chosen]
+
+
+def is_held_out(content_sha256: str, share: float) -> bool:
+    """Whether an image is held out by its content alone: its first 32 bits, as a fraction, are below the share.
+
+    >>> is_held_out("3fffffff" + 56 * "0", 0.25), is_held_out("40000000" + 56 * "0", 0.25)
+    (True, False)
+    """
+    return int(content_sha256[:8], 16) / 2**32 < share
 
 
 def draw_per_label(labels: NDArray[np.str_], count: int, seed: int) -> NDArray[np.bool_]:
@@ -157,8 +202,8 @@ def draw_per_label(labels: NDArray[np.str_], count: int, seed: int) -> NDArray[n
 def column_values(config: DatasetConfig, column: str) -> list[Any]:
     """Return the distinct values of a column among the rows that pass `where`, sorted; no image is read."""
     wanted = config.model_copy(update={"attributes": (*config.attributes, column)})
-    candidates = _folder_rows(wanted) if config.source == "folder" else _parquet_rows(wanted)
-    return sorted(set(candidates.columns[column][_where_mask(config, candidates.columns)].tolist()))
+    candidates, chosen = _candidates(wanted)
+    return sorted(set(candidates.columns[column][chosen].tolist()))
 
 
 def check_trainable(images: LabelledImages) -> None:
@@ -199,97 +244,96 @@ def assert_disjoint(
 
 
 @dataclass(frozen=True)
-class _Candidates:
-    """All rows of the files before filtering: no image has been read yet."""
+class _Read(Rows):
+    """Rows of which all were read: their hashes, and why some cannot be decoded, by position."""
 
-    sources: list[str]
-    labels: NDArray[np.str_]
-    columns: Mapping[str, NDArray[Any]]
+    digests: list[str]
+    reasons: dict[int, str]
 
 
-def _parquet_rows(config: DatasetConfig) -> _Candidates:
-    paths: list[str] = []
-    for path in config.paths:
-        if config.source == "digits":
-            materialise_digits(path)
-            paths.append(path)
-        elif config.source == "torchvision":
-            paths.append(materialise_torchvision(str(config.torchvision_name), path, config.torchvision_train))
-        else:
-            paths.append(path)
-    needed = list(dict.fromkeys([*config.label_columns, *config.where, *config.attributes]))
-    sources: list[str] = []
-    tables: list[pa.Table] = []
-    for place in paths:
-        file_system, path = resolve(place)
-        if file_system.get_file_info(path).type != pafs.FileType.File:
-            raise DatasetNotFoundError(
-                f"loading images: expected a Parquet file, found none (at {place}); check the path"
-            )
-        with pq.ParquetFile(file_system.open_input_file(path)) as reader:
-            schema = reader.schema_arrow
-            missing = [
-                name
-                for name in (*needed, *([config.image_column] if config.image_column else []))
-                if name not in schema.names
-            ]
-            if missing:
-                raise UsageError(
-                    f"loading images: expected the columns {missing}, found {schema.names} (in {place}); correct "
-                    "label_columns, where, attributes or image_column"
-                )
-            default = "image" if "image" in schema.names else None
-            column = config.image_column or image_column(schema, place)
-            suffix = "" if column == default or config.image_column is None else f"@{column}"
-            tables.append(reader.read(columns=needed))
-            base = place if "://" in place else path
-            sources += [f"{base}#{row}{suffix}" for row in range(reader.metadata.num_rows)]
-    table = pa.concat_tables(tables, promote_options="default")
-    columns = {name: np.array(table[name].to_pylist(), dtype=object) for name in needed}
-    label_parts = [_as_text(columns[name]) for name in config.label_columns]
-    if not label_parts:
-        return _Candidates(sources, np.full(len(sources), "", dtype=np.str_), columns)
-    labels = np.array(["/".join(parts) for parts in zip(*label_parts, strict=True)], dtype=np.str_)
-    unlabelled = np.logical_or.reduce([columns[name] == None for name in config.label_columns])  # noqa: E711
-    if unlabelled.any():
-        first = sources[int(np.argmax(unlabelled))]
-        raise UsageError(
-            f"loading images: expected a label in every row, found {int(unlabelled.sum())} without (first {first}); "
-            "fill or remove them"
+def _read(config: DatasetConfig) -> _Read:
+    """Read the rows that pass `where`, split and max_per_label. Raises EmptyDatasetError where there are none."""
+    rows, chosen = _candidates(config)
+    if config.split is not None and config.split.by == "content":
+        reasons, digests = _check_and_hash([rows.sources[i] for i in chosen], config.split)
+        kept = np.flatnonzero([config.split.takes(digest) for digest in digests])
+        kept = kept[_draw(config, rows.labels[chosen[kept]])]
+        reasons = {place: reasons[was] for place, was in enumerate(kept.tolist()) if was in reasons}
+        chosen, digests = chosen[kept], [digests[i] for i in kept]
+    else:
+        chosen = chosen[_draw(config, rows.labels[chosen])]
+        reasons, digests = _check_and_hash([rows.sources[i] for i in chosen], None)
+    if not len(chosen):
+        raise EmptyDatasetError(
+            f"loading images: expected at least one, found none among {len(rows.sources)} rows that pass "
+            f"where={config.where} and split (in {', '.join(config.paths)}); {_empty_remedy(config, rows)}"
         )
-    return _Candidates(sources, labels, columns)
+    columns = {name: values[chosen] for name, values in rows.columns.items()}
+    return _Read([rows.sources[i] for i in chosen], rows.labels[chosen], columns, digests, reasons)
 
 
-def _folder_rows(config: DatasetConfig) -> _Candidates:
-    unknown = [name for name in (*config.label_columns, *config.where, *config.attributes) if name != "label"]
-    if unknown:
-        raise UsageError(
-            f"loading images: expected only the column label in an image folder, found {sorted(set(unknown))}"
-        )
-    sources: list[str] = []
-    labels: list[str] = []
-    for place in config.paths:
-        file_system, root = resolve(place)
-        kind = file_system.get_file_info(root).type
-        if kind == pafs.FileType.File and not config.label_columns:
-            sources.append(place if "://" in place else root)
-            labels.append("")
-            continue
-        if kind != pafs.FileType.Directory:
-            raise DatasetNotFoundError(f"loading images: expected a folder, found none (at {place}); check the path")
-        prefix = place[: len(place) - len(root)] if "://" in place and place.endswith(root) else ""
-        for info in sorted(file_system.get_file_info(pafs.FileSelector(root, recursive=True)), key=lambda i: i.path):
-            label = info.path[len(root) :].strip("/").rpartition("/")[0]
-            wanted = bool(label) or not config.label_columns
-            if info.type == pafs.FileType.File and wanted and info.path.lower().endswith(IMAGE_SUFFIXES):
-                sources.append(f"{prefix}{info.path}")
-                labels.append(label)
-    label_array = np.array(labels, dtype=np.str_)
-    return _Candidates(sources, label_array, {"label": label_array.astype(object)})
+def _candidates(config: DatasetConfig) -> tuple[Rows, NDArray[np.int64]]:
+    """All rows, and the positions of those that pass `where`."""
+    rows = _all_rows(config)
+    return rows, np.flatnonzero(_where_mask(config, rows.columns, len(rows.sources)))
 
 
-def _where_mask(config: DatasetConfig, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
-    mask = np.ones(len(next(iter(columns.values()))), dtype=bool)
+def _draw(config: DatasetConfig, labels: NDArray[np.str_]) -> NDArray[np.bool_]:
+    """Rows left by the split (unless it is by content) and then `max_per_label`."""
+    mask = np.ones(len(labels), bool)
+    if config.split is not None and config.split.count is not None:
+        held_out = draw_per_label(labels, config.split.count, config.split.seed)
+        mask = held_out if config.split.part == "held_out" else ~held_out
+    if config.max_per_label is not None:
+        mask[mask] = draw_per_label(labels[mask], config.max_per_label, config.seed)
+    return mask
+
+
+def _common(labels: NDArray[np.str_], fewest: int | None) -> NDArray[np.bool_]:
+    """Rows of labels that have at least so many rows."""
+    if fewest is None or not len(labels):
+        return np.ones(len(labels), bool)
+    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return np.asarray(counts[inverse] >= fewest)
+
+
+def _empty_remedy(config: DatasetConfig, candidates: Rows) -> str:
+    if not candidates.sources and config.source == "folder":
+        return "the sub-folders of an image folder are the labels, and images beside them are not used"
+    if config.split is not None and config.split.part == "kept" and config.split.count is not None:
+        return f"split holds out {config.split.count} images of each label: lower its count"
+    return "check the filters"
+
+
+def _named(unreadable: Sequence[tuple[str, str]], most: int = 3) -> str:
+    """The first unreadable images with their reasons.
+
+    >>> _named([("/a.png", "empty"), ("/b.png", "truncated")], 1)
+    'first /a.png: empty; ...'
+    """
+    shown = "; ".join(f"{source}: {reason}" for source, reason in unreadable[:most])
+    return f"first {shown}{'; ...' if len(unreadable) > most else ''}"
+
+
+def _all_rows(config: DatasetConfig) -> Rows:
+    further = tuple(dict.fromkeys([*config.where, *config.attributes]))
+    if config.source == "folder":
+        return folder_rows(config.paths, config.label_columns, further)
+    if config.source == "csv":
+        return csv_rows(config.paths, config.label_columns, further, config.image_column)
+    paths = config.paths
+    if config.source == "digits":
+        paths = tuple(materialise_digits(path) for path in paths)
+    elif config.source == "glyphs":
+        paths = tuple(materialise_glyphs(path) for path in paths)
+    elif config.source == "torchvision":
+        name, train = str(config.torchvision_name), config.torchvision_train
+        paths = tuple(materialise_torchvision(name, path, train) for path in paths)
+    return parquet_rows(paths, config.label_columns, further, config.image_column)
+
+
+def _where_mask(config: DatasetConfig, columns: Mapping[str, NDArray[Any]], num_rows: int) -> NDArray[np.bool_]:
+    mask = np.ones(num_rows, dtype=bool)
     for name, rule in config.where.items():
         values = columns[name]
         if isinstance(rule, ValueRange):
@@ -303,7 +347,8 @@ def _where_mask(config: DatasetConfig, columns: Mapping[str, NDArray[Any]]) -> N
     return mask
 
 
-def _check_and_hash(sources: list[str], block: int = 1024) -> tuple[dict[int, str], list[str]]:
+def _check_and_hash(sources: list[str], split: HoldOut | None, block: int = 1024) -> tuple[dict[int, str], list[str]]:
+    """Reasons of unreadable images by position, and all hashes; images on the other side of a split are not decoded."""
     reasons: dict[int, str] = {}
     digests: list[str] = []
     for start in range(0, len(sources), block):
@@ -311,11 +356,9 @@ def _check_and_hash(sources: list[str], block: int = 1024) -> tuple[dict[int, st
         payloads = read_payloads(sources[start : start + block], failures)
         for offset, payload in enumerate(payloads):
             digests.append(hashlib.sha256(payload).hexdigest())
+            if split is not None and not split.takes(digests[-1]):
+                continue
             reason = failures.get(offset) or unreadable_reason(payload)
             if reason is not None:
                 reasons[start + offset] = reason
     return reasons, digests
-
-
-def _as_text(values: NDArray[Any]) -> NDArray[np.str_]:
-    return np.array([str(value) for value in values], dtype=np.str_)

@@ -56,6 +56,11 @@ class Preprocessing(BaseModel):
                 f"preprocessing: expected {self.channels} values in mean and std, found {len(self.mean)} and "
                 f"{len(self.std)}; give one per channel"
             )
+        if min(self.mean) < 0 or max(self.mean) > 1:
+            raise UsageError(
+                f"preprocessing: expected mean from 0 to 1, found {self.mean}; on the 0 to 255 scale? divide mean and "
+                "std by 255"
+            )
         if min(self.std) <= 0:
             raise UsageError(f"preprocessing: expected std > 0, found {self.std}")
         return self
@@ -80,6 +85,12 @@ class BackboneSpec(BaseModel):
 
     name: str = Field(description='"small_cnn", a torchvision model name, or "package.module:factory".')
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the builder (JSON values only).")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_name(cls, value: Any) -> Any:
+        """Take `backbone = "resnet18"` as { name = "resnet18" }."""
+        return {"name": value} if isinstance(value, str) else value
 
 
 class GenerationCard(BaseModel):

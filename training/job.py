@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from graceful.errors import UsageError
+from graceful.training.choices import CONSTRAINT_PARAMETERS, HEAD_NAMES
 from graceful.training.generation import BackboneSpec, PredecessorRef, Preprocessing
 
 TRAINING_VERSION = 1
@@ -29,10 +30,8 @@ class HeadConfig(BaseModel):
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
-        from graceful.training.heads import HEADS  # brings torch, which a command that trains nothing does without
-
-        if value not in HEADS:
-            raise UsageError(f"head: expected one of {sorted(HEADS)}, found {value!r}")
+        if value not in HEAD_NAMES:
+            raise UsageError(f"head: expected one of {list(HEAD_NAMES)}, found {value!r}")
         return value
 
 
@@ -48,14 +47,12 @@ class ConstraintConfig(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> "ConstraintConfig":
-        from graceful.training.constraints import CONSTRAINTS  # as above
-
-        if self.name not in CONSTRAINTS:
-            raise UsageError(f"constraint: expected one of {sorted(CONSTRAINTS)}, found {self.name!r}")
-        try:
-            CONSTRAINTS[self.name](**self.parameters)
-        except TypeError as error:
-            raise UsageError(f"constraint {self.name}: {error}") from error
+        if self.name not in CONSTRAINT_PARAMETERS:
+            raise UsageError(f"constraint: expected one of {sorted(CONSTRAINT_PARAMETERS)}, found {self.name!r}")
+        known = CONSTRAINT_PARAMETERS[self.name]
+        unknown = sorted(set(self.parameters) - set(known))
+        if unknown:
+            raise UsageError(f"constraint {self.name}: expected the parameters {list(known)}, found {unknown}")
         return self
 
 
@@ -73,10 +70,10 @@ class AugmentationConfig(BaseModel):
 
 
 def recipe_constraints() -> tuple[ConstraintConfig, ...]:
-    """Return recipe R's constraints; both are known, so that they need no look at the classes, which bring torch."""
+    """Return recipe R's constraints."""
     return (
-        ConstraintConfig.model_construct(name="cross_contrast", reduction="sum"),
-        ConstraintConfig.model_construct(name="ract", reduction="mean"),
+        ConstraintConfig(name="cross_contrast", reduction="sum"),
+        ConstraintConfig(name="ract", reduction="mean"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Writes data sets that come as arrays (scikit-learn's digits, torchvision's sets) once, as Parquet files with PNGs.
+"""Writes data sets that come as arrays (digits, drawn glyphs, torchvision's sets) once, as Parquet files with PNGs.
 
 From then on they are read like any other Parquet file, so that every image has a source "path#row".
 """
@@ -12,7 +12,10 @@ import pyarrow.parquet as pq
 
 from graceful.errors import UsageError
 from graceful.files import writing
+from graceful.training.glyphs import draw_alphabet
 from graceful.training.images import encode_png
+
+NUM_ALPHABETS, NUM_CHARACTERS, NUM_DRAWINGS = 44, 30, 12
 
 _ROWS_PER_GROUP = 1000
 
@@ -35,6 +38,29 @@ def materialise_digits(path: str) -> str:
         instances.append(seen.get(label, 0))
         seen[label] = instances[-1] + 1
     _write(path, [encode_png(image) for image in pixels], labels, {"instance": pa.array(instances, pa.int64())})
+    return path
+
+
+def materialise_glyphs(path: str, shape: tuple[int, int, int] = (NUM_ALPHABETS, NUM_CHARACTERS, NUM_DRAWINGS)) -> str:
+    """Draw made-up alphabets (see `glyphs`) to `path` unless they are there; return the path.
+
+    `shape`: how many alphabets, characters of each, drawings of each character; by default 15,840 images, 20x20 grey.
+    Columns: image (PNG), label "alphabet/character" (both two digits), alphabet, character and instance (0, 1, ...).
+    """
+    if Path(path).exists():
+        return path
+    images = np.concatenate([draw_alphabet(alphabet, *shape[1:]) for alphabet in range(shape[0])])
+    alphabets, characters, instances = (place.ravel() for place in np.indices(shape))
+    _write(
+        path,
+        [encode_png(image) for image in images.reshape(-1, *images.shape[-2:])],
+        [f"{alphabet:02d}/{character:02d}" for alphabet, character in zip(alphabets, characters, strict=True)],
+        {
+            "alphabet": pa.array(alphabets, pa.int64()),
+            "character": pa.array(characters, pa.int64()),
+            "instance": pa.array(instances, pa.int64()),
+        },
+    )
     return path
 
 

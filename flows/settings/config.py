@@ -14,11 +14,13 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from graceful.errors import GracefulError
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.files import is_remote, join, read_bytes
+from graceful.flows.settings.cron import check_cron, check_timezone
+from graceful.flows.settings.template import TEMPLATE
 from graceful.flows.store.evaluation_set import EvaluationConfig
 from graceful.indexing.planner import ORDERS
 from graceful.training.datasets import DatasetConfig
@@ -91,7 +93,10 @@ class ScheduleConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     cron: str = Field(default="0 3 * * 1", description="Cron expression; by default Monday at three.")
-    timezone: str = Field(default="UTC", description="Time zone of the expression.")
+    timezone: str = Field(default="UTC", description="Time zone of the expression, such as Europe/Vienna.")
+
+    _cron = field_validator("cron")(check_cron)
+    _timezone = field_validator("timezone")(check_timezone)
 
 
 class PricesConfig(BaseModel):
@@ -180,8 +185,21 @@ def load_config(path: str | Path, root: str, overrides: dict[str, Any] | None = 
 
 
 def load_workspace_config(root: str, overrides: dict[str, Any] | None = None) -> PipelineConfig:
-    """Read the configuration that lies in a workspace. Raises ConfigError."""
+    """Read the configuration that lies in a workspace. Raises ConfigError, also where it is the template unedited."""
+    if is_unedited(root):
+        raise ConfigError(
+            f"reading the configuration: expected one about your pictures, found the unedited template (at "
+            f"{join(root, CONFIG_FILE)}); run 'graceful init {root} --from <pictures>', or edit it"
+        )
     return load_config(join(root, CONFIG_FILE), root, overrides)
+
+
+def is_unedited(root: str) -> bool:
+    """Whether a workspace's configuration is still what 'graceful init' without --from wrote."""
+    try:
+        return read_bytes(join(root, CONFIG_FILE)) == TEMPLATE.encode()
+    except FileNotFoundError:
+        return False
 
 
 def _expand(value: Any, folder: str, root: str, key: str = "") -> Any:

@@ -17,6 +17,7 @@ from graceful.files import exists
 from graceful.flows.runtime.session import Session
 from graceful.flows.store.evaluation_set import EvaluationSet, load_evaluation_set, save_evaluation_set, separate
 from graceful.flows.store.events import Decided, Retired, Trained, UpdateStarted
+from graceful.flows.store.leaks import refuse_trained_on
 from graceful.flows.store.registry import Registry
 from graceful.flows.store.workspace import Workspace
 from graceful.training.datasets import check_trainable, load_images
@@ -58,6 +59,7 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     check_trainable(images)
     data = digest([images.content_sha256, images.labels.tolist()])
     versions = [TRAINING_VERSION, JUDGING_VERSION]
+    refuse_trained_on(session.workspace, evaluation_set)
     base = digest([data, evaluation_set.set_id, adopted, config.digest(), versions])[:16]
     attempts = [event.payload for event in registry.events(UpdateStarted) if event.update_key.split("-")[0] == base]
     champion = registry.serving().champion

@@ -403,7 +403,7 @@ def test_disk_that_is_really_full_fails_cleanly_and_the_update_ends_when_there_i
         process.join(100)
         if process.exitcode == 0:
             break
-        assert process.exitcode == 1
+        assert process.exitcode in (1, 2)  # 2: the check before it found no room at all
         refused.append(log.read_text().strip().splitlines()[-1])
         state = tiny.end_state(root)
         if state["champion"] == before["champion"]:
@@ -412,7 +412,10 @@ def test_disk_that_is_really_full_fails_cleanly_and_the_update_ends_when_there_i
         # A little more room each time, so that it fails a little later.
         os.truncate(ballast, max(0, ballast.stat().st_size - 96 * 1024))
     assert refused
-    assert all("No space left" in line or "os error 28" in line or "ENOSPC" in line for line in refused), refused
+    assert all(
+        "No space left" in line or "free some space" in line or "os error 28" in line or "ENOSPC" in line
+        for line in refused
+    ), refused
     ballast.unlink()
     process = spawn(running.command_in_child, ["update", "--root", str(root)], "", str(log), flow_server)
     process.join(100)

@@ -1,5 +1,6 @@
 """The configuration: strict, relative to its file, complete in the template, and stable in its digest."""
 
+import inspect
 import tomllib
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graceful.flows.settings.config import ConfigError, PipelineConfig, load_config
+from graceful.flows.settings.config import ConfigError, PipelineConfig, load_config, load_workspace_config
 from graceful.flows.settings.template import TEMPLATE
+from graceful.training.choices import CONSTRAINT_PARAMETERS, HEAD_NAMES
+from graceful.training.generation import BackboneSpec
 from tests.flows import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +63,15 @@ def test_unknown_key_that_is_like_nothing_lists_those_that_exist(path):
         ("policy.fractions", [0.5, 1.0], "rise from 0 to 1"),
         ("name", "No Spaces", "name: "),
         ("cluster.object_store_mib", 1, "cluster.object_store_mib"),
+        ("schedule.cron", "every day", "schedule.cron: cron: expected five fields .*'every day'"),
+        ("schedule.cron", "0 24 * * *", "expected hour from 0 to 23, found '24'"),
+        ("schedule.cron", "0 3 * * 8", "day of the week"),
+        ("schedule.cron", "0 3 * * 1 0", "five fields"),
+        ("schedule.cron", "*/0 3 * * *", "minute"),
+        ("schedule.timezone", "Vienna", "schedule.timezone: .*did you mean 'Europe/Vienna'"),
+        ("schedule.timezone", "../etc/passwd", "timezone: expected a name"),
+        ("training.preprocessing.mean", [127.0], "0 to 255 scale.*divide mean and std by 255"),
+        ("training.constraints", [{"name": "ract", "parameters": {"scale": 1.0}}], r"\['tau', 'hardest'\]"),
     ],
 )
 def test_wrong_value_names_key_rule_and_value(path, key, value, words):
@@ -67,6 +79,34 @@ def test_wrong_value_names_key_rule_and_value(path, key, value, words):
         load(path, **{key: value})
     assert "\n" not in str(raised.value)
     assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "cron", ["0 3 * * 1", "*/15 22-2/2 1,15 jan-mar MON", "@daily", "0 0 L * 7", "0 0 ? * 5#2", "0 0 * * L5"]
+)
+def test_cron_expressions_that_are_right(path, cron):
+    assert load(path, schedule__cron=cron, schedule__timezone="Europe/Vienna").schedule.cron == cron
+
+
+def test_backbone_may_be_a_name_alone(path):
+    assert load(path, training__backbone="resnet18").training.backbone == BackboneSpec(name="resnet18")
+
+
+def test_choices_are_the_heads_and_constraints_that_exist():
+    from graceful.training.constraints import CONSTRAINTS
+    from graceful.training.heads import HEADS
+
+    assert sorted(HEAD_NAMES) == sorted(HEADS)
+    parameters = {name: tuple(inspect.signature(build).parameters) for name, build in CONSTRAINTS.items()}
+    assert parameters == dict(CONSTRAINT_PARAMETERS)
+
+
+def test_unedited_template_of_a_workspace_says_what_to_do(tmp_path):
+    (tmp_path / "graceful.toml").write_text(TEMPLATE)
+    with pytest.raises(ConfigError, match=r"unedited template .*; run 'graceful init .* --from"):
+        load_workspace_config(str(tmp_path))
+    (tmp_path / "graceful.toml").write_text(TEMPLATE.replace("epochs = 6", "epochs = 7"))
+    assert load_workspace_config(str(tmp_path)).training.epochs == 7
 
 
 def test_missing_key_is_named(path):

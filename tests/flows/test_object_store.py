@@ -115,7 +115,7 @@ def test_whole_updates_run_in_the_store_and_are_searched_and_rolled_back(
     write_bytes(f"{bucket}/photos/new/query.png", payload)
     assert graceful("ingest", f"{bucket}/photos", "--root", root)["added"] == 1
     hits = graceful("search", f"{bucket}/photos/new/query.png", "--root", root, "-k", "2")["hits"]
-    assert "new/query.png" in {hit["item_id"] for hit in hits}
+    assert "photos/new/query.png" in {hit["item_id"] for hit in hits}
     newest = Workspace(root, tiny.no_encoder).registry.events(Decided)[-1].payload.evaluation
     assert graceful("decide", "--from", f"{root}/evaluations/{newest}")["agrees_with_recorded"]
     graceful("rollback", "--root", root)

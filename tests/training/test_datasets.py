@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from graceful.errors import UnknownFormatError
+from graceful.errors import UnknownFormatError, UsageError
 from graceful.training.datasets import (
     DatasetConfig,
     EmptyDatasetError,
@@ -22,8 +22,10 @@ from graceful.training.datasets import (
     UnreadableImagesError,
     assert_disjoint,
     check_trainable,
+    list_images,
     load_images,
 )
+from graceful.training.folders import list_folder
 from graceful.training.generation import Preprocessing
 from graceful.training.images import UnreadableImageError, decode, encode_png, read_payloads
 from graceful.training.manifest import DatasetNotFoundError, LabelledImages, read_manifest, write_manifest
@@ -130,6 +132,86 @@ def test_split_sides_are_disjoint_complete_and_stable_when_other_labels_come(wri
     assert set(only_a.sources) < set(sides["held_out"].sources)
 
 
+SHARE = 0.4
+
+
+def by_content(path: str, part: str, source: str = "parquet", **changes: Any) -> DatasetConfig:
+    return DatasetConfig.model_validate(
+        {"source": source, "path": path, "split": {"share": SHARE, "by": "content", "part": part}, **changes}
+    )
+
+
+def test_image_is_held_out_by_its_content_alone(write_parquet: Callable[..., str]) -> None:
+    path = write_parquet()
+    held_out, kept = (load_images(by_content(path, part)) for part in ("held_out", "kept"))
+    below = {hashlib.sha256(png).hexdigest() for png in PNGS if _fraction(png) < SHARE}
+    assert set(held_out.content_sha256) == below
+    assert 0 < len(held_out) < 12
+    assert sorted(held_out.sources + kept.sources) == sorted(f"{path}#{row}" for row in range(12))
+
+
+def _fraction(payload: bytes) -> float:
+    return int(hashlib.sha256(payload).hexdigest()[:8], 16) / 2**32
+
+
+def test_no_image_changes_sides_when_data_grow_and_copies_share_a_side(write_parquet: Callable[..., str]) -> None:
+    first = write_parquet("first", PNGS[:6])
+    grown = write_parquet("grown", [*PNGS[6:], *PNGS[:6], *PNGS[:6]], label=["abc"[i % 3] for i in range(18)])
+    before = {part: set(load_images(by_content(first, part)).content_sha256) for part in ("held_out", "kept")}
+    after = {part: set(load_images(by_content(grown, part)).content_sha256) for part in ("held_out", "kept")}
+    assert before["held_out"] <= after["held_out"]
+    assert before["kept"] <= after["kept"]
+    assert not after["held_out"] & after["kept"]
+
+
+def test_broken_image_of_the_other_side_is_not_counted(write_parquet: Callable[..., str]) -> None:
+    assert _fraction(b"") > SHARE  # an unreadable row without bytes is kept
+    path = write_parquet(payloads=[*PNGS[:11], b""])
+    assert load_images(by_content(path, "held_out", max_unreadable_share=0)).unreadable == []
+    with pytest.raises(UnreadableImagesError, match="#11: empty"):
+        load_images(by_content(path, "kept", max_unreadable_share=0))
+
+
+def test_attributes_labels_and_hashes_stay_aligned_after_a_split_by_content(write_parquet: Callable[..., str]) -> None:
+    path = write_parquet(payloads=[b"broken", *PNGS[1:]])
+    for part in ("held_out", "kept"):
+        images = load_images(by_content(path, part, attributes=("drawer",), max_unreadable_share=1.0))
+        rows = [int(source.partition("#")[2]) for source in images.sources]
+        assert images.attributes["drawer"].tolist() == [str(row) for row in rows]
+        assert images.labels.tolist() == ["ab"[row % 2] for row in rows]
+        assert images.content_sha256 == [hashlib.sha256(PNGS[row]).hexdigest() for row in rows]
+        assert 0 not in rows
+
+
+@pytest.mark.parametrize(
+    "split",
+    [{"share": 0.2}, {"by": "content", "count": 2}, {}, {"by": "content", "share": 0.2, "count": 1}, {"count": 2,
+     "share": 0.1}, {"by": "content", "share": 1.0}],
+)  # fmt: skip
+def test_split_that_is_neither_form_is_refused(split: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"split: expected (share|count) and no|less than 1"):
+        HoldOut.model_validate({"part": "kept", **split})
+
+
+def test_labels_with_too_few_readable_images_are_left_out(write_parquet: Callable[..., str]) -> None:
+    path = write_parquet(payloads=[*PNGS[:11], b""], label=["a"] * 9 + ["once", "b", "b"])
+    config = DatasetConfig(source="parquet", path=path, min_per_label=2, max_unreadable_share=0.5)
+    assert set(load_images(config).labels.tolist()) == {"a"}
+    with pytest.raises(EmptyDatasetError, match="min_per_label = 30"):
+        load_images(config.model_copy(update={"min_per_label": 30}))
+
+
+def test_listing_reads_no_image(write_parquet: Callable[..., str]) -> None:
+    path = write_parquet(payloads=[b""] * 12)
+    sources, labels = list_images(DatasetConfig(source="parquet", path=path, split=HoldOut(count=4, part="kept")))
+    assert (len(sources), sorted(labels.tolist())) == (4, ["a", "a", "b", "b"])
+
+
+def test_split_larger_than_every_label_says_so(write_parquet: Callable[..., str]) -> None:
+    with pytest.raises(EmptyDatasetError, match="split holds out 6 images of each label: lower its count"):
+        load_images(DatasetConfig(source="parquet", path=write_parquet(), split=HoldOut(count=6, part="kept")))
+
+
 def test_max_per_label_draws_by_seed(write_parquet: Callable[..., str]) -> None:
     path = write_parquet()
     draws = [load_images(DatasetConfig(source="parquet", path=path, max_per_label=3, seed=seed)) for seed in (0, 0, 1)]
@@ -145,6 +227,73 @@ def test_folder_labels_are_the_subfolders(tmp_path: Path) -> None:
     assert images.labels.tolist() == ["cats/tabby", "cats/tabby", "dogs"]
     assert images.sources[2] == str(tmp_path / "set" / "dogs" / "1.PNG")
     assert read_payloads(images.sources) == [PNGS[0]] * 3
+
+
+def test_linked_folder_brings_no_image_twice(tmp_path: Path) -> None:
+    for name in ("set/cats/1.png", "set/dogs/1.png", "elsewhere/birds/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(PNGS[0])
+    (tmp_path / "set" / "again").symlink_to(tmp_path / "set" / "cats")
+    (tmp_path / "set" / "loop").symlink_to(tmp_path)
+    (tmp_path / "set" / "outside").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "outside2").symlink_to(tmp_path / "elsewhere" / "birds")
+    (tmp_path / "set" / "nothing").symlink_to(tmp_path / "gone")
+    images = load_images(DatasetConfig(source="folder", path=str(tmp_path / "set")))
+    assert images.labels.tolist() == ["cats", "dogs", "outside/birds"]
+    left_out = list_folder(str(tmp_path / "set")).links_left_out
+    assert [Path(link).name for link in left_out] == ["again", "loop", "outside2"]
+
+
+def test_hidden_files_are_no_images(tmp_path: Path) -> None:
+    for name in ("cats/1.png", "cats/._1.png", ".thumbnails/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(PNGS[0])
+    assert load_images(DatasetConfig(source="folder", path=str(tmp_path))).sources == [str(tmp_path / "cats/1.png")]
+
+
+def test_empty_folder_and_loose_images_say_what_is_a_label(tmp_path: Path) -> None:
+    (tmp_path / "loose.png").write_bytes(PNGS[0])
+    with pytest.raises(EmptyDatasetError, match="the sub-folders of an image folder are the labels"):
+        load_images(DatasetConfig(source="folder", path=str(tmp_path)))
+
+
+def test_csv_names_images_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        (tmp_path / "pictures" / f"no, {number}.png").write_bytes(PNGS[number])
+    (tmp_path / "labels.csv").write_text(
+        '\ufefffile,label,year\n"pictures/no, 0.png",cat,1999\n"pictures/no, 1.png",dög,2000\n'
+        f'"{tmp_path}/pictures/no, 2.png",dög,2000\n'
+    )
+    config = DatasetConfig(source="csv", path=str(tmp_path / "labels.csv"), attributes=("year",))
+    images = load_images(config)
+    assert images.labels.tolist() == ["cat", "dög", "dög"]
+    assert images.attributes["year"].tolist() == ["1999", "2000", "2000"]
+    assert read_payloads(images.sources) == PNGS[:3]
+    (tmp_path / "labels.csv").write_text("name,label\nx.png,cat\n")
+    with pytest.raises(ValueError, match=r"a column that names the image .*found \['name', 'label'\]"):
+        load_images(config)
+    (tmp_path / "labels.csv").write_text("file,kind\nx.png,cat\n")
+    with pytest.raises(ValueError, match=r"expected the columns \['label', 'year'\]"):
+        load_images(config)
+
+
+@pytest.mark.parametrize(("name", "source"), [("set.csv", "csv"), ("set.parquet", "parquet")])
+def test_file_that_is_not_what_it_is_called_says_so(tmp_path: Path, name: str, source: str) -> None:
+    (tmp_path / name).write_bytes("file,label\nä,b".encode("utf-16"))
+    config = DatasetConfig.model_validate({"source": source, "path": str(tmp_path / name)})
+    with pytest.raises(UsageError, match=rf"loading images: expected (UTF-8|a Parquet file), found .*{name}\); "):
+        load_images(config)
+
+
+def test_parquet_folder_is_all_its_files(write_parquet: Callable[..., str], tmp_path: Path) -> None:
+    write_parquet("train-00001-of-00002")
+    write_parquet("train-00000-of-00002")
+    images = load_images(DatasetConfig(source="parquet", path=str(tmp_path)))
+    assert [source.rpartition("/")[2] for source in images.sources[11:13]] == [
+        "train-00000-of-00002.parquet#11",
+        "train-00001-of-00002.parquet#0",
+    ]
 
 
 def test_digits_are_written_once_and_read_like_any_set(tmp_path: Path) -> None:
@@ -171,7 +320,7 @@ def test_broken_image_is_left_out_and_listed(write_parquet: Callable[..., str], 
 
 def test_too_many_broken_images_are_refused_with_an_example(write_parquet: Callable[..., str]) -> None:
     path = write_parquet(payloads=[*PNGS[:10], b"", b"x"])
-    with pytest.raises(UnreadableImagesError, match=r"found 2 of 12 \(first .*#10: empty\)"):
+    with pytest.raises(UnreadableImagesError, match=r"found 2 of 12 \(first .*#10: empty; .*#11: cannot be decoded"):
         load_images(DatasetConfig(source="parquet", path=path, max_unreadable_share=0.1))
 
 

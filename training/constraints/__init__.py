@@ -12,7 +12,7 @@ normalised again. Its attribute `reference` says what the loop hands over as ref
 "instances" (one random cached embedding of each class, M = C) or "batch" (the cached embeddings of the batch's own
 images, M = B).
 
-To add one: a file with a class, an entry in CONSTRAINTS, a test against its formula.
+To add one: a file with a class, an entry in CONSTRAINTS and in `training.choices`, a test against its formula.
 """
 
 from collections.abc import Callable

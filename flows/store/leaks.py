@@ -1,0 +1,69 @@
+"""Which generations were trained on images that are to judge the next one.
+
+A generation is judged fairly only on images that none of the compared generations was trained on. The training's own
+check looks at the candidate; this one at everything trained before, by the manifests that every update leaves.
+"""
+
+from collections.abc import Iterator
+
+from graceful.errors import GracefulError
+from graceful.files import exists
+from graceful.flows.store.evaluation_set import EvaluationSet
+from graceful.flows.store.events import Adopted, Retired, Trained
+from graceful.flows.store.workspace import Workspace
+from graceful.training.manifest import LabelledImages, read_manifest
+
+_SHOWN = 3
+
+
+class TrainedOnQueriesError(GracefulError):
+    """Evaluation queries were in an earlier generation's training."""
+
+
+def images_trained_on(workspace: Workspace, evaluation_set: EvaluationSet) -> dict[str, int]:
+    """Queries that each generation was trained on, by content; generations with none are left out."""
+    return {generation: len(names) for generation, names in _leaks(workspace, evaluation_set).items()}
+
+
+def training_manifests(workspace: Workspace) -> Iterator[tuple[str, LabelledImages]]:
+    """Each generation that was trained here and takes part, with the images that it was trained on.
+
+    An adopted encoder left no manifest (that of its update is what was trained on beside it); one that the operator
+    retired is compared with nothing any more.
+    """
+    registry = workspace.registry
+    left_out = {event.generation for event in registry.events(Adopted)}
+    left_out |= {event.generation for event in registry.events(Retired) if event.payload.reason}
+    seen: set[str] = set()
+    for event in registry.events(Trained):
+        uri = workspace.manifest_uri(event.update_key)
+        if event.generation not in left_out | seen and exists(uri):
+            seen.add(event.generation)
+            yield event.generation, read_manifest(uri)
+
+
+def refuse_trained_on(workspace: Workspace, evaluation_set: EvaluationSet) -> None:
+    """Raise TrainedOnQueriesError, with count, names and remedy, where a generation was trained on a query."""
+    leaks = _leaks(workspace, evaluation_set)
+    if not leaks:
+        return
+    generation, names = max(leaks.items(), key=lambda item: len(item[1]))
+    each = ", ".join(f"{len(found)} in {name}" for name, found in leaks.items())
+    raise TrainedOnQueriesError(
+        f"checking that nobody was trained on the evaluation queries: expected none of {len(evaluation_set.queries)}, "
+        f"found {each} (such as {'; '.join(names[:_SHOWN])} in {generation}); leave these images out, or draw the "
+        'evaluation with split = { share = 0.2, by = "content", ... }: no image changes sides then'
+    )
+
+
+def _leaks(workspace: Workspace, evaluation_set: EvaluationSet) -> dict[str, list[str]]:
+    """Sources of the queries that each generation was trained on."""
+    queries = evaluation_set.queries
+    source_of = dict(zip(queries.content_sha256, queries.sources, strict=True))
+    found: dict[str, list[str]] = {}
+    for generation, manifest in training_manifests(workspace):
+        trained = set(manifest.content_sha256)
+        names = [source for digest, source in source_of.items() if digest in trained]
+        if names:
+            found[generation] = names
+    return found
