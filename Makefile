@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOWEST ?= .venv-lowest
 FAST := -m "not slow and not browser"
-WORKSPACE ?= workspaces/digits
+WORKSPACE ?= workspaces/glyphs
 
 # The folders lie apart from where they are imported; mypy looks at the package as it is shipped.
 define types
@@ -14,10 +14,16 @@ cp -r graceful/. training indexing evaluation flows $(VENV)/types/graceful/
 cd $(VENV)/types && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) -p graceful
 endef
 
-.PHONY: quickstart test test-fast test-lowest test-wheel lint format benchmarks clean
+.PHONY: quickstart demo docs test test-fast test-lowest test-wheel lint format benchmarks clean
 
 quickstart: $(STAMP)
-	$(BIN)/graceful replay examples/digits.toml --root $(WORKSPACE)
+	$(BIN)/graceful replay examples/glyphs.toml --root $(WORKSPACE)
+
+demo: $(STAMP)
+	$(BIN)/graceful demo
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --quiet
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -q --durations=15
@@ -59,4 +65,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) workspaces .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) workspaces .site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
-"""Writes the README's measured tables from stored results: `python -m benchmarks.tables`.
+"""Writes the measured tables of docs/results.md from stored results: `python -m benchmarks.tables`.
 
 docs/results/<example>.json is the `replay.json` of a workspace; benchmarks/results.json what `python -m benchmarks`
-wrote. Each table stands in the README between two comments with its name. Nothing is typed in by hand.
+wrote. Each table stands there between two comments with its name. Nothing is typed in by hand.
 """
 
 import json
@@ -82,7 +82,7 @@ def _number(value: float | None) -> str:
 
 
 def with_tables(text: str) -> str:
-    """The README's text with every table made anew from what is stored."""
+    """The page's text with every table made anew from what is stored."""
     tables = {
         name: history(name, json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())) for name in EXAMPLES
     }
@@ -95,5 +95,5 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README = ROOT / "README.md"
-    README.write_text(with_tables(README.read_text()))
+    RESULTS = ROOT / "docs" / "results.md"
+    RESULTS.write_text(with_tables(RESULTS.read_text()))

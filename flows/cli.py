@@ -502,7 +502,12 @@ def main() -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code in (INTERRUPTED, TERMINATED):
+            _end_soon(end.code)
+        raise
 
 
 def _end_soon(code: int) -> None:
@@ -531,7 +536,6 @@ def reported_errors(as_json: bool = False) -> Iterator[None]:
     except KeyboardInterrupt as interruption:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         code = TERMINATED if isinstance(interruption, Terminated) else INTERRUPTED
-        _end_soon(code)
         raise typer.Exit(code) from None
     except Exception as error:
         if os.environ.get("GRACEFUL_DEBUG"):

@@ -15,9 +15,9 @@ def reference() -> str:
     """The whole page."""
     parts = [
         "# Commands",
-        "`graceful COMMAND --help` says the same. `--root`, or `GRACEFUL_ROOT`, names the workspace. Exit codes: 0 done, "
-        "1 failed, 2 wrong use, 3 hold, 4 inconclusive, 130 interrupted, 143 ended. What you can mend comes as one line; "
-        "a traceback is a bug. This page is made by `python -m graceful.flows.cli_reference`.",
+        "`graceful COMMAND --help` says the same. `--root`, or `GRACEFUL_ROOT`, names the workspace. Exit codes: 0 "
+        "done, 1 failed, 2 wrong use, 3 hold, 4 inconclusive, 130 interrupted, 143 ended. What you can mend comes as one "
+        "line; a traceback is a bug. This page is made by `python -m graceful.flows.cli_reference`.",
     ]
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for name, command in sorted(commands.items()):

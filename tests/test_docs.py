@@ -144,7 +144,7 @@ def test_quickstart_shows_what_a_run_prints():
     from graceful.flows.terminal import print_replay
     from graceful.flows.update.replay import ControlResult, GenerationLine, ReplayResult, line_text
 
-    config = load_config(ROOT / "examples" / "digits.toml", "/w")
+    config = load_config(ROOT / "examples" / "glyphs.toml", "/w")
     assert config.replay is not None
     names = [f"g{place + 1:03d}-00000{place}" for place in range(len(config.replay.counts))]
     square = [[0.5 for _ in names] for _ in names]
@@ -179,12 +179,28 @@ def test_quickstart_shows_what_a_run_prints():
             f"README.md shows {line!r}, a run prints no such line:\n" + "\n".join(sorted(printed))
         )
     assert len([line for line in shown if re.match(r"\s*g\d{3}-", line)]) == len(names)
-    assert "N x label" in shape(line_text(lines[0], 4, "label"))
+    assert "N x alphabet" in shape(line_text(lines[0], 4, "alphabet"))
 
 
 def test_measured_tables_are_those_of_the_stored_results():
     from benchmarks.tables import with_tables
 
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "results.md").read_text()
     assert text.count("<!-- end of") == 4
     assert with_tables(text) == text, "run 'python -m benchmarks.tables'"
+
+
+def test_readme_is_short_and_the_site_builds_without_a_warning(tmp_path):
+    import subprocess
+    import sys
+
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site" / "index.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://127.0.0.1", "")
+    outside = [word for word in re.findall(r'(?:src|href)="(https?://[^"]+)"', page) if "mkdocs.org" not in word]
+    assert outside == [], "a page loads something from elsewhere"

@@ -55,6 +55,7 @@ ORDER = {
         "flows.commands.history", "flows.commands.adopt",
         "flows.commands.images", "flows.commands.updates", "flows.commands.suggestions",
         "flows.commands.demo_world", "flows.commands.demo", "flows.api", "flows.terminal", "flows.cli",
+        "flows.cli_reference",
     ),
 }  # fmt: skip
 
@@ -79,7 +80,7 @@ ALLOWED = {
     "matplotlib": ("evaluation.report",),
     "jinja2": ("evaluation.report",),
     "rich": ("flows",),
-    "typer": ("flows.cli",),
+    "typer": ("flows.cli", "flows.cli_reference"),
     "fastapi": ("flows.search.http",),
     "uvicorn": ("flows.search.http",),
 }
