@@ -34,20 +34,31 @@ class Report(NamedTuple):
     decision: "Decision"
 
 
-def create(root: str | Path, config: str | Path | None = None, *, progress: bool = False) -> "WorkspaceHandle":
+def create(
+    root: str | Path,
+    config: str | Path | None = None,
+    *,
+    pictures: str | Path | None = None,
+    label: str | None = None,
+    progress: bool = False,
+) -> "WorkspaceHandle":
     """Create a workspace, or complete one that is there, and open it.
 
     Args:
         root: Folder, or object-store URI as text.
         config: Configuration to copy into it; by default a template to edit.
+        pictures: Folder or file of pictures to look at instead; a configuration that fits them is written.
+        label: Column of the labels in a CSV or Parquet file of pictures.
         progress: Whether to show progress on standard error.
 
     Raises:
         ConfigError: the configuration is wrong, or the workspace has one already.
+        InspectionError: nothing can be made of the pictures.
     """
     from graceful.flows.commands.setup import create_workspace
 
-    create_workspace(_place(root), None if config is None else Path(config))
+    file = None if config is None else Path(config)
+    create_workspace(_place(root), file, None if pictures is None else _place(pictures), label)
     return open(root, progress=progress)
 
 
@@ -73,18 +84,27 @@ class WorkspaceHandle:
         return f"graceful.open({self.root!r})"
 
     def ingest(
-        self, paths: Sequence[str | Path], *, label: str | None = None, prefix: str | None = None, replace: bool = False
+        self,
+        paths: Sequence[str | Path],
+        *,
+        label: str | None = None,
+        prefix: str | None = None,
+        replace: bool = False,
     ) -> dict[str, Any]:
         """Add images to the gallery, or new revisions of changed ones, with vectors for whoever must find them.
 
         Args:
             paths: Images, folders of images, or Parquet files with an image column.
-            label: Column with labels, for Parquet files.
-            prefix: What the ids begin with; by default the name of the folder or file.
-            replace: Whether an id that belongs to another image may be taken over.
+            label: Column with labels, for Parquet and CSV files.
+            prefix: First part of the items' ids; by default the name of the folder or file.
+            replace: Let these images replace items of the same id from another place.
 
         Returns:
-            How many items were added, changed and unchanged, how many vectors were made, what could not be read.
+            How many items were added, changed and unchanged, which images cannot be read, and how many vectors were
+            made for each generation.
+
+        Raises:
+            ItemClashError: an id would belong to two images; nothing is ingested then.
         """
         from graceful.flows.commands.images import ingest_images
 

@@ -18,8 +18,7 @@ ORDER = {
     "training": (
         "training", "training.generation", "training.choices", "training.job", "training.manifest", "training.images",
         "training.measure", "training.glyphs", "training.materialise", "training.folders", "training.rows",
-        "training.datasets",
-        "training.backbones", "training.heads", "training.encoder", "training.predecessors",
+        "training.datasets", "training.backbones", "training.heads", "training.encoder", "training.predecessors",
         "training.constraints.bct", "training.constraints.cross_contrast", "training.constraints.ract",
         "training.constraints", "training.pixels", "training.progress", "training.finishing", "training.loop",
         "training.launch",

@@ -23,9 +23,9 @@ from graceful.flows.commands.networks import problem_with_factory, problem_with_
 from graceful.flows.settings.config import ClusterConfig, ConfigError, PipelineConfig, load_workspace_config
 from graceful.flows.store.leaks import training_manifests
 from graceful.flows.store.workspace import WorkspaceMissingError, open_workspace, require_workspace
-from graceful.training.datasets import DatasetConfig, list_images, read_payloads
+from graceful.training.datasets import DatasetConfig, list_images
 from graceful.training.generation import read_card
-from graceful.training.images import split_source
+from graceful.training.images import read_payloads, split_source
 
 Level = Literal["error", "warning", "ok"]
 _HASHED_BYTES = 256 * 2**20

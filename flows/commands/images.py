@@ -18,8 +18,9 @@ from graceful.flows.store.items import ids_below, item_table, settle_ids
 from graceful.flows.store.workspace import open_workspace, require_workspace
 from graceful.flows.update.conclude import release_when_due
 from graceful.flows.update.serving import ingest
-from graceful.training.datasets import DatasetConfig, LabelledImages, load_images
+from graceful.training.datasets import DatasetConfig, load_images
 from graceful.training.folders import find_source
+from graceful.training.manifest import LabelledImages
 
 
 def ingest_images(

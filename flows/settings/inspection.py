@@ -21,10 +21,10 @@ from graceful.evaluation.intervals import FEW_CLUSTERS
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.evaluation.power import queries_for_margin, queries_for_nfr
 from graceful.files import exists
-from graceful.training.datasets import DatasetConfig, is_held_out, list_images, read_payloads
+from graceful.training.datasets import DatasetConfig, is_held_out, list_images
 from graceful.training.folders import Folder, find_source, list_folder
 from graceful.training.generation import Preprocessing
-from graceful.training.images import decode, image_column
+from graceful.training.images import decode, image_column, read_payloads
 from graceful.training.measure import Measured, measure
 from graceful.training.rows import FILE_COLUMNS, csv_header, open_parquet, parquet_files
 

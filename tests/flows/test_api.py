@@ -31,14 +31,16 @@ def test_a_workspace_is_made_filled_updated_searched_and_rolled_back(
     shop = graceful.create(tmp_path / "shop", config)
     assert repr(shop) == f"graceful.open({str(tmp_path / 'shop')!r})"
 
-    photos = tmp_path / "photos"
+    photos, later = tmp_path / "photos", tmp_path / "later"
     photos.mkdir()
+    later.mkdir()
     from graceful.training.images import read_payloads
 
-    for row, payload in enumerate(read_payloads([f"{digits_file}#{row}" for row in range(12)])):
-        (photos / f"{row}.png").write_bytes(payload)
-    first, second = shop.ingest([photos, photos / "3.png"])
-    assert (first["added"], second["added"] + second["unchanged"] + second["changed"]) == (12, 1)
+    for row, payload in enumerate(read_payloads([f"{digits_file}#{row}" for row in range(13)])):
+        ((photos if row < 12 else later) / f"{row}.png").write_bytes(payload)
+    assert shop.ingest([photos])["added"] == 12
+    found = shop.ingest([photos, later])
+    assert (found["unchanged"], found["added"]) == (12, 1)
 
     assert shop.update().outcome == "BOOTSTRAP"
     assert shop.status() == workspace_status(shop.root)

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from graceful.flows.cli import app
 from graceful.flows.store.items import ItemClashError, ids_below, item_id_of, item_table, settle_ids
 from graceful.indexing.gallery import ITEMS_SCHEMA, Gallery
-from graceful.training.datasets import LabelledImages
 from graceful.training.images import encode_png
+from graceful.training.manifest import LabelledImages
 from tests.flows import tiny
 
 RNG = np.random.default_rng(0)
