@@ -638,8 +638,10 @@ def _print_update(console: Console, result: Any, root: str) -> None:
 
 
 def _print_counts(console: Console, found: dict[str, Any]) -> None:
+    from graceful.flows.terminal import in_words
+
     for name, value in found.items():
-        console.print(f"{name.replace('_', ' ')}: {value}", highlight=False)
+        console.print(f"{name.replace('_', ' ')}: {in_words(value)}", highlight=False, soft_wrap=True)
 
 
 def _print_ingested(console: Console, found: dict[str, Any]) -> None:

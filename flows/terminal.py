@@ -66,7 +66,7 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in status.items():
-        table.add_row(name.replace("_", " "), Text(_words(value)))
+        table.add_row(name.replace("_", " "), Text(in_words(value)))
     console.print(table)
 
 
@@ -177,12 +177,12 @@ def _state(name: str | None) -> str:
     }.get(kind, name)
 
 
-def _words(value: object) -> str:
+def in_words(value: object) -> str:
     """A value as a person says it."""
     if isinstance(value, dict):
-        return ", ".join(f"{key}: {_words(inner)}" for key, inner in value.items()) or "none"
+        return ", ".join(f"{key}: {in_words(inner)}" for key, inner in value.items()) or "none"
     if isinstance(value, list | tuple):
-        return ", ".join(map(_words, value)) or "none"
+        return ", ".join(map(in_words, value)) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

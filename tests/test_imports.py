@@ -205,6 +205,14 @@ def test_the_package_is_imported_in_a_fraction_of_a_second():
     assert float(done.stdout) < 0.3, "seconds of this processor"
 
 
+@pytest.mark.parametrize("module", ["status", "history", "setup", "check", "evaluations", "suggestions"])
+def test_light_command_loads_no_framework(module):
+    """status, rollback, delete, collect, history, check, init: they must answer within a second."""
+    heavy = ("torch", "ray", "faiss", "prefect", "matplotlib", "torchvision")
+    program = f"import graceful.flows.commands.{module}, graceful.flows.terminal"
+    assert loaded_after(program, *heavy) == set()
+
+
 def test_searching_loads_neither_prefect_nor_ray():
     assert loaded_after("import graceful.flows.search.searcher", "prefect", "ray", "torch") == {"torch"}
 

@@ -69,8 +69,9 @@ def ingest_images(
 
 def search_image(root: str, image: str, k: int, generation: str | None) -> dict[str, Any]:
     """Search with one image."""
-    require_workspace(root)
-    searcher = GallerySearcher(open_workspace(root), generation)
+    workspace = open_workspace(root)
+    name = None if generation is None else workspace.registry.resolve(generation)
+    searcher = GallerySearcher(workspace, name)
     hits = searcher.search_images([image], k)[0]
     return {"query_generation": searcher.generation, "hits": [asdict(hit) for hit in hits]}
 

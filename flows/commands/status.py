@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from graceful.errors import GracefulError
 from graceful.files import exists, join, remove
 from graceful.flows.store.evaluation_set import evaluation_set_uri, named_in_set
 from graceful.flows.store.events import Decided, Pending, Promoted, Rejected, Retired, Trained, UpdateStarted
@@ -10,6 +11,10 @@ from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.flows.update.serving import delete, go_forward, reject, retire, rollback
 from graceful.indexing.maintenance import collect, forget
 from graceful.training.manifest import read_manifest
+
+
+class UnknownItemError(GracefulError):
+    """The gallery has no item of this id."""
 
 
 def workspace_status(root: str) -> dict[str, Any]:
@@ -54,8 +59,19 @@ def pending_generation(workspace: Workspace) -> str | None:
 
 
 def delete_items(root: str, item_ids: list[str], *, forget: bool) -> dict[str, Any]:
-    """Delete items; with `forget` remove what is stored of them, and list what cannot be removed."""
+    """Delete items; with `forget` remove what is stored of them, and list what cannot be removed.
+
+    Raises:
+        UnknownItemError: an id that was never there; nothing is deleted then, and a typo does not look like success.
+    """
     workspace = open_workspace(root)
+    known = set(workspace.gallery.latest_items()["item_id"].to_pylist())
+    unknown = [item_id for item_id in item_ids if item_id not in known]
+    if unknown:
+        raise UnknownItemError(
+            f"deleting items: expected ids of the gallery, found {len(unknown)} that are not (first "
+            f"{unknown[0][:80]!r}); nothing was deleted, correct the ids"
+        )
     found: dict[str, Any] = {"deleted": delete(workspace, item_ids)}
     if forget:
         found |= forget_items(workspace, item_ids)

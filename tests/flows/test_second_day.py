@@ -140,6 +140,14 @@ def test_retired_generation_takes_no_part_in_later_updates(held, digits_file):
     assert candidate not in json.dumps(outcomes)
 
 
+def test_deleting_what_is_not_there_is_refused_by_name_and_deletes_nothing(workspace_root):
+    item = str(Workspace(str(workspace_root)).gallery.latest_items()["item_id"][0].as_py())
+    line = run("delete", item, "no such item", "--root", workspace_root, code=1).stderr
+    assert "no such item" in line
+    assert Workspace(str(workspace_root)).gallery.view([]).num_items == 100
+    assert document("delete", item, "--root", workspace_root)["deleted"] == 1
+
+
 def test_a_name_that_is_no_generation_is_refused_with_those_that_are(held):
     root, candidate = held
     line = run("accept", "g009", "--reason", "x", "--root", root, code=1).stderr
