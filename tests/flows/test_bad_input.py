@@ -240,9 +240,6 @@ def foreign_encoders(tmp_path, monkeypatch):
         "        return torch.where(images.mean((1, 2, 3))[:, None] > 0.1, torch.nan, out)\n"
         "def nan_for_some(channels, image_size):\n"
         "    return Bright(16)\n"
-        "def narrow(channels, image_size):\n"
-        "    torch.manual_seed(0)\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 12))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -253,23 +250,20 @@ def judge_adopted(root: Path, factory: str) -> UpdateResult:
 
 
 def test_nan_in_an_embedding_stops_the_update_and_is_never_stored(workspace_root, untouched, foreign_encoders):
+    """Tried on a few images first; what slips through is found by the images that training or judging need."""
+    generations = Workspace(str(workspace_root)).registry.generations()
     code, line = failing(lambda: judge_adopted(workspace_root, "foreign_encoders:nan_for_some"))
     assert code == FAILED
-    one_line(line, "failures", "non-finite embedding", "remove those images")
-    workspace = Workspace(str(workspace_root), None)
-    adopted = workspace.registry.generations()[-1]
+    one_line(line, "failures", "non-finite embedding")
     stored = [
-        file for file in Path(workspace.root, "caches", adopted).rglob("*.parquet") if "_staging" not in str(file)
+        file
+        for adopted in set(Workspace(str(workspace_root)).registry.generations()) - set(generations)
+        for file in Path(workspace_root, "caches", adopted).rglob("*.parquet")
+        if "_staging" not in str(file)
     ]
     for file in stored:
         vectors = np.frombuffer(b"".join(pq.read_table(file)["embedding"].to_pylist()), np.float32)
         assert np.isfinite(vectors).all()
-
-
-def test_adopted_encoder_of_another_width_is_refused_with_both_widths(workspace_root, untouched, foreign_encoders):
-    code, line = failing(lambda: judge_adopted(workspace_root, "foreign_encoders:narrow"))
-    assert code == FAILED
-    one_line(line, "12", "16")
 
 
 def test_adopted_encoder_that_does_not_exist(workspace_root, untouched):
