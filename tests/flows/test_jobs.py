@@ -212,7 +212,11 @@ def test_the_runtime_environment_carries_the_four_packages_and_the_stores_creden
     monkeypatch.setenv("AWS_REGION", "nowhere")
     monkeypatch.setenv("SECRET_OF_SOMETHING_ELSE", "x")
     found = runtime_environment()
-    assert [Path(path).name for path in found["py_modules"]] == ["training", "indexing", "evaluation", "flows"]
+    (package,) = map(Path, found["py_modules"])
+    assert package.name == "graceful"
+    shipped = {file.relative_to(package).as_posix() for file in package.rglob("*") if file.is_file()}
+    wanted = {"__init__.py", "files.py", "training/launch.py", "indexing/embed.py", "flows/runtime/jobs.py"}
+    assert {*wanted, "evaluation/templates/report.html.j2"} <= shipped
     assert found["env_vars"]["AWS_REGION"] == "nowhere"
     assert not [name for name in found["env_vars"] if not name.startswith(("AWS_", "GRACEFUL_"))]
 
