@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Mapping
 
+import torch
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from graceful.files import CRASH_VARIABLE
@@ -29,7 +30,9 @@ def command_in_child(
 ) -> None:
     """Entry point of a child process: be `graceful ...`, and die at `crash_at`."""
     os.environ.update(environment or {})
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Whatever the fork server was started with: weights depend on how many threads train.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     if crash_at:
         os.environ[CRASH_VARIABLE] = crash_at
     if log:
