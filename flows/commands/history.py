@@ -44,7 +44,8 @@ def lineage_history(root: str) -> dict[str, Any]:
     for event in history:
         about[event.generation].append(event)
     names = registry.generations()
-    tests = _self_tests(workspace, names)
+    judged = {event.generation for event in history if isinstance(event.payload, Decided)}
+    tests = _self_tests(workspace, [name for name in names if name in judged])
     champion = registry.serving().champion
     periods = registry.serving_periods()
     adopted = {event.generation for event in history if isinstance(event.payload, Adopted)}
@@ -93,7 +94,7 @@ def flips_of(root: str, generation: str | None, limit: int) -> dict[str, Any]:
     evaluation = read_evaluation(workspace.evaluation_uri(event.payload.evaluation))
     outcomes, k, decision = evaluation.outcomes, evaluation.evidence.k, evaluation.decision
     after = fraction_state(1.0 if decision.fraction is None else decision.fraction)
-    found = {
+    found: dict[str, Any] = {
         "evaluation": event.payload.evaluation,
         "generation": event.generation,
         "against": decision.champion,

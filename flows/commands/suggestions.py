@@ -37,9 +37,10 @@ def settling_commands(root: str) -> list[str]:
     if not decided or decided[-1].payload.outcome not in ("HOLD", "INCONCLUSIVE"):
         return []
     last, candidate = decided[-1], decided[-1].generation
-    word = [event for kind in (Rejected, Retired) for event in registry.events(kind) if event.at > last.at]
-    taken = [event.generation for event in (*word, *registry.events(Promoted, last.update_key))]
-    if candidate in taken or registry.serving().champion == candidate:
+    turned_down = [(event.generation, event.at) for kind in (Rejected, Retired) for event in registry.events(kind)]
+    settled = {generation for generation, at in turned_down if at > last.at}
+    settled |= {event.generation for event in registry.events(Promoted, last.update_key)}
+    if candidate in settled or registry.serving().champion == candidate:
         return []
     place = shlex.quote(shortest(root))
     return [

@@ -76,9 +76,7 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     if adopted is not None:
         refuse_retired(session.workspace, f"judging {adopted}", adopted)
         if adopted == champion:
-            raise MoveRefusedError(
-                f"judging {adopted}: expected an encoder that does not serve yet, found that it does"
-            )
+            raise MoveRefusedError(f"judging {adopted}: expected an encoder that does not serve, found that it does")
     update_key = base if not attempts else f"{base}-{len(attempts) + 1}"
     predecessors = tuple(_predecessors(session))
     training_key = adopted or digest([material_key, champion, predecessors])[:16]

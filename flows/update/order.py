@@ -181,8 +181,8 @@ def _refuse(workspace: Workspace, generation: str, key: str, decision: Decision,
         )
     if decision.outcome in ACTED_ON:
         raise MoveRefusedError(
-            f"{act}: expected a decision to hold or an open one, found {decision.outcome}; run 'graceful update', which "
-            "carries it out"
+            f"{act}: expected a decision to hold or an open one, found {decision.outcome}; run 'graceful update', "
+            "which carries it out"
         )
     refuse_retired(workspace, act, generation)
     if serving.champion not in (generation, decision.champion):
@@ -193,8 +193,8 @@ def _refuse(workspace: Workspace, generation: str, key: str, decision: Decision,
     for event in registry.events(Overridden, key):
         if event.generation == generation and event.payload.ordered != order.ordered:
             raise MoveRefusedError(
-                f"{act}: expected the order that is under way, {event.payload.ordered}, found {order.ordered}; give the "
-                "same --fraction"
+                f"{act}: expected the order that is under way, {event.payload.ordered}, found {order.ordered}; give "
+                "the same --fraction"
             )
 
 
