@@ -646,7 +646,7 @@ def _print_update(console: Console, result: Any, root: str) -> None:
     console.print(result.summary, highlight=False)
     console.print(f"Serving {result.champion}.  Report: {result.report}", highlight=False, soft_wrap=True)
     if result.outcome == "INCONCLUSIVE":
-        line = "More queries in the evaluation would settle it: add them and run 'graceful update' again. Or your word:"
+        line = "When the evaluation has more queries, 'graceful update' judges again. Or it is your word:"
         console.print(line, highlight=False)
     _print_next(console, root, result.report)
 
