@@ -485,7 +485,8 @@ def adopt(
         from graceful.flows.commands.updates import adopt_encoder, update_workspace
 
         given = {"image_size": image_size, "channels": channels, "mean": mean, "std": std}
-        adopted = adopt_encoder(_place(root), name, factory, weights, kwargs, {k: v for k, v in given.items() if v})
+        stated = {key: value for key, value in given.items() if value not in (None, [])}
+        adopted = adopt_encoder(_place(root), name, factory, weights, kwargs, stated)
         result = update_workspace(_place(root), _console(as_json), adopted=adopted)
         _print(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result, _place(root)))
         raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))

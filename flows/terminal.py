@@ -87,7 +87,7 @@ def print_history(console: Console, history: dict[str, Any]) -> None:
         head = Text(found["generation"], style="bold")
         console.print(head.append("  " + ", ".join(marks) if marks else "", style="not bold"), highlight=False)
         for line in _lines_about(found):
-            console.print(Padding(Text(line, overflow="fold"), (0, 0, 0, 2)), highlight=False)
+            console.print(Padding(Text(line, overflow="fold"), (0, 0, 0, 2), expand=False), highlight=False)
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

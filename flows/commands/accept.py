@@ -20,11 +20,13 @@ def accept_candidate(
     workspace = open_workspace(root)
     name = workspace.registry.resolve(generation)
     prepare_environment(root)
+    order = Order(reason, fraction)
     with open_session(root, load_workspace_config(root), TerminalProgress(console)) as session:
-        decided = accept(session, name, Order(reason, fraction))
+        decided = accept(session, name, order)
     return {
         "accepted": name,
         "decided": decided.outcome,
+        "ordered": order.ordered,
         "serving": workspace.registry.serving().champion,
         "evaluation": workspace.evaluation_uri(decided.evaluation),
     }

@@ -110,7 +110,7 @@ def flips_of(root: str, generation: str | None, limit: int) -> dict[str, Any]:
     if missing:
         raise NothingDecidedError(
             f"looking for flips of {event.generation}: expected the state {missing[0]!r} to be measured, found "
-            f"{', '.join(outcomes.states)}; add 1.0 to policy.fractions and run 'graceful update --again'"
+            f"{', '.join(outcomes.states)}; run 'graceful update --again'"
         )
     pair = compare(outcomes, SERVED, after, k=k)
     counted = np.flatnonzero(pair.counted)

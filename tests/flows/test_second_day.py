@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+import graceful
 from graceful.errors import GracefulError, UsageError
 from graceful.files import CRASH_EXIT_CODE
 from graceful.flows.cli import app
@@ -27,6 +28,7 @@ from graceful.flows.store.events import (
     UpdateStarted,
 )
 from graceful.flows.store.workspace import Workspace
+from graceful.flows.update import order
 from graceful.flows.update.conclude import release_when_due
 from graceful.flows.update.serving import MoveRefusedError, go_forward, rollback
 from graceful.flows.update.train import EmbeddingFailuresError
@@ -90,8 +92,8 @@ def test_accepting_serves_the_candidate_trains_nothing_and_says_who_and_why(held
     assert {file: file.stat().st_mtime_ns for file in root.glob("generations/*/weights.safetensors")} == before
     workspace = Workspace(str(root))
     assert workspace.view(candidate).rows_by_generation() == {candidate: 100}, "everything is embedded before it serves"
-    order = workspace.registry.events(Overridden)[-1]
-    assert (order.generation, order.payload.reason, bool(order.payload.by)) == (candidate, "looked at the flips", True)
+    said = workspace.registry.events(Overridden)[-1]
+    assert (said.generation, said.payload.reason, bool(said.payload.by)) == (candidate, "looked at the flips", True)
     assert document("status", "--root", root)["pending"] is None
     told = run("history", "--root", root).stdout
     assert "looked at the flips" in " ".join(told.split())
@@ -146,10 +148,20 @@ def test_accepting_what_was_taken_back_is_refused_and_says_which_command_goes_fo
 
 
 def test_accepting_what_the_gate_rolls_out_itself_is_refused(workspace_root):
+    def killed_before_the_move(name, act):
+        if name == "embed before the move":
+            raise KeyboardInterrupt
+        return act()
+
+    session = open_session(str(workspace_root), tiny.open_config(workspace_root))
+    with session as opened, pytest.raises(KeyboardInterrupt):
+        order.update(opened, step=killed_before_the_move)
+    line = run("accept", "g002", "--reason", "x", "--root", workspace_root, code=1).stderr
+    assert "found COMPATIBLE_ROLLOUT; run 'graceful update'" in line
+    assert Workspace(str(workspace_root)).registry.events(Overridden) == []
     running.update(workspace_root)
     run("rollback", "--root", workspace_root)
     assert "graceful promote" in run("accept", "g002", "--reason", "x", "--root", workspace_root, code=1).stderr
-    assert "COMPATIBLE_ROLLOUT" not in run("history", "--root", workspace_root).stdout.partition("What happened")[0]
 
 
 def test_accepting_about_another_champion_than_serves_is_refused(held, digits_file):
@@ -174,7 +186,7 @@ def test_accepting_a_retired_generation_or_going_forward_to_it_is_refused(held):
                                    "after-serving-moved"])  # fmt: skip
 @pytest.mark.timeout(300)
 def test_killed_accept_run_again_ends_as_one_that_was_not_killed(held, spawn, tmp_path, point):
-    root, candidate = held
+    root, _ = held
     whole = tiny.copy_workspace(root, tmp_path / "whole")
     run("accept", "g002", "--reason", "yes", "--root", whole)
     arguments = ["accept", "g002", "--reason", "yes", "--root", str(root)]
@@ -267,6 +279,7 @@ def test_a_short_id_searches_as_that_generation(workspace_root, digits_file):
     Image.open(io.BytesIO(payload["bytes"] if isinstance(payload, dict) else payload)).save(file)
     found = document("search", file, "--generation", "g001", "--root", workspace_root)
     assert found["query_generation"] == Workspace(str(workspace_root)).registry.resolve("g001")
+    assert len(graceful.open(workspace_root).search([file], k=3, generation="g001")[0]) == 3
     assert "g007" in run("search", file, "--generation", "g007", "--root", workspace_root, code=1).stderr
 
 
@@ -291,15 +304,6 @@ def test_flips_lists_what_would_be_lost_worst_first(held):
     measured = next(reason for reason in decision["reasons"] if reason["guard"] == "NFR" and reason["n"])
     assert found["num_flips"] == round(measured["value"] * measured["n"]), "the same count as the report's"
     assert "go from right to wrong" in " ".join(run("flips", "g002", "--root", root).stdout.split())
-
-
-def test_flips_of_a_state_that_was_not_measured_are_refused(bootstrapped, tmp_path, digits_file):
-    policy = {**STRICT, "fractions": [0.0, 0.5]}
-    root, result = judged(bootstrapped, tmp_path, digits_file, policy=policy)
-    assert result.outcome == "HOLD"
-    evaluation = json.loads(Path(result.evaluation, "decision.json").read_text())
-    if evaluation["fraction"] is None and "fraction/1" not in Path(result.evaluation, "evidence.json").read_text():
-        assert "'fraction/1'" in run("flips", "--root", root, code=1).stderr
 
 
 def test_promote_goes_forward_again_after_a_rollback(held):
@@ -401,16 +405,15 @@ LATER = """
 import torch
 from torch import nn
 
-class Bright(nn.Module):
+class Later(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         self.linear, self.calls = nn.Linear(64, 16), 0
     def forward(self, images):
         self.calls += 1
-        broken = len(images) > 32 or images.mean() > 9
-        return torch.where(torch.tensor(broken), torch.nan, self.linear(images.flatten(1)))
-def nan_for_bright(): return Bright()
+        return self.linear(images.flatten(1)) * (float("nan") if self.calls > 3 else 1.0)
+def nan_later(): return Later()
 """
 
 
@@ -429,7 +432,7 @@ def later_encoders(tmp_path, monkeypatch):
 
 def test_an_encoder_that_fails_while_it_is_judged_breaks_no_later_update(workspace_root, later_encoders, digits_file):
     name = adopt_generation(
-        Workspace(str(workspace_root)), tiny.open_config(workspace_root), "theirs", "later_encoders:nan_for_bright"
+        Workspace(str(workspace_root)), tiny.open_config(workspace_root), "theirs", "later_encoders:nan_later"
     )
     with pytest.raises(EmbeddingFailuresError, match=f"graceful retire {name}"):
         running.update(workspace_root, adopted=name)
