@@ -10,13 +10,16 @@ from typer.testing import CliRunner
 
 import graceful
 from graceful.errors import GracefulError, UsageError
+from graceful.evaluation.outcomes import pair_state
 from graceful.files import CRASH_EXIT_CODE
 from graceful.flows.cli import app
 from graceful.flows.commands import updates
 from graceful.flows.commands.adopt import AdoptionError, adopt_generation
+from graceful.flows.commands.history import flips_of
 from graceful.flows.commands.suggestions import settling_commands
 from graceful.flows.runtime.session import open_session
 from graceful.flows.store.claim import UpdateInProgressError, claim
+from graceful.flows.store.evaluations import read_evaluation
 from graceful.flows.store.events import (
     Adopted,
     Decided,
@@ -528,6 +531,20 @@ def test_an_encoder_of_another_width_is_judged_and_later_updates_go_on(workspace
     run("retire", name, "--reason", "too wide", "--root", workspace_root, code=0)
     tiny.write_config(workspace_root, digits_file, {**tiny.grown(5), "training.seed": 3})
     assert running.update(workspace_root).outcome == "COMPATIBLE_ROLLOUT"
+
+
+def test_an_encoder_of_another_width_is_backfilled_or_held_under_the_usual_share_of_wave_zero(
+    workspace_root, encoders, digits_file
+):
+    policy = {**tiny.WIDE, "max_wave_zero_share": 0.1, "num_resamples": 200, "fractions": [0.0, 0.5, 1.0]}
+    tiny.write_config(workspace_root, digits_file, {**tiny.grown(5), "policy": policy})
+    name = adopt(workspace_root, "wide")
+    result = running.update(workspace_root, adopted=name)
+    assert result.outcome == "FULL_BACKFILL"
+    evaluation = read_evaluation(result.evaluation)
+    assert pair_state(name, evaluation.decision.champion) not in evaluation.outcomes.states
+    assert [certificate.verdict for certificate in evaluation.evidence.certificates] == ["FAIL"]
+    assert flips_of(str(workspace_root), None, 5)["state"] == "fraction/1"
 
 
 def test_an_encoder_of_another_width_that_is_held_breaks_no_later_update(workspace_root, encoders, digits_file):
