@@ -543,8 +543,19 @@ def test_an_encoder_of_another_width_is_backfilled_or_held_under_the_usual_share
     assert result.outcome == "FULL_BACKFILL"
     evaluation = read_evaluation(result.evaluation)
     assert pair_state(name, evaluation.decision.champion) not in evaluation.outcomes.states
-    assert [certificate.verdict for certificate in evaluation.evidence.certificates] == ["FAIL"]
+    assert "PASS" not in [certificate.verdict for certificate in evaluation.evidence.certificates]
     assert flips_of(str(workspace_root), None, 5)["state"] == "fraction/1"
+
+
+def test_no_margin_is_wide_enough_to_certify_vectors_of_another_width(workspace_root, encoders, digits_file):
+    policy = {**tiny.WIDE, "quality_margin_points": 100.0, "num_resamples": 200, "fractions": [0.0, 0.5, 1.0]}
+    tiny.write_config(workspace_root, digits_file, {**tiny.grown(5), "policy": policy})
+    name = adopt(workspace_root, "wide")
+    result = running.update(workspace_root, adopted=name)
+    workspace = Workspace(str(workspace_root))
+    assert {pair for pair in workspace.registry.certificates() if pair[0] == name} <= {(name, name)}
+    assert workspace.view(result.champion).rows_by_generation() == {result.champion: 100}
+    assert len(workspace.view(result.champion).unreadable()) == 0
 
 
 def test_an_encoder_of_another_width_that_is_held_breaks_no_later_update(workspace_root, encoders, digits_file):
