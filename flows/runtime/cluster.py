@@ -78,6 +78,7 @@ class RaySession:
         """Start or join the cluster unless this process is connected to one already."""
         if self.submits_jobs or ray.is_initialized():
             return
+        before = signal.getsignal(signal.SIGTERM)
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
         if self.config.address == "local":
@@ -97,8 +98,8 @@ class RaySession:
             )
         self._started = True
         if threading.current_thread() is threading.main_thread():
-            # Ray puts a handler of its own in place, which prints a native stack trace and aborts: ours comes back.
-            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+            # Ray has put a handler of its own in place, below Python and in it: the one of before comes back.
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
     def _start_local(self) -> None:
         """Start a cluster in this process. Ray gives its node 30 s, which a busy machine may not keep: try again."""

@@ -31,7 +31,7 @@ def processes_of(session: int) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("sign", "code", "workers"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 0)])
+@pytest.mark.parametrize(("sign", "code", "workers"), [(signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 1)])
 def test_interrupted_training_ends_within_seconds_and_leaves_no_process(
     workspace_root, digits_file, command_environment, tmp_path, sign, code, workers
 ):

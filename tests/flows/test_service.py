@@ -156,6 +156,8 @@ def test_the_cron_schedule_really_yields_runs_and_the_flow_ui_shows_a_form(servi
         "workspace": "string",
         "again": "boolean",
         "train_paragon": [{"type": "boolean"}, {"type": "null"}],
+        "adopted": [{"type": "string"}, {"type": "null"}],
+        "wait_hours": [{"type": "number"}, {"type": "null"}],
     }
     assert all(value["description"] for value in properties.values())
     assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
