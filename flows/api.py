@@ -165,7 +165,7 @@ class WorkspaceHandle:
         Args:
             images: Files or URIs.
             k: How many items to return for each.
-            generation: Query as this generation instead of the champion: an old client, a canary.
+            generation: Query as this generation (its id, or g002) instead of the champion: an old client, a canary.
 
         Returns:
             For each image up to k hits, best first; scores are cosines, higher is better.
@@ -177,6 +177,8 @@ class WorkspaceHandle:
         from graceful.flows.search.searcher import GallerySearcher
 
         sources = [_place(image) for image in _several(images, "searching")]
+        if generation is not None:
+            generation = open_workspace(self.root).registry.resolve(generation)
         searcher = self._searchers.get(generation)
         if searcher is None:
             searcher = self._searchers[generation] = GallerySearcher(open_workspace(self.root), generation)

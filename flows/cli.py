@@ -186,6 +186,7 @@ def status(root: RootOption = ".", as_json: JsonOption = False) -> None:
         found = workspace_status(_place(root))
         _print(as_json, found, lambda console: print_status(console, found))
         if not as_json:
+            _print_what_settles(found["pending"], _place(root))
             _say_what_the_template_needs(_place(root))
 
 
@@ -381,7 +382,7 @@ def accept(
     Look at [bold]graceful flips[/bold] first: what is listed there will be wrong from now on.
     """
     with reported_errors(as_json):
-        from graceful.flows.commands.updates import accept_candidate
+        from graceful.flows.commands.accept import accept_candidate
 
         found = accept_candidate(_place(root), _console(as_json), generation, reason=reason, fraction=fraction)
         line = f"Serving {found['serving']}: accepted although the gate said {found['decided']}."
@@ -484,7 +485,8 @@ def adopt(
         from graceful.flows.commands.updates import adopt_encoder, update_workspace
 
         given = {"image_size": image_size, "channels": channels, "mean": mean, "std": std}
-        adopted = adopt_encoder(_place(root), name, factory, weights, kwargs, {k: v for k, v in given.items() if v})
+        stated = {key: value for key, value in given.items() if value not in (None, [])}
+        adopted = adopt_encoder(_place(root), name, factory, weights, kwargs, stated)
         result = update_workspace(_place(root), _console(as_json), adopted=adopted)
         _print(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result, _place(root)))
         raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))
@@ -629,11 +631,24 @@ def _print_next(console: Console, root: str, report: str) -> None:
     print_next(console, next_commands(root, report))
 
 
+def _print_what_settles(pending: str | None, root: str) -> None:
+    from graceful.flows.commands.suggestions import settling_commands
+    from graceful.flows.terminal import print_next
+
+    if pending is not None:
+        line = f"{pending} waits: for more queries and another 'graceful update', or for your word."
+        Console().print(line, highlight=False)
+        print_next(Console(), settling_commands(root))
+
+
 def _print_update(console: Console, result: Any, root: str) -> None:
     again = " (decided before; --again judges anew)" if result.repeated else ""
     console.print(f"[bold]{result.candidate}: {result.outcome}[/bold]{again}", highlight=False)
     console.print(result.summary, highlight=False)
     console.print(f"Serving {result.champion}.  Report: {result.report}", highlight=False, soft_wrap=True)
+    if result.outcome == "INCONCLUSIVE":
+        line = "When the evaluation has more queries, 'graceful update' judges again. Or it is your word:"
+        console.print(line, highlight=False)
     _print_next(console, root, result.report)
 
 

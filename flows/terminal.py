@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -79,21 +80,24 @@ def print_next(console: Console, commands: Sequence[str]) -> None:
 
 
 def print_history(console: Console, history: dict[str, Any]) -> None:
-    """Generations, what was decided about them and by whom; then every move of what serves."""
+    """Generations, what was decided about them and by whom; then everything that happened. Times are UTC."""
     for found in history["generations"]:
-        marks = [word for word in ("serves", "served_before", "retired") if found[word]]
-        parts = [found["generation"], found["origin"], found["made"], found["decision"] or "not judged"]
-        console.print(f"[bold]{'  '.join(parts)}[/bold]  {', '.join(marks).replace('_', ' ')}", highlight=False)
-        if found["decided_by"] != "gate":
-            console.print(f"    {found['decided_by']}: {found['reason']}", highlight=False, markup=False)
-        elif found["why"]:
-            console.print(f"    {found['why']}", highlight=False, markup=False)
-    if history["moves"]:
-        console.print("Moves:", highlight=False)
-    for move in history["moves"]:
-        rest = ", ".join(str(move[name]) for name in ("to", "ordered", "reason", "by") if name in move)
-        line = f"  {move['when']}  {move['what'].replace('_', ' ')} {move['generation']}  {rest}"
-        console.print(line.rstrip(), highlight=False, markup=False)
+        marks = ["serves"] if found["serves"] else []
+        marks += ["retired"] if found["retired"] else []
+        head = Text(found["generation"], style="bold")
+        console.print(head.append("  " + ", ".join(marks) if marks else "", style="not bold"), highlight=False)
+        for line in _lines_about(found):
+            console.print(Padding(Text(line, overflow="fold"), (0, 0, 0, 2), expand=False), highlight=False)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for event in history["events"]:
+        table.add_row(event["when"], Text(_happened(event)))
+    if history["events"]:
+        console.print("What happened (UTC):", highlight=False)
+        console.print(table, highlight=False)
+    else:
+        console.print("Nothing has happened yet; run 'graceful update'.", highlight=False)
 
 
 def print_flips(console: Console, found: dict[str, Any]) -> None:
@@ -107,10 +111,46 @@ def print_flips(console: Console, found: dict[str, Any]) -> None:
         highlight=False,
     )
     for flip in found["flips"]:
-        after = f"found at {flip['rank_after']:,}" if flip["rank_after"] else "not found"
-        console.print(f"  {flip['identity']}  {flip['query']}  {after}", highlight=False, markup=False, soft_wrap=True)
+        after = f"{flip['rank_after']:,}" if flip["rank_after"] else "not found"
+        slices = "".join(f"  {name}={value}" for name, value in flip["slices"].items())
+        line = f"  {flip['identity']}  rank {flip['rank_before']:,} -> {after}{slices}  {flip['query']}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if found["num_flips"] > len(found["flips"]):
         console.print(f"  ... and {found['num_flips'] - len(found['flips']):,} more (--limit)", highlight=False)
+
+
+def _lines_about(found: dict[str, Any]) -> Iterator[str]:
+    """What a history says of one generation."""
+    test = "" if found["self_test"] is None else f", self-test {100 * found['self_test']:.1f} %"
+    origin = f"adopted as {found['name']} from {found['factory']}" if found["name"] else found["origin"]
+    yield f"{origin}, {found['made']}{test}"
+    yield found["why"] or found["decision"] or "not judged yet"
+    if found["reason"] is not None:
+        said = "rejected" if found["ordered"] == "rejected" else f"ordered {found['ordered']}"
+        yield f"{said} by {found['decided_by']}: {found['reason']}"
+    if found["retired_because"] is not None:
+        yield f"retired: {found['retired_because']}"
+    for period in found["serving_periods"]:
+        yield f"served {period['since']} to {period['until']}" if period["until"] else f"serves since {period['since']}"
+
+
+def _happened(event: dict[str, Any]) -> str:
+    """An event as a person says it, with the reason and who gave it."""
+    name = event["generation"]
+    said = {
+        "trained": f"{name} trained",
+        "adopted": f"{name} adopted as {event.get('name')} from {event.get('factory')}",
+        "decided": f"{name} judged: {event.get('outcome')}",
+        "overridden": f"operator ordered {event.get('ordered')} of {name}",
+        "rejected": f"operator rejected {name}",
+        "promoted": f"{name} serves",
+        "rolled_back": f"rolled back from {name} to {event.get('to')}",
+        "forwarded": f"went forward to {name}",
+        "previous_released": f"{name} released: a rollback to it is no longer possible",
+        "retired": f"{name} retired" + ("" if event.get("reason") else ": it owns no readable row"),
+    }[event["what"]]
+    reason = f": {event['reason']}" if event.get("reason") else ""
+    return said + reason + (f" ({event['by']})" if event.get("by") else "")
 
 
 def _print_control(console: Console, control: ControlResult) -> None:

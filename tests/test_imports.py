@@ -52,7 +52,7 @@ ORDER = {
         "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.http",
         "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
         "flows.commands.status", "flows.commands.evaluations",
-        "flows.commands.history", "flows.commands.adopt",
+        "flows.commands.history", "flows.commands.adopt", "flows.commands.accept",
         "flows.commands.images", "flows.commands.updates", "flows.commands.suggestions",
         "flows.commands.demo_world", "flows.commands.demo", "flows.api", "flows.terminal", "flows.cli",
         "flows.cli_reference",
@@ -88,7 +88,7 @@ FORBIDDEN = {"flows.cli": ("pyarrow", "prefect", "ray", *PACKAGES[:3])}
 # Plain Python: an update, a search and a judgement run the same without Prefect.
 WITHOUT_PREFECT = (
     "flows.search.searcher", "flows.search.http", "flows.update.order", "flows.update.replay", "flows.commands.status",
-    "flows.commands.demo", "flows.api",
+    "flows.commands.demo", "flows.commands.accept", "flows.api",
 )  # fmt: skip
 
 

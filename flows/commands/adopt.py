@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from graceful.errors import GracefulError
 from graceful.files import exists, join, list_files, read_bytes, write_bytes
 from graceful.flows.settings.config import PipelineConfig
+from graceful.flows.store.claim import claim
 from graceful.flows.store.evaluation_set import load_evaluation_set
 from graceful.flows.store.events import Adopted
 from graceful.flows.store.workspace import Workspace
@@ -55,8 +57,22 @@ def adopt_generation(
         AdoptionError, UsageError: it cannot be built, raises, or gives vectors that nothing can be found by.
     """
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    wanted = Preprocessing.model_validate({**config.training.preprocessing.model_dump(), **(preprocessing or {})})
+        sys.path.append(os.getcwd())
+    wanted = _preprocessing(config, name, preprocessing or {})
+    # Under the claim: an update that runs now may be making the generation of the same ordinal.
+    with claim(workspace.root, f"adopting {name}"):
+        return _store(workspace, config, name, factory, weights, dict(kwargs or {}), wanted)
+
+
+def _store(
+    workspace: Workspace,
+    config: PipelineConfig,
+    name: str,
+    factory: str,
+    weights: str | None,
+    kwargs: dict[str, Any],
+    wanted: Preprocessing,
+) -> str:
     registry = workspace.registry
     ordinal = max([ordinal_of(known) for known in registry.generations()], default=0) + 1
     with tempfile.TemporaryDirectory() as folder:
@@ -66,12 +82,16 @@ def adopt_generation(
                 preprocessing=wanted,
                 out_uri=folder,
                 ordinal=ordinal,
-                kwargs=dict(kwargs or {}),
+                kwargs=kwargs,
                 weights=weights,
             )
-            _try(join(folder, card.generation_id), name, load_evaluation_set(config.evaluation).images[1][:NUM_TRIED])
+            sources = load_evaluation_set(config.evaluation).images[1]
+            # Spread over the set: its first images are often all of one identity.
+            _try(join(folder, card.generation_id), name, sources[:: -(-len(sources) // NUM_TRIED)])
         except GracefulError:
             raise
+        except FileNotFoundError as error:
+            raise AdoptionError(f"adopting {name}: {error}; correct --weights, or what {factory} reads") from None
         except Exception as error:  # whatever the factory or its module raises
             raise AdoptionError(
                 f"adopting {name}: {factory} raised {type(error).__name__} on images of {wanted.channels} x "
@@ -87,6 +107,18 @@ def adopt_generation(
             write_bytes(join(target, file.removeprefix(source)), read_bytes(file))
     registry.record(Adopted(name=name, factory=factory), generation=card.generation_id)
     return card.generation_id
+
+
+def _preprocessing(config: PipelineConfig, name: str, given: Mapping[str, Any]) -> Preprocessing:
+    """The configuration's preprocessing with what was given instead. Raises AdoptionError, naming the option."""
+    try:
+        return Preprocessing.model_validate({**config.training.preprocessing.model_dump(), **given})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        message = problem["msg"].removeprefix("Value error, ")
+        option = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else "mean and --std"
+        found = f", found {problem['input']!r}" if problem["loc"] else ""
+        raise AdoptionError(f"adopting {name}: {message}{found}; correct --{option}") from None
 
 
 def _try(uri: str, name: str, sources: list[str]) -> None:

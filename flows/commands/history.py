@@ -1,22 +1,31 @@
 """Commands about what has happened: the history of the lineage, and the flips of an evaluation. Read only."""
 
 import datetime
+from collections import defaultdict
 from typing import Any
 
 from graceful.errors import GracefulError
 from graceful.flows.store.events import (
     Adopted,
     Decided,
+    Event,
     Forwarded,
     Overridden,
+    PreviousReleased,
     Promoted,
     Rejected,
     Retired,
     RolledBack,
     Trained,
 )
-from graceful.flows.store.registry import Registry
-from graceful.flows.store.workspace import open_workspace
+from graceful.flows.store.workspace import Workspace, open_workspace
+from graceful.training.generation import ordinal_of
+
+TOLD = (
+    Trained, Adopted, Decided, Overridden, Rejected, Promoted, RolledBack, Forwarded, PreviousReleased, Retired,
+)  # fmt: skip
+"""Kinds of events that a history tells; the others are the machine's own bookkeeping."""
+_FIELDS = ("outcome", "to", "ordered", "name", "factory", "reason", "by")
 
 
 class NothingDecidedError(GracefulError):
@@ -24,31 +33,53 @@ class NothingDecidedError(GracefulError):
 
 
 def lineage_history(root: str) -> dict[str, Any]:
-    """Every generation with what was decided about it and by whom, and everything that moved, in order."""
+    """Every generation with what was decided about it and by whom, and everything that happened, in order.
+
+    `self_test` is the quality of a generation on its own gallery in the newest evaluation that measured it.
+    """
     workspace = open_workspace(root)
     registry = workspace.registry
-    serving = registry.serving()
-    generations = [_generation(registry, name, serving.champion) for name in registry.generations()]
-    moves = []
-    for event in registry.history():
-        happened = event.payload
-        if isinstance(happened, Promoted | RolledBack | Forwarded | Overridden | Rejected | Retired):
-            told = {name: getattr(happened, name, "") for name in ("to", "ordered", "reason", "by")}
-            moves.append(
-                {"when": _when(event.at), "what": event.kind, "generation": event.generation}
-                | {name: value for name, value in told.items() if value}
-            )
-    return {"generations": generations, "moves": moves}
+    history = registry.history()
+    about: dict[str, list[Event[Any]]] = defaultdict(list)
+    for event in history:
+        about[event.generation].append(event)
+    names = registry.generations()
+    judged = {event.generation for event in history if isinstance(event.payload, Decided)}
+    tests = _self_tests(workspace, [name for name in names if name in judged])
+    champion = registry.serving().champion
+    periods = registry.serving_periods()
+    adopted = {event.generation for event in history if isinstance(event.payload, Adopted)}
+    return {
+        "generations": [
+            {
+                **_generation(name, about[name], champion),
+                "self_test": tests.get(name),
+                "serving_periods": [
+                    {"since": _when(since), "until": None if until is None else _when(until)}
+                    for served, since, until in periods
+                    if served == name
+                ],
+            }
+            for name in names
+        ],
+        "events": [
+            _told(event)
+            for event in history
+            if isinstance(event.payload, TOLD)
+            and not (isinstance(event.payload, Trained) and event.generation in adopted)
+        ],
+    }
 
 
 def flips_of(root: str, generation: str | None, limit: int) -> dict[str, Any]:
-    """Queries that are right with what serves and would be wrong with a candidate, the worst first.
+    """Queries that are right with what served and would be wrong with a candidate, the worst first.
 
-    Wrong in the state that the decision was about: the decided fraction, else the fully re-embedded gallery.
+    Wrong in the state that the decision was about: the decided fraction, else the fully re-embedded gallery. What is
+    right, and which queries count, is what the report says.
     """
     import numpy as np
 
-    from graceful.evaluation.outcomes import SERVED, fraction_state
+    from graceful.evaluation.outcomes import SERVED, compare, fraction_state
     from graceful.flows.store.evaluations import read_evaluation
 
     workspace = open_workspace(root)
@@ -63,59 +94,104 @@ def flips_of(root: str, generation: str | None, limit: int) -> dict[str, Any]:
     evaluation = read_evaluation(workspace.evaluation_uri(event.payload.evaluation))
     outcomes, k, decision = evaluation.outcomes, evaluation.evidence.k, evaluation.decision
     after = fraction_state(1.0 if decision.fraction is None else decision.fraction)
-    if SERVED not in outcomes.first_rank or after not in outcomes.first_rank:
-        return {
-            "generation": event.generation,
-            "against": None,
-            "state": after,
-            "num_queries": len(outcomes),
-            "flips": [],
-        }
-    then, now = outcomes.first_rank[SERVED], outcomes.first_rank[after]
-    right_then, right_now = (then > 0) & (then <= k), (now > 0) & (now <= k)
-    lost = np.flatnonzero(right_then & ~right_now)
-    lost = lost[np.argsort(-np.where(now[lost] > 0, now[lost], np.iinfo(np.int32).max), kind="stable")]
-    return {
+    found: dict[str, Any] = {
+        "evaluation": event.payload.evaluation,
         "generation": event.generation,
         "against": decision.champion,
         "state": after,
         "num_queries": len(outcomes),
+        "num_flips": 0,
+        "num_repaired": 0,
+        "flips": [],
+    }
+    if decision.champion is None:
+        return found
+    missing = [state for state in (SERVED, after) if state not in outcomes.first_rank]
+    if missing:
+        raise NothingDecidedError(
+            f"looking for flips of {event.generation}: expected the state {missing[0]!r} to be measured, found "
+            f"{', '.join(outcomes.states)}; run 'graceful update --again'"
+        )
+    pair = compare(outcomes, SERVED, after, k=k)
+    counted = np.flatnonzero(pair.counted)
+    then, now = outcomes.first_rank[SERVED], outcomes.first_rank[after]
+    lost = counted[pair.right_before & ~pair.right_after]
+    worst = np.where(now[lost] > 0, now[lost], np.iinfo(np.int32).max)
+    lost = lost[np.argsort(-worst, kind="stable")]
+    return {
+        **found,
+        "num_queries": len(counted),
         "num_flips": len(lost),
-        "num_repaired": int((~right_then & right_now).sum()),
+        "num_repaired": int((~pair.right_before & pair.right_after).sum()),
         "flips": [
             {
                 "query": str(outcomes.query_ids[row]),
                 "identity": str(outcomes.identities[row]),
+                "slices": {name: str(values[row]) for name, values in outcomes.slices.items() if values[row]},
                 "rank_before": int(then[row]),
                 "rank_after": int(now[row]) or None,
-                **{name: str(values[row]) for name, values in outcomes.slices.items()},
             }
             for row in lost[:limit]
         ],
     }
 
 
-def _generation(registry: Registry, name: str, champion: str | None) -> dict[str, Any]:
-    decided = [event.payload for event in registry.events(Decided) if event.generation == name]
-    last = decided[-1] if decided else None
-    orders = [event.payload for event in registry.events(Overridden) if event.generation == name]
-    rejected = [event.payload for event in registry.events(Rejected) if event.generation == name]
-    retired = [event.payload for event in registry.events(Retired) if event.generation == name]
-    said = orders[-1] if orders else (rejected[-1] if rejected else None)
-    adopted = any(event.generation == name for event in registry.events(Adopted))
-    first = min(event.at for kind in (Trained, Adopted) for event in registry.events(kind) if event.generation == name)
+def _generation(name: str, events: list[Event[Any]], champion: str | None) -> dict[str, Any]:
+    """What one generation's own events come to; the newest word about it counts, the gate's or the operator's."""
+    decided = [event.payload for event in events if isinstance(event.payload, Decided)]
+    words = [event.payload for event in events if isinstance(event.payload, Decided | Overridden | Rejected)]
+    said = words[-1] if words and not isinstance(words[-1], Decided) else None
+    adopted = next((event.payload for event in events if isinstance(event.payload, Adopted)), None)
+    retired = [event.payload for event in events if isinstance(event.payload, Retired)]
+    made = min(event.at for event in events if isinstance(event.payload, Trained | Adopted))
     return {
         "generation": name,
-        "made": _when(first),
+        "ordinal": ordinal_of(name),
+        "made": _when(made),
         "origin": "adopted" if adopted else "trained",
-        "decision": last.outcome if last else None,
-        "why": last.summary if last else None,
-        "decided_by": "gate" if said is None else f"operator {said.by}",
-        "reason": said.reason if said is not None else None,
+        "name": adopted.name if adopted else None,
+        "factory": adopted.factory if adopted else None,
+        "decision": decided[-1].outcome if decided else None,
+        "why": decided[-1].summary if decided else None,
+        "decided_by": f"operator {said.by}" if said else ("gate" if decided else None),
+        "ordered": said.ordered if isinstance(said, Overridden) else ("rejected" if said else None),
+        "reason": said.reason if said else None,
         "serves": name == champion,
-        "served_before": name != champion and name in registry.served_generations(),
         "retired": bool(retired),
+        "retired_because": next((event.reason for event in reversed(retired) if event.reason), None),
     }
+
+
+def _self_tests(workspace: Workspace, names: list[str]) -> dict[str, float]:
+    """Mean metric of each generation on its own gallery, from the newest evaluation that measured it and is there."""
+    import numpy as np
+
+    from graceful.evaluation.outcomes import metric_values, pair_state
+    from graceful.flows.store.evaluations import EvaluationMissingError, read_evaluation
+
+    found: dict[str, float] = {}
+    for event in reversed(workspace.registry.events(Decided)):
+        if len(found) == len(names):
+            break
+        try:
+            evaluation = read_evaluation(workspace.evaluation_uri(event.payload.evaluation))
+        except EvaluationMissingError:
+            continue
+        for name in set(names) - set(found):
+            state = pair_state(name, name)
+            if state in evaluation.outcomes.first_rank:
+                values = metric_values(evaluation.outcomes, state, evaluation.policy.metric, evaluation.policy.k)
+                if np.isfinite(values).any():
+                    found[name] = round(float(np.nanmean(values)), 6)
+        if event.generation not in found:  # it could not be measured, and an older evaluation will not know better
+            names = [name for name in names if name != event.generation]
+    return found
+
+
+def _told(event: Event[Any]) -> dict[str, Any]:
+    fields = {name: getattr(event.payload, name, "") for name in _FIELDS}
+    told = {"when": _when(event.at), "what": event.kind, "generation": event.generation}
+    return told | {name: value for name, value in fields.items() if value}
 
 
 def _when(at: float) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from graceful.errors import GracefulError
 from graceful.files import exists, join, remove
 from graceful.flows.store.evaluation_set import evaluation_set_uri, named_in_set
-from graceful.flows.store.events import Decided, Pending, Promoted, Rejected, Retired, Trained, UpdateStarted
+from graceful.flows.store.events import Decided, Promoted, Rejected, Retired, Trained, UpdateStarted
 from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.flows.update.serving import delete, go_forward, reject, retire, rollback
 from graceful.indexing.maintenance import collect, forget
@@ -50,12 +50,21 @@ def workspace_status(root: str) -> dict[str, Any]:
 
 
 def pending_generation(workspace: Workspace) -> str | None:
-    """The candidate that waits for more evidence; the next candidate supersedes it."""
+    """The candidate that waits for more evidence or for the operator's word; the next candidate supersedes it."""
     registry = workspace.registry
-    trained = registry.generations()
-    waiting = {event.generation for event in registry.events(Pending)}
-    settled = {event.generation for kind in (Promoted, Rejected, Retired) for event in registry.events(kind)}
-    return trained[-1] if trained and trained[-1] in waiting - settled else None
+    newest = registry.generations()[-1:]
+    open_key = None
+    for event in registry.history():
+        happened = event.payload
+        if event.generation not in newest:
+            continue
+        if isinstance(happened, Decided):
+            open_key = event.update_key if happened.outcome == "INCONCLUSIVE" else None
+        elif isinstance(happened, Rejected | Retired) or (
+            isinstance(happened, Promoted) and event.update_key == open_key
+        ):
+            open_key = None
+    return newest[0] if open_key is not None else None
 
 
 def delete_items(root: str, item_ids: list[str], *, forget: bool) -> dict[str, Any]:

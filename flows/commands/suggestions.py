@@ -4,7 +4,7 @@ import os
 import shlex
 
 from graceful.files import is_remote
-from graceful.flows.store.events import Decided
+from graceful.flows.store.events import Decided, Promoted, Rejected, Retired
 from graceful.flows.store.workspace import open_workspace
 
 
@@ -17,13 +17,7 @@ def next_commands(root: str, report: str) -> list[str]:
     if not is_remote(report):
         commands.append(f"python3 -m webbrowser file://{shlex.quote(os.path.abspath(report))}")
     commands.append(f"graceful report --root {place}")
-    decided = workspace.registry.events(Decided)
-    if decided and decided[-1].payload.outcome in ("HOLD", "INCONCLUSIVE"):
-        candidate = decided[-1].generation
-        if candidate != serving.champion:
-            commands.append(f"graceful flips {candidate} --root {place}")
-            commands.append(f"graceful accept {candidate} --reason '...' --root {place}")
-            commands.append(f"graceful reject {candidate} --reason '...' --root {place}")
+    commands += settling_commands(root)
     if serving.champion is not None:
         view = workspace.view(serving.champion)
         readable = (view.owner >= 0).nonzero()[0]
@@ -33,6 +27,27 @@ def next_commands(root: str, report: str) -> list[str]:
     if serving.previous is not None:
         commands.append(f"graceful rollback --root {place}")
     return commands
+
+
+def settling_commands(root: str) -> list[str]:
+    """Commands that settle what the newest decision held or left open; none where that is settled."""
+    workspace = open_workspace(root)
+    registry = workspace.registry
+    decided = registry.events(Decided)
+    if not decided or decided[-1].payload.outcome not in ("HOLD", "INCONCLUSIVE"):
+        return []
+    last, candidate = decided[-1], decided[-1].generation
+    turned_down = [(event.generation, event.at) for kind in (Rejected, Retired) for event in registry.events(kind)]
+    settled = {generation for generation, at in turned_down if at > last.at}
+    settled |= {event.generation for event in registry.events(Promoted, last.update_key)}
+    if candidate in settled or registry.serving().champion == candidate:
+        return []
+    place = shlex.quote(shortest(root))
+    return [
+        f"graceful flips {candidate} --root {place}",
+        f"graceful accept {candidate} --reason '...' --root {place}",
+        f"graceful reject {candidate} --reason '...' --root {place}",
+    ]
 
 
 def shortest(location: str) -> str:

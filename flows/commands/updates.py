@@ -1,4 +1,4 @@
-"""Commands that train and judge: update, accept, replay. They load PyTorch, Ray and Prefect."""
+"""Commands that train and judge: update, adopt, replay. They load PyTorch, Ray and Prefect."""
 
 import json
 import os
@@ -12,12 +12,10 @@ from graceful.errors import UsageError
 from graceful.files import is_remote, join, write_bytes, write_json
 from graceful.flows.commands.adopt import adopt_generation
 from graceful.flows.runtime.progress import TerminalProgress
-from graceful.flows.runtime.session import open_session
 from graceful.flows.settings.config import CONFIG_FILE, Control, load_config, load_workspace_config
 from graceful.flows.store.workspace import open_workspace, require_workspace
-from graceful.flows.update.act import Order
 from graceful.flows.update.flow import BESIDE, replay, update
-from graceful.flows.update.order import UpdateResult, accept
+from graceful.flows.update.order import UpdateResult
 from graceful.flows.update.replay import ReplayResult, replay_table
 
 
@@ -38,28 +36,14 @@ def adopt_encoder(
         arguments = json.loads(kwargs)
     except ValueError as error:
         raise UsageError(f"adopting {name}: expected --kwargs as a JSON object, found {kwargs!r} ({error})") from None
+    if not isinstance(arguments, dict):
+        raise UsageError(f"adopting {name}: expected --kwargs as a JSON object, found {kwargs!r}")
     workspace = open_workspace(root)
     config = load_workspace_config(root)
     file = None if weights is None else os.path.abspath(weights)
     return adopt_generation(
         workspace, config, name, factory, weights=file, kwargs=arguments, preprocessing=preprocessing
     )
-
-
-def accept_candidate(
-    root: str, console: Console, generation: str, *, reason: str, fraction: float | None = None
-) -> dict[str, Any]:
-    """Carry out the operator's word on a candidate; no flow server, nothing is trained."""
-    workspace = open_workspace(root)
-    name = workspace.registry.resolve(generation)
-    with open_session(root, load_workspace_config(root), TerminalProgress(console)) as session:
-        decided = accept(session, name, Order(reason, fraction))
-    return {
-        "accepted": name,
-        "decided": decided.outcome,
-        "serving": workspace.registry.serving().champion,
-        "evaluation": workspace.evaluation_uri(decided.evaluation),
-    }
 
 
 def replay_history(

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from graceful.errors import GracefulError
 from graceful.files import crash_point, join
-from graceful.flows.store.events import Adopted, Event, H, Trained, from_row, to_text
+from graceful.flows.store.events import Adopted, Event, H, Retired, Trained, from_row, to_text
 from graceful.indexing.planner import PLAN_ITEMS_SCHEMA
 from graceful.indexing.tables import TableConflictError, VersionedTable
 from graceful.training.generation import ordinal_of
@@ -234,6 +234,22 @@ class Registry:
     def serving_history(self) -> list[ServingState]:
         """Every serving state there has been, oldest first."""
         return self._serving_history_at(None)
+
+    def serving_periods(self) -> list[tuple[str, float, float | None]]:
+        """Who served from when to when (seconds since the epoch), oldest first; the last one has no end."""
+        periods: list[tuple[str, float, float | None]] = []
+        for row in self._serving.snapshot().rows().sort_by("sequence").to_pylist():
+            champion = ServingState.model_validate_json(row["state"]).champion
+            if champion is None or (periods and periods[-1][0] == champion):
+                continue
+            if periods:
+                periods[-1] = (*periods[-1][:2], row["at"])
+            periods.append((champion, row["at"], None))
+        return periods
+
+    def retired(self) -> dict[str, str]:
+        """Generations that the operator has taken out, with the reason."""
+        return {event.generation: event.payload.reason for event in self.events(Retired) if event.payload.reason}
 
     def move_serving(self, expected: ServingState, **changes: Any) -> ServingState:
         """Compare-and-swap: apply `changes` if the serving state is still `expected`.

@@ -51,6 +51,11 @@ class Order:
     reason: str
     fraction: float | None = None
 
+    @property
+    def ordered(self) -> str:
+        """What is ordered, as the lineage names it."""
+        return "FULL_BACKFILL" if self.fraction is None else f"COMPATIBLE_ROLLOUT {self.fraction:.0%}"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -125,8 +130,7 @@ def _rollout(case: Case, decided: Decided, evaluation: Evaluation, order: Order 
     rollout = Rollout.of(evaluation.decision, update_key=key, evaluation=name, gallery=gallery)
     if rollout is not None or order is None:
         return rollout
-    what = "FULL_BACKFILL" if order.fraction is None else f"COMPATIBLE_ROLLOUT {order.fraction:.0%}"
-    record_order(case.workspace, evaluation.decision, key, what, order.reason)
+    record_order(case.workspace, evaluation.decision, key, order.ordered, order.reason)
     return Rollout.ordered_by_operator(
         evaluation.evidence, update_key=key, evaluation=name, gallery=gallery, fraction=order.fraction
     )

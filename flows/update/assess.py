@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graceful.evaluation.cost import CostInputs
-from graceful.evaluation.evidence import Question, certify
+from graceful.evaluation.evidence import CertificateEvidence, Question, certify
+from graceful.evaluation.outcomes import live_state
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.files import crash_point
 from graceful.flows.store.evaluation_set import EvaluationSet
@@ -75,9 +76,7 @@ def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candi
     bench.measure_served(champion, owners)
     for query in (champion, candidate):
         bench.measure_live(query, owners, list(shares))
-    certificates = certify(
-        bench.outcomes(), candidacy.policy, live_owners=shares, candidate=candidate, champion=champion
-    )
+    certificates = _certificates(bench, candidacy.policy, shares, candidate, champion)
     passed = sorted((c.gallery_generation for c in certificates if c.verdict == "PASS"), key=ordinal_of)
     seen = workspace.gallery.view([*passed, candidate])
     otherwise = champion if champion in passed else UNREADABLE
@@ -90,6 +89,21 @@ def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candi
     unreadable = len(view.unreadable()) / max(view.num_items, 1)
     question = question.model_copy(update={"live_owners": shares, "unreadable_share": unreadable})
     return judge(bench.outcomes(), candidacy.policy, question)
+
+
+def _certificates(
+    bench: Bench, policy: RolloutPolicy, shares: Mapping[str, float], candidate: str, champion: str
+) -> tuple[CertificateEvidence, ...]:
+    """Judge the live owners; one of another width is never certified, however wide the margin is."""
+    found = certify(bench.outcomes(), policy, live_owners=shares, candidate=candidate, champion=champion)
+    passed = [item.gallery_generation for item in found if item.verdict == "PASS"]
+    wrong = [owner for owner in passed if not bench.comparable(candidate, owner)]
+    if not wrong:
+        return found
+    for owner in wrong:
+        bench.measure_nothing(live_state(champion, owner))
+        bench.measure_nothing(live_state(candidate, owner))
+    return certify(bench.outcomes(), policy, live_owners=shares, candidate=candidate, champion=champion)
 
 
 def record_decision(

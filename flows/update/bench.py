@@ -95,17 +95,21 @@ class Bench:
         for owner in live:
             state = live_state(query_generation, owner)
             if not (owners == owner).any():
-                num_queries = len(self.evaluation_set.queries)
-                self.first_rank[state] = np.zeros(num_queries, np.int32)
-                self.average_precision[state] = np.full(num_queries, np.nan, np.float32)
+                self.measure_nothing(state)
                 continue
             if not self.comparable(query_generation, owner):
-                # Such a query finds nothing there: every answer is wrong, and no certificate can follow.
+                # Such a query finds nothing there: every answer is wrong.
                 self.first_rank[state] = np.full(len(self.evaluation_set.queries), len(owners) + 1, np.int32)
                 self.average_precision[state] = np.zeros(len(self.evaluation_set.queries), np.float32)
                 continue
             ranks = self._rank([(query_generation, owner)], owners == owner, {})
             self._store(state, ranks[query_generation, owner])
+
+    def measure_nothing(self, state: str) -> None:
+        """No query is measurable in this state: nothing can be said by it."""
+        num_queries = len(self.evaluation_set.queries)
+        self.first_rank[state] = np.zeros(num_queries, np.int32)
+        self.average_precision[state] = np.full(num_queries, np.nan, np.float32)
 
     def measure_fractions(
         self, candidate: str, owners: NDArray[np.str_], ranking: NDArray[np.int64], fractions: Sequence[float]

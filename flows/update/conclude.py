@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from graceful.evaluation.decision import Decision
 from graceful.files import join, remove
-from graceful.flows.store.events import Held, Pending, Promoted, Retired, UpdateCompleted
+from graceful.flows.store.events import Forwarded, Held, Pending, Promoted, Retired, UpdateCompleted
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.serving import release_previous
 
@@ -43,11 +43,11 @@ def completed(inputs: "Inputs") -> bool:
 def release_when_due(session: "Session") -> bool:
     """End the previous generation's probation when its time has passed."""
     registry = session.workspace.registry
-    promotions = registry.events(Promoted)
+    moves = [event.at for kind in (Promoted, Forwarded) for event in registry.events(kind)]
     serving = registry.serving()
-    if serving.previous is None or not promotions:
+    if serving.previous is None or not moves:
         return False
-    if time.time() - promotions[-1].at < session.config.gallery.probation_hours * 3600:
+    if time.time() - max(moves) < session.config.gallery.probation_hours * 3600:
         return False
     release_previous(session.workspace)
     return True

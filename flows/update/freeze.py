@@ -16,10 +16,11 @@ from graceful.evaluation.decision import JUDGING_VERSION
 from graceful.files import exists
 from graceful.flows.runtime.session import Session
 from graceful.flows.store.evaluation_set import EvaluationSet, load_evaluation_set, save_evaluation_set, separate
-from graceful.flows.store.events import Decided, Retired, Trained, UpdateStarted
+from graceful.flows.store.events import Adopted, Decided, Trained, UpdateStarted
 from graceful.flows.store.leaks import refuse_trained_on
 from graceful.flows.store.registry import Registry
 from graceful.flows.store.workspace import Workspace
+from graceful.flows.update.serving import MoveRefusedError, refuse_retired
 from graceful.training.datasets import check_trainable, load_images
 from graceful.training.generation import ordinal_of
 from graceful.training.job import TRAINING_VERSION
@@ -72,12 +73,16 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
         last = attempts[-1]
         if last.champion == champion or registry.events(Decided, last.update_key):
             return Inputs(session, last, evaluation_set, images, busy)
+    if adopted is not None:
+        refuse_retired(session.workspace, f"judging {adopted}", adopted)
+        if adopted == champion:
+            raise MoveRefusedError(f"judging {adopted}: expected an encoder that does not serve, found that it does")
     update_key = base if not attempts else f"{base}-{len(attempts) + 1}"
     predecessors = tuple(_predecessors(session))
     training_key = adopted or digest([material_key, champion, predecessors])[:16]
     known = adopted or trained_before(registry, training_key)
-    retired = {event.generation for event in registry.events(Retired) if event.payload.reason}
-    generations = [name for name in registry.generations() if name != known and name not in retired]
+    left_out = ({*registry.retired(), *_adopted_in_vain(registry)} - {champion}) | {known}
+    generations = [name for name in registry.generations() if name not in left_out]
     manifest_uri = session.workspace.manifest_uri(update_key)
     if not exists(manifest_uri):
         write_manifest(manifest_uri, images)
@@ -124,10 +129,16 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def _adopted_in_vain(registry: Registry) -> set[str]:
+    """Adopted encoders that no update could judge to its end: they break no other update."""
+    judged = {event.generation for event in registry.events(Decided)}
+    return {event.generation for event in registry.events(Adopted)} - judged
+
+
 def _predecessors(session: Session) -> list[str]:
     """Generations to constrain against: all that ever served, or those of them that still own readable rows."""
     workspace = session.workspace
-    retired = {event.generation for event in workspace.registry.events(Retired) if event.payload.reason}
+    retired = workspace.registry.retired()
     champion = workspace.registry.serving().champion
     served = [name for name in workspace.registry.served_generations() if name == champion or name not in retired]
     if session.config.predecessors == "all" or champion is None:

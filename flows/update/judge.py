@@ -9,6 +9,7 @@ from graceful.evaluation.cost import CostInputs
 from graceful.files import exists, read_json
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
 from graceful.flows.store.events import Decided
+from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.assess import Candidacy, assess, mix_drift, record_decision
 from graceful.flows.update.bench import Classifier
 from graceful.flows.update.freeze import Inputs
@@ -51,7 +52,7 @@ def judge(inputs: Inputs, candidate: str, paragon: str | None = None) -> tuple[D
             clients=_clients(inputs, candidate),
             seed=config.gallery.seed,
             paragon=paragon,
-            classifiers=classifiers(inputs, lineage),
+            classifiers=classifiers(workspace, lineage),
             prefix_widths={name: read_card(workspace.generation_uri(name)).prefix_widths for name in lineage},
             cost=_cost(inputs, candidate),
         ),
@@ -61,9 +62,9 @@ def judge(inputs: Inputs, candidate: str, paragon: str | None = None) -> tuple[D
     return record_decision(workspace, evaluation, frozen.update_key, paragon=paragon), evaluation
 
 
-def classifiers(inputs: Inputs, generations: list[str]) -> dict[str, Classifier]:
+def classifiers(workspace: Workspace, generations: list[str]) -> dict[str, Classifier]:
     """Classifiers of the generations that have one; adopted encoders have none."""
-    found = {name: load_classifier(inputs.workspace.generation_uri(name)) for name in generations}
+    found = {name: load_classifier(workspace.generation_uri(name)) for name in generations}
     return {name: classifier for name, classifier in found.items() if classifier is not None}
 
 
@@ -76,10 +77,10 @@ def load_classifier(generation_uri: str) -> Classifier | None:
     return Classifier(card.classes, _unit(rows.numpy()), _unit(means.numpy()))
 
 
-def class_distance(inputs: Inputs, view: View) -> NDArray[np.float32]:
+def class_distance(workspace: Workspace, view: View) -> NDArray[np.float32]:
     """Cosine distance (N,) of a view's vectors to the nearest class mean of their generation; NaN where unreadable."""
     distance = np.full(view.num_items, np.nan, np.float32)
-    for name, classifier in classifiers(inputs, list(view.readable)).items():
+    for name, classifier in classifiers(workspace, list(view.readable)).items():
         positions = view.owned_by(name)
         if len(positions):
             distance[positions] = nearest_mean_distance(view.vectors(positions), classifier.class_means)

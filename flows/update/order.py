@@ -17,13 +17,15 @@ from graceful.files import crash_point, join
 from graceful.flows.runtime.session import Session
 from graceful.flows.store.claim import claim
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
-from graceful.flows.store.events import Decided
+from graceful.flows.store.events import Decided, Overridden, Promoted
+from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.act import Case, Order, Step, decide_and_act, plain
 from graceful.flows.update.conclude import completed, conclude, release_when_due
 from graceful.flows.update.freeze import Inputs, freeze
 from graceful.flows.update.judge import class_distance, judge, recorded
 from graceful.flows.update.publish import publish
-from graceful.flows.update.serving import MoveRefusedError
+from graceful.flows.update.rollout import ACTED_ON
+from graceful.flows.update.serving import MoveRefusedError, refuse_retired
 from graceful.flows.update.train import embed_evaluation, extend_cache, train_candidate, train_paragon
 from graceful.indexing.reindex import ReindexReport
 
@@ -115,7 +117,7 @@ def update(
             ),
             conclude=lambda decision: _conclude(inputs, decision),
             progress=session.progress,
-            class_distance=lambda view: class_distance(inputs, view),
+            class_distance=lambda view: class_distance(session.workspace, view),
         )
         decided, evaluation, report = decide_and_act(
             case, do=do, order=Order(_HISTORY) if serve_anyway else None, settled=held.close
@@ -130,7 +132,8 @@ def accept(session: Session, generation: str, order: Order, *, step: Step = plai
     called again, it goes on.
 
     Raises:
-        MoveRefusedError: nobody decided about the generation, it serves already, or another one served then.
+        MoveRefusedError: nobody decided about the generation, the gate rolls it out itself, it serves or has served by
+            this decision, it was retired, or another one served when it was judged.
     """
     workspace, registry = session.workspace, session.workspace.registry
     found = [event for event in registry.events(Decided) if event.generation == generation]
@@ -143,14 +146,7 @@ def accept(session: Session, generation: str, order: Order, *, step: Step = plai
     champion = evaluation.decision.champion
     with ExitStack() as held:
         held.enter_context(claim(workspace.root, f"accepting {generation}"))
-        serving = registry.serving()
-        if serving.champion == generation and serving.active_plan is None:
-            raise MoveRefusedError(f"accepting {generation}: it serves already")
-        if serving.champion not in (generation, champion):
-            raise MoveRefusedError(
-                f"accepting {generation}: expected champion {champion}, about which it was judged, found "
-                f"{serving.champion}; run 'graceful update --again' to judge it against that"
-            )
+        _refuse(workspace, generation, key, evaluation.decision, decided.evaluation, order)
         case = Case(
             workspace=workspace,
             update_key=key,
@@ -160,9 +156,46 @@ def accept(session: Session, generation: str, order: Order, *, step: Step = plai
             publish=lambda *made: publish(workspace, *made, name=session.config.name, progress=session.progress),
             conclude=lambda decision: conclude(workspace, key, decision),
             progress=session.progress,
+            class_distance=lambda view: class_distance(workspace, view),
         )
         decide_and_act(case, do=step, order=order, settled=held.close)
     return decided
+
+
+def _refuse(workspace: Workspace, generation: str, key: str, decision: Decision, evaluation: str, order: Order) -> None:
+    """Raise MoveRefusedError where accepting would do nothing, or not what was judged. One that was killed goes on."""
+    registry = workspace.registry
+    serving, act = registry.serving(), f"accepting {generation}"
+    finished = any(event.generation == generation for event in registry.events(Promoted, key))
+    if serving.champion == generation and serving.active_plan is None and finished:
+        raise MoveRefusedError(f"{act}: expected another generation to serve, found that it serves already")
+    # A move names the evaluation that it carries out, and after a comma who ordered it.
+    moved = any(
+        state.champion == generation and state.moved_by.partition(",")[0] == evaluation
+        for state in registry.serving_history()
+    )
+    if moved and serving.champion != generation:
+        raise MoveRefusedError(
+            f"{act}: expected a candidate that has not served, found that it has, and was taken back; run 'graceful "
+            f"promote {generation} --reason ...'"
+        )
+    if decision.outcome in ACTED_ON:
+        raise MoveRefusedError(
+            f"{act}: expected a decision to hold or an open one, found {decision.outcome}; run 'graceful update', "
+            "which carries it out"
+        )
+    refuse_retired(workspace, act, generation)
+    if serving.champion not in (generation, decision.champion):
+        raise MoveRefusedError(
+            f"{act}: expected champion {decision.champion}, about which it was judged, found {serving.champion}; run "
+            "'graceful update --again' to judge it against that"
+        )
+    for event in registry.events(Overridden, key):
+        if event.generation == generation and event.payload.ordered != order.ordered:
+            raise MoveRefusedError(
+                f"{act}: expected the order that is under way, {event.payload.ordered}, found {order.ordered}; give "
+                "the same --fraction"
+            )
 
 
 def _conclude(inputs: Inputs, decision: Decision) -> None:

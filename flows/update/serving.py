@@ -73,7 +73,8 @@ def go_forward(workspace: Workspace, generation: str, *, reason: str, yes: bool 
     """Serve a generation again that has served before, after a rollback: one pointer move, nothing is embedded.
 
     Raises:
-        MoveRefusedError: it has never served, serves already, or items that can be read now could not be read.
+        MoveRefusedError: it has never served, serves already, was retired, or items that can be read now could not be.
+        UncertifiedGenerationError: it may not read its own rows.
     """
     registry = workspace.registry
     serving = registry.serving()
@@ -84,6 +85,8 @@ def go_forward(workspace: Workspace, generation: str, *, reason: str, yes: bool 
             f"promoting {generation}: expected a generation that has served before, found one of which nobody has "
             f"decided so; run 'graceful update', or 'graceful accept {generation} --reason ...'"
         )
+    refuse_retired(workspace, f"promoting {generation}", generation)
+    registry.readable(generation)
     _refuse_to_hide(workspace, f"promoting {generation}", generation, yes)
     state = registry.move_serving(
         serving, champion=generation, previous=serving.champion, active_plan=None, moved_by=f"forward: {reason}"
@@ -93,20 +96,37 @@ def go_forward(workspace: Workspace, generation: str, *, reason: str, yes: bool 
 
 
 def reject(workspace: Workspace, generation: str, *, reason: str) -> None:
-    """Turn a candidate down: it no longer waits for anything. Raises MoveRefusedError for one that serves."""
-    if workspace.registry.serving().champion == generation:
-        raise MoveRefusedError(f"rejecting {generation}: it serves; run 'graceful rollback' first")
+    """Turn a candidate down: it no longer waits for anything. Raises MoveRefusedError for one that is in use."""
+    _refuse_in_use(workspace, f"rejecting {generation}", generation)
     workspace.registry.record(Rejected(reason=reason, by=operator()), generation=generation)
 
 
 def retire(workspace: Workspace, generation: str, *, reason: str) -> None:
-    """Take a generation out of every later comparison and constraint. Raises MoveRefusedError."""
+    """Take a generation out of every later comparison and constraint. Raises MoveRefusedError for one in use."""
+    if not reason.strip():
+        raise MoveRefusedError(f"retiring {generation}: expected a reason, found none; say why")
+    _refuse_in_use(workspace, f"retiring {generation}", generation)
+    workspace.registry.record(Retired(reason=reason, by=operator()), generation=generation)
+
+
+def refuse_retired(workspace: Workspace, act: str, generation: str) -> None:
+    """Raise MoveRefusedError for a generation that the operator has retired: nothing is compared with it any more."""
+    reason = workspace.registry.retired().get(generation)
+    if reason is not None:
+        raise MoveRefusedError(
+            f"{act}: expected a generation that takes part, found it retired ({reason}); train or adopt another one"
+        )
+
+
+def _refuse_in_use(workspace: Workspace, act: str, generation: str) -> None:
     serving = workspace.registry.serving()
     plan = workspace.registry.plan(serving.active_plan)[0].generation if serving.active_plan else None
-    roles = {serving.champion: "serves", serving.previous: "is what a rollback returns to", plan: "is being embedded"}
+    roles = {plan: "it is being embedded", serving.previous: "a rollback returns to it", serving.champion: "it serves"}
     if generation in roles:
-        raise MoveRefusedError(f"retiring {generation}: it {roles[generation]}; only others can be retired")
-    workspace.registry.record(Retired(reason=reason, by=operator()), generation=generation)
+        remedy = "run 'graceful rollback' first" if generation == serving.champion else "it stays as long as that holds"
+        raise MoveRefusedError(
+            f"{act}: expected a generation that is not in use, found that {roles[generation]}; {remedy}"
+        )
 
 
 def release_previous(workspace: Workspace) -> ServingState:

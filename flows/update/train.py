@@ -48,7 +48,8 @@ def embed_images(session: Session, generation: str, hashes: Sequence[str], sourc
         source, reason = next(iter(failures.items()))
         raise EmbeddingFailuresError(
             f"embedding images with {generation}: expected {len(missing)} vectors, found {len(failures)} failures "
-            f"(first {source}: {reason}); remove those images"
+            f"(first {source}: {reason}); remove those images, or take the generation out with "
+            f"'graceful retire {generation} --reason ...' if it is the encoder that is broken"
         )
     return embedded
 

@@ -1,18 +1,43 @@
 """The second day: the operator's word on a candidate, going back and forward, retiring, adopting. Real commands."""
 
 import json
+import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+import graceful
+from graceful.errors import GracefulError, UsageError
+from graceful.evaluation.outcomes import pair_state
+from graceful.files import CRASH_EXIT_CODE
 from graceful.flows.cli import app
+from graceful.flows.commands import updates
 from graceful.flows.commands.adopt import AdoptionError, adopt_generation
-from graceful.flows.store.events import Adopted, Forwarded, Overridden, Rejected, Retired
+from graceful.flows.commands.history import flips_of
+from graceful.flows.commands.suggestions import settling_commands
+from graceful.flows.runtime.session import open_session
+from graceful.flows.store.claim import UpdateInProgressError, claim
+from graceful.flows.store.evaluations import read_evaluation
+from graceful.flows.store.events import (
+    Adopted,
+    Decided,
+    Forwarded,
+    Overridden,
+    Promoted,
+    Rejected,
+    Retired,
+    UpdateStarted,
+)
 from graceful.flows.store.workspace import Workspace
+from graceful.flows.update import order
+from graceful.flows.update.conclude import release_when_due
 from graceful.flows.update.serving import MoveRefusedError, go_forward, rollback
+from graceful.flows.update.train import EmbeddingFailuresError
 from tests.flows import running, tiny
 
+UNSURE = {**tiny.WIDE, "max_nfr": 0.1, "num_resamples": 200, "fractions": [0.0, 0.5, 1.0]}
 STRICT = {"quality_margin_points": 0.0, "max_nfr": 0.0001, "num_resamples": 200, "fractions": [0.0, 0.5, 1.0]}
 
 
@@ -26,13 +51,40 @@ def document(*arguments, code: int = 0):
     return json.loads(run(*arguments, "--json", code=code).stdout)
 
 
+def judged(bootstrapped, folder, digits_file, **changes):
+    root = tiny.copy_workspace(bootstrapped, folder / "workspace")
+    tiny.write_config(root, digits_file, {**tiny.grown(5), **changes})
+    return root, running.update(root)
+
+
+@pytest.fixture(scope="module")
+def held_once(bootstrapped, tmp_path_factory, digits_file):
+    root, result = judged(bootstrapped, tmp_path_factory.mktemp("held"), digits_file, policy=STRICT)
+    assert result.outcome == "HOLD"
+    return root, result.candidate
+
+
+@pytest.fixture(scope="module")
+def open_once(bootstrapped, tmp_path_factory, digits_file):
+    root, result = judged(bootstrapped, tmp_path_factory.mktemp("open"), digits_file, policy=UNSURE)
+    assert result.outcome == "INCONCLUSIVE"
+    return root, result.candidate
+
+
 @pytest.fixture
-def held(workspace_root, digits_file):
-    """A workspace whose second generation was held or left open by a strict policy."""
-    tiny.write_config(workspace_root, digits_file, {**tiny.grown(5), "policy": STRICT})
-    result = running.update(workspace_root)
-    assert result.outcome in ("HOLD", "INCONCLUSIVE")
-    return workspace_root, result.candidate
+def held(held_once, tmp_path):
+    """A workspace whose second generation was held by a strict policy."""
+    return tiny.copy_workspace(held_once[0], tmp_path / "workspace"), held_once[1]
+
+
+@pytest.fixture
+def undecided(open_once, tmp_path):
+    """A workspace whose second generation was left open: too few queries for the limit on flips."""
+    return tiny.copy_workspace(open_once[0], tmp_path / "workspace"), open_once[1]
+
+
+def weights_of(root):
+    return {file: file.stat().st_mtime_ns for file in root.glob("generations/*/*")}
 
 
 def test_accepting_serves_the_candidate_trains_nothing_and_says_who_and_why(held):
@@ -43,8 +95,8 @@ def test_accepting_serves_the_candidate_trains_nothing_and_says_who_and_why(held
     assert {file: file.stat().st_mtime_ns for file in root.glob("generations/*/weights.safetensors")} == before
     workspace = Workspace(str(root))
     assert workspace.view(candidate).rows_by_generation() == {candidate: 100}, "everything is embedded before it serves"
-    order = workspace.registry.events(Overridden)[-1]
-    assert (order.generation, order.payload.reason, bool(order.payload.by)) == (candidate, "looked at the flips", True)
+    said = workspace.registry.events(Overridden)[-1]
+    assert (said.generation, said.payload.reason, bool(said.payload.by)) == (candidate, "looked at the flips", True)
     assert document("status", "--root", root)["pending"] is None
     told = run("history", "--root", root).stdout
     assert "looked at the flips" in " ".join(told.split())
@@ -60,13 +112,178 @@ def test_accepting_to_a_fraction_re_embeds_so_much_and_leaves_nothing_unreadable
     assert view.rows_by_generation()[candidate] >= 50
 
 
-def test_rejecting_settles_what_was_pending(held):
+def test_what_is_pending_is_said_with_the_commands_that_settle_it(undecided):
+    root, candidate = undecided
+    assert document("status", "--root", root)["pending"] == candidate
+    told = run("status", "--root", root).stdout
+    for word in (f"{candidate} waits", "graceful flips g002", "graceful accept g002", "graceful reject g002"):
+        assert word in told
+    for value in ("None", "[", "{", "'g0"):
+        assert value not in told
+
+
+def test_accepting_what_was_left_open_keeps_what_the_certificates_allow(undecided):
+    root, candidate = undecided
+    found = document("accept", "g002", "--fraction", "0.5", "--reason", "a half first", "--root", root)
+    assert (found["accepted"], found["decided"], found["serving"]) == (candidate, "INCONCLUSIVE", candidate)
+    workspace = Workspace(str(root))
+    rows = workspace.view(candidate).rows_by_generation()
+    assert (rows[candidate], sum(rows.values())) == (50, 100)
+    assert document("status", "--root", root)["pending"] is None
+    assert workspace.registry.events(Overridden)[-1].payload.ordered == "COMPATIBLE_ROLLOUT 50%"
+
+
+def test_accepting_in_the_order_of_class_distance_knows_the_class_means(undecided, digits_file):
+    root, candidate = undecided
+    tiny.write_config(root, digits_file, {**tiny.grown(5), "policy": UNSURE, "gallery.order": "class_distance"})
+    run("accept", "g002", "--fraction", "0.2", "--reason", "farthest first", "--root", root)
+    assert Workspace(str(root)).view(candidate).rows_by_generation()[candidate] == 20
+
+
+def test_accepting_what_was_taken_back_is_refused_and_says_which_command_goes_forward(held):
     root, candidate = held
+    run("accept", "g002", "--reason", "yes", "--root", root)
+    run("rollback", "--root", root)
+    before = Workspace(str(root)).registry.serving()
+    line = run("accept", "g002", "--reason", "yes again", "--root", root, code=1).stderr
+    assert f"graceful promote {candidate}" in line
+    assert Workspace(str(root)).registry.serving() == before
+
+
+def test_accepting_what_the_gate_rolls_out_itself_is_refused(workspace_root):
+    def killed_before_the_move(name, act):
+        if name == "embed before the move":
+            raise KeyboardInterrupt
+        return act()
+
+    session = open_session(str(workspace_root), tiny.open_config(workspace_root))
+    with session as opened, pytest.raises(KeyboardInterrupt):
+        order.update(opened, step=killed_before_the_move)
+    line = run("accept", "g002", "--reason", "x", "--root", workspace_root, code=1).stderr
+    assert "found COMPATIBLE_ROLLOUT; run 'graceful update'" in line
+    assert Workspace(str(workspace_root)).registry.events(Overridden) == []
+    running.update(workspace_root)
+    run("rollback", "--root", workspace_root)
+    assert "graceful promote" in run("accept", "g002", "--reason", "x", "--root", workspace_root, code=1).stderr
+
+
+def test_accepting_about_another_champion_than_serves_is_refused(held, digits_file):
+    root, candidate = held
+    tiny.write_config(root, digits_file, {**tiny.grown(5), "training.seed": 3})
+    assert running.update(root).outcome == "COMPATIBLE_ROLLOUT"
+    line = run("accept", candidate, "--reason", "x", "--root", root, code=1).stderr
+    assert "about which it was judged" in line
+    assert "--again" in line
+
+
+def test_accepting_a_retired_generation_or_going_forward_to_it_is_refused(held):
+    root, candidate = held
+    run("accept", candidate, "--reason", "yes", "--root", root)
+    run("rollback", "--root", root)
+    run("retire", candidate, "--reason", "a wrong turn", "--root", root)
+    assert "a wrong turn" in run("promote", candidate, "--reason", "x", "--yes", "--root", root, code=1).stderr
+    assert Workspace(str(root)).registry.serving().champion != candidate
+
+
+@pytest.mark.parametrize("point", ["certified", "plan-saved", "vectors-after-commit", "before-serving-moves",
+                                   "after-serving-moved"])  # fmt: skip
+@pytest.mark.timeout(300)
+def test_killed_accept_run_again_ends_as_one_that_was_not_killed(held, spawn, tmp_path, point):
+    root, _ = held
+    whole = tiny.copy_workspace(root, tmp_path / "whole")
+    run("accept", "g002", "--reason", "yes", "--root", whole)
+    arguments = ["accept", "g002", "--reason", "yes", "--root", str(root)]
+    process = spawn(running.command_in_child, arguments, point, str(tmp_path / "log"))
+    process.join(120)
+    assert process.exitcode == CRASH_EXIT_CODE, (tmp_path / "log").read_text()[-2000:]
+    if point != "after-serving-moved":
+        other = ["accept", "g002", "--reason", "yes", "--fraction", "0.5", "--root", str(root)]
+        assert "the same --fraction" in run(*other, code=1).stderr
+    run(*arguments)
+    assert tiny.end_state(root) == tiny.end_state(whole)
+    assert "serves already" in run(*arguments, code=1).stderr
+
+
+def test_another_policy_judges_again_and_trains_nothing(held, digits_file):
+    root, candidate = held
+    registry = Workspace(str(root)).registry
+    before, decisions = weights_of(root), len(registry.events(Decided))
+    tiny.write_config(root, digits_file, {**tiny.grown(5), "policy": UNSURE})
+    result = running.update(root)
+    assert (result.candidate, result.outcome) == (candidate, "INCONCLUSIVE")
+    assert len(registry.events(Decided)) == decisions + 1
+    assert weights_of(root) == before
+    assert document("status", "--root", root)["pending"] == candidate
+
+
+def test_rejecting_settles_what_was_pending(undecided):
+    root, candidate = undecided
+    assert "it serves" in run("reject", "g001", "--reason", "x", "--root", root, code=1).stderr
     run("reject", "g002", "--reason", "too many flips", "--root", root)
     registry = Workspace(str(root)).registry
     assert [event.generation for event in registry.events(Rejected)] == [candidate]
     assert document("status", "--root", root)["pending"] is None
     assert registry.serving().champion != candidate
+    assert settling_commands(str(root)) == []
+    assert "rejected by operator" in " ".join(run("history", "--root", root).stdout.split())
+
+
+def test_probation_of_what_was_left_by_going_forward_starts_then(held, digits_file):
+    root, candidate = held
+    run("accept", candidate, "--reason", "yes", "--root", root)
+    run("rollback", "--root", root)
+    time.sleep(1.0)
+    run("promote", candidate, "--reason", "after all", "--root", root)
+    tiny.write_config(root, digits_file, {**tiny.grown(5), "gallery.probation_hours": 0.9 / 3600})
+    with open_session(str(root), tiny.open_config(root)) as session:
+        promoted = session.workspace.registry.events(Promoted)[-1].at
+        assert time.time() - promoted > 1.0
+        forward = session.workspace.registry.events(Forwarded)[-1].at
+        released = release_when_due(session)
+        assert released == (time.time() - forward > 0.9)
+
+
+def test_history_tells_everything_in_80_columns_and_in_words(held, monkeypatch):
+    root, candidate = held
+    run("accept", candidate, "--reason", "a reason that is rather long, " * 6, "--root", root)
+    run("rollback", "--reason", "a complaint", "--root", root)
+    run("retire", candidate, "--reason", "a wrong turn", "--root", root)
+    found = document("history", "--root", root)
+    first, second = found["generations"]
+    assert [(g["ordinal"], g["origin"], g["serves"]) for g in (first, second)] == [
+        (1, "trained", True), (2, "trained", False),
+    ]  # fmt: skip
+    assert (first["decided_by"], first["decision"], second["decision"]) == ("gate", "BOOTSTRAP", "HOLD")
+    assert second["decided_by"].startswith("operator ")
+    assert (second["ordered"], second["retired_because"]) == ("FULL_BACKFILL", "a wrong turn")
+    evaluation = Path(root, "evaluations", Workspace(str(root)).registry.events(Decided)[-1].payload.evaluation)
+    own = json.loads((evaluation / "evidence.json").read_text())["self_test"]
+    assert second["self_test"] == pytest.approx(own)
+    assert [bool(period["until"]) for period in first["serving_periods"]] == [True, False]
+    assert [bool(period["until"]) for period in second["serving_periods"]] == [True]
+    kinds = [event["what"] for event in found["events"] if event["generation"] == candidate]
+    assert kinds == ["trained", "decided", "overridden", "promoted", "rolled_back", "retired"]
+    monkeypatch.setenv("COLUMNS", "80")
+    told = run("history", "--root", root).stdout
+    assert all(len(line) <= 80 for line in told.splitlines())
+    for value in ("None", "[", "{", "True", "rolled_back"):
+        assert value not in told
+    for words in ("self-test", "retired: a wrong turn", "serves since", "rolled back from", "a complaint"):
+        assert words in told
+
+
+def test_a_short_id_searches_as_that_generation(workspace_root, digits_file):
+    import io
+
+    from PIL import Image
+
+    payload = pq.read_table(digits_file)["image"][0].as_py()
+    file = workspace_root / "query.png"
+    Image.open(io.BytesIO(payload["bytes"] if isinstance(payload, dict) else payload)).save(file)
+    found = document("search", file, "--generation", "g001", "--root", workspace_root)
+    assert found["query_generation"] == Workspace(str(workspace_root)).registry.resolve("g001")
+    assert len(graceful.open(workspace_root).search([file], k=3, generation="g001")[0]) == 3
+    assert "g007" in run("search", file, "--generation", "g007", "--root", workspace_root, code=1).stderr
 
 
 def test_an_update_that_moves_nothing_says_what_can_be_done(held):
@@ -86,6 +303,9 @@ def test_flips_lists_what_would_be_lost_worst_first(held):
     after = [flip["rank_after"] or 10**9 for flip in found["flips"]]
     assert after == sorted(after, reverse=True)
     assert all(flip["rank_before"] == 1 for flip in found["flips"])
+    decision = json.loads(Path(root, "evaluations", found["evaluation"], "decision.json").read_text())
+    measured = next(reason for reason in decision["reasons"] if reason["guard"] == "NFR" and reason["n"])
+    assert found["num_flips"] == round(measured["value"] * measured["n"]), "the same count as the report's"
     assert "go from right to wrong" in " ".join(run("flips", "g002", "--root", root).stdout.split())
 
 
@@ -184,10 +404,82 @@ def wide(seed=0):
 """
 
 
+LATER = """
+import torch
+from torch import nn
+
+class Later(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.calls = nn.Linear(64, 16), 0
+    def forward(self, images):
+        self.calls += 1
+        return self.linear(images.flatten(1)) * (float("nan") if self.calls > 3 else 1.0)
+def nan_later(): return Later()
+"""
+
+
 @pytest.fixture
 def encoders(tmp_path, monkeypatch):
     (tmp_path / "their_encoders.py").write_text(ENCODERS)
     monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.fixture
+def later_encoders(tmp_path, monkeypatch):
+    """Encoders that can be used on the images that they are tried on, and not on others."""
+    (tmp_path / "later_encoders.py").write_text(LATER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_an_encoder_that_fails_while_it_is_judged_breaks_no_later_update(workspace_root, later_encoders, digits_file):
+    name = adopt_generation(
+        Workspace(str(workspace_root)), tiny.open_config(workspace_root), "theirs", "later_encoders:nan_later"
+    )
+    with pytest.raises(EmbeddingFailuresError, match=f"graceful retire {name}"):
+        running.update(workspace_root, adopted=name)
+    assert running.update(workspace_root).outcome == "COMPATIBLE_ROLLOUT"
+    started = Workspace(str(workspace_root)).registry.events(UpdateStarted)[-1].payload
+    assert name not in started.generations
+
+
+def test_an_encoder_that_serves_is_not_judged_against_itself(workspace_root, encoders, digits_file):
+    name = adopt(workspace_root, "wide")
+    assert running.update(workspace_root, adopted=name).champion == name
+    assert running.update(workspace_root, adopted=name).repeated, "adopting it again finds what was done"
+    tiny.write_config(workspace_root, digits_file, tiny.grown(4))
+    with pytest.raises(MoveRefusedError, match="expected an encoder that does not serve"):
+        running.update(workspace_root, adopted=name)
+
+
+def test_adopting_waits_for_no_update_and_leaves_nothing_beside_it(workspace_root, encoders):
+    before = sorted(file.name for file in (workspace_root / "generations").iterdir())
+    with claim(str(workspace_root), "an update"), pytest.raises(UpdateInProgressError, match="adopting theirs"):
+        adopt(workspace_root, "wide")
+    assert sorted(file.name for file in (workspace_root / "generations").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"preprocessing": {"channels": 3}}, "expected 3 values in mean and std, found 1 and 1.*--mean and --std"),
+        ({"preprocessing": {"image_size": 1}}, "greater than or equal to 4, found 1; correct --image-size"),
+        ({"weights": "nothing-there.pt"}, "nothing-there.pt.*--weights"),
+        ({"kwargs": {"sed": 1}}, "sed"),
+    ],
+)
+def test_what_is_wrong_with_an_adoption_is_one_line_that_names_the_option(workspace_root, encoders, given, words):
+    with pytest.raises(GracefulError, match=words) as refused:
+        adopt(workspace_root, "wide", **given)
+    assert "\n" not in str(refused.value)
+    assert Workspace(str(workspace_root)).registry.events(Adopted) == []
+
+
+@pytest.mark.parametrize("kwargs", ["[1]", "{", "1"])
+def test_arguments_of_a_factory_are_a_json_object(workspace_root, kwargs):
+    with pytest.raises(UsageError, match="expected --kwargs as a JSON object"):
+        updates.adopt_encoder(str(workspace_root), "theirs", "their_encoders:wide", None, kwargs, {})
 
 
 def adopt(root, factory, **given):
@@ -239,6 +531,31 @@ def test_an_encoder_of_another_width_is_judged_and_later_updates_go_on(workspace
     run("retire", name, "--reason", "too wide", "--root", workspace_root, code=0)
     tiny.write_config(workspace_root, digits_file, {**tiny.grown(5), "training.seed": 3})
     assert running.update(workspace_root).outcome == "COMPATIBLE_ROLLOUT"
+
+
+def test_an_encoder_of_another_width_is_backfilled_or_held_under_the_usual_share_of_wave_zero(
+    workspace_root, encoders, digits_file
+):
+    policy = {**tiny.WIDE, "max_wave_zero_share": 0.1, "num_resamples": 200, "fractions": [0.0, 0.5, 1.0]}
+    tiny.write_config(workspace_root, digits_file, {**tiny.grown(5), "policy": policy})
+    name = adopt(workspace_root, "wide")
+    result = running.update(workspace_root, adopted=name)
+    assert result.outcome == "FULL_BACKFILL"
+    evaluation = read_evaluation(result.evaluation)
+    assert pair_state(name, evaluation.decision.champion) not in evaluation.outcomes.states
+    assert "PASS" not in [certificate.verdict for certificate in evaluation.evidence.certificates]
+    assert flips_of(str(workspace_root), None, 5)["state"] == "fraction/1"
+
+
+def test_no_margin_is_wide_enough_to_certify_vectors_of_another_width(workspace_root, encoders, digits_file):
+    policy = {**tiny.WIDE, "quality_margin_points": 100.0, "num_resamples": 200, "fractions": [0.0, 0.5, 1.0]}
+    tiny.write_config(workspace_root, digits_file, {**tiny.grown(5), "policy": policy})
+    name = adopt(workspace_root, "wide")
+    result = running.update(workspace_root, adopted=name)
+    workspace = Workspace(str(workspace_root))
+    assert {pair for pair in workspace.registry.certificates() if pair[0] == name} <= {(name, name)}
+    assert workspace.view(result.champion).rows_by_generation() == {result.champion: 100}
+    assert len(workspace.view(result.champion).unreadable()) == 0
 
 
 def test_an_encoder_of_another_width_that_is_held_breaks_no_later_update(workspace_root, encoders, digits_file):

@@ -324,3 +324,32 @@ def content_of(image):
     import hashlib
 
     return hashlib.sha256(image.read_bytes()).hexdigest()
+
+
+def test_adopting_goes_through_the_flow_and_a_failed_one_leaves_no_trace(copy, tmp_path, monkeypatch):
+    """A factory beside the caller, weights from a file; judged as a trained candidate is."""
+    import torch
+
+    (tmp_path / "beside_me.py").write_text(
+        "from torch import nn\n"
+        "def linear(width=24): return nn.Sequential(nn.Flatten(), nn.Linear(64, width))\n"
+        "def broken(): raise RuntimeError('kaboom')\n"
+    )
+    weights = tmp_path / "weights.pt"
+    torch.manual_seed(1)
+    torch.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 24)).state_dict(), weights)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = tiny.end_state(copy)
+    said = CliRunner().invoke(app, ["adopt", "theirs", "--factory", "beside_me:broken", "--root", str(copy)])
+    assert (said.exit_code, said.stderr.count("\n")) == (1, 1), said.stderr
+    assert "kaboom" in said.stderr
+    assert tiny.end_state(copy) == before
+    adopting = ["adopt", "theirs", "--factory", "beside_me:linear", "--weights", weights, "--root", copy]
+    result = CliRunner().invoke(app, [*map(str, adopting), "--json"])
+    found = json.loads(result.stdout)
+    assert result.exit_code == {"HOLD": 3, "INCONCLUSIVE": 4}.get(found["outcome"], 0)
+    if found["champion"] == found["candidate"]:  # it can read none of the old rows
+        assert command("status", "--root", copy)["rows_by_generation"] == {found["candidate"]: NUM_ITEMS}
+    told = {one["generation"]: one for one in command("history", "--root", copy)["generations"]}[found["candidate"]]
+    assert (told["origin"], told["name"], told["factory"]) == ("adopted", "theirs", "beside_me:linear")

@@ -1,0 +1,32 @@
+"""The operator's word on a candidate that the gate held or left open. It embeds, but needs no flow server."""
+
+from typing import Any
+
+from rich.console import Console
+
+from graceful.flows.runtime.environment import prepare_environment
+from graceful.flows.runtime.progress import TerminalProgress
+from graceful.flows.runtime.session import open_session
+from graceful.flows.settings.config import load_workspace_config
+from graceful.flows.store.workspace import open_workspace
+from graceful.flows.update.act import Order
+from graceful.flows.update.order import accept
+
+
+def accept_candidate(
+    root: str, console: Console, generation: str, *, reason: str, fraction: float | None = None
+) -> dict[str, Any]:
+    """Carry out the operator's word on a candidate; no flow server, nothing is trained."""
+    workspace = open_workspace(root)
+    name = workspace.registry.resolve(generation)
+    prepare_environment(root)
+    order = Order(reason, fraction)
+    with open_session(root, load_workspace_config(root), TerminalProgress(console)) as session:
+        decided = accept(session, name, order)
+    return {
+        "accepted": name,
+        "decided": decided.outcome,
+        "ordered": order.ordered,
+        "serving": workspace.registry.serving().champion,
+        "evaluation": workspace.evaluation_uri(decided.evaluation),
+    }
