@@ -14,9 +14,9 @@ from typing import Any
 
 _OPENING = """# Python
 
-`import graceful` loads nothing heavy; a name loads what it needs when it is first used. What is listed here is public, and
-everything else may change. What a caller can mend is raised as `graceful.GracefulError`; `help(graceful.update_gain)` and
-the like say the same as this page, which is made by `python -m graceful.flows.api_reference`.
+`import graceful` loads nothing heavy; a name loads what it needs when it is first used. What is listed here is public,
+and everything else may change. What a caller can mend is raised as `graceful.GracefulError`. This page is made by
+`python -m graceful.flows.api_reference`; `help(graceful.nfr_bound)` and the like say the same.
 
 ```python
 import graceful
