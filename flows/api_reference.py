@@ -139,9 +139,11 @@ def _field(node: ast.AnnAssign) -> str:
     elif value is not None:
         default = ast.unparse(value)
     assert isinstance(node.target, ast.Name)
-    cells = (node.target.id, _type(node.annotation), default)
-    shown = " | ".join(f"`{cell}`".replace("|", "\\|") if cell else "" for cell in cells)
-    return f"| {shown} | {meaning.replace('|', chr(92) + '|')} |"
+    # A bar inside a code span ends the cell, or shows its backslash: which one depends on who renders the page.
+    cells = (node.target.id, _type(node.annotation).replace(" | ", " or "), default)
+    shown = " | ".join(f"`{cell}`" if cell else "" for cell in cells)
+    assert "|" not in "".join([*cells, meaning]), f"{node.target.id}: a bar in a table"
+    return f"| {shown} | {meaning} |"
 
 
 def _block(signature: str, thing: Any) -> str:
