@@ -37,7 +37,7 @@ import graceful
 before, after = np.ones(1000, bool), np.ones(1000, bool)
 after[:30] = False  # thirty searches that worked fail
 identity = np.arange(1000) // 10  # ten queries of each identity
-print(graceful.nfr_bound(before, after, identity).upper)  # the share is surely below this
+print(graceful.nfr_bound(before, after, identity).upper)  # at 95 %, the share is below this
 ```"""
 
 _SECTIONS = {
