@@ -55,7 +55,7 @@ ORDER = {
         "flows.commands.history", "flows.commands.adopt", "flows.commands.accept",
         "flows.commands.images", "flows.commands.updates", "flows.commands.suggestions",
         "flows.commands.demo_world", "flows.commands.demo", "flows.api", "flows.terminal", "flows.cli",
-        "flows.cli_reference",
+        "flows.cli_reference", "flows.api_reference",
     ),
 }  # fmt: skip
 
