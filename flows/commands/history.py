@@ -143,7 +143,7 @@ def _generation(name: str, events: list[Event[Any]], champion: str | None) -> di
     said = words[-1] if words and not isinstance(words[-1], Decided) else None
     adopted = next((event.payload for event in events if isinstance(event.payload, Adopted)), None)
     retired = [event.payload for event in events if isinstance(event.payload, Retired)]
-    made = min(event.at for event in events if isinstance(event.payload, Trained | Adopted))
+    made = next(event.at for event in events if isinstance(event.payload, Trained | Adopted))
     return {
         "generation": name,
         "ordinal": ordinal_of(name),

@@ -6,7 +6,7 @@ from typing import Any
 from graceful.errors import GracefulError
 from graceful.files import exists, join, remove
 from graceful.flows.store.evaluation_set import evaluation_set_uri, named_in_set
-from graceful.flows.store.events import Decided, Promoted, Rejected, Retired, Trained, UpdateStarted
+from graceful.flows.store.events import Decided, Trained, UpdateStarted
 from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.flows.update.serving import delete, go_forward, reject, retire, rollback
 from graceful.indexing.maintenance import collect, forget
@@ -33,7 +33,7 @@ def workspace_status(root: str) -> dict[str, Any]:
         "unreadable": None,
         "rows_by_generation": {},
         "newest_decision": decided[-1].payload.outcome if decided else None,
-        "pending": pending_generation(workspace),
+        "pending": registry.pending_generation(),
     }
     if serving.champion is not None:
         view = workspace.view(serving.champion)
@@ -47,24 +47,6 @@ def workspace_status(root: str) -> dict[str, Any]:
         plan = registry.plan(serving.active_plan)[0]
         found["plan"] = {"generation": plan.generation, "fraction": plan.fraction, "items": plan.num_items}
     return found
-
-
-def pending_generation(workspace: Workspace) -> str | None:
-    """The candidate that waits for more evidence or for the operator's word; the next candidate supersedes it."""
-    registry = workspace.registry
-    newest = registry.generations()[-1:]
-    open_key = None
-    for event in registry.history():
-        happened = event.payload
-        if event.generation not in newest:
-            continue
-        if isinstance(happened, Decided):
-            open_key = event.update_key if happened.outcome == "INCONCLUSIVE" else None
-        elif isinstance(happened, Rejected | Retired) or (
-            isinstance(happened, Promoted) and event.update_key == open_key
-        ):
-            open_key = None
-    return newest[0] if open_key is not None else None
 
 
 def delete_items(root: str, item_ids: list[str], *, forget: bool) -> dict[str, Any]:
@@ -146,6 +128,5 @@ def collect_garbage(root: str) -> dict[str, Any]:
 
     workspace = open_workspace(root)
     config = load_workspace_config(root)
-    pending = pending_generation(workspace)
-    protected = workspace.protected(config.gallery.supported_query_generations, [pending] if pending else [])
+    protected = workspace.protected(config.gallery.supported_query_generations)
     return asdict(collect(workspace.gallery, protected))

@@ -156,13 +156,14 @@ H = TypeVar("H", bound=_Happened)
 
 @dataclass(frozen=True)
 class Event(Generic[H]):
-    """One thing that happened, in the order of the lineage table."""
+    """One thing that happened. `sequence` rises with every commit of the lineage; `at` is what a clock said."""
 
     event_id: str
     update_key: str
     generation: str
     at: float
     payload: H
+    sequence: int = 0
 
     @property
     def kind(self) -> str:
@@ -185,4 +186,4 @@ def from_row(row: dict[str, Any], location: str) -> Event[Any]:
             f"reading the lineage: expected one of {', '.join(KINDS)} in its known form, found {row['kind']!r} "
             f"({found}; event {row['event_id']} in {location}); use the program version that wrote it"
         ) from None
-    return Event(row["event_id"], row["update_key"], row["generation"], row["at"], payload)
+    return Event(row["event_id"], row["update_key"], row["generation"], row["at"], payload, row["sequence"])

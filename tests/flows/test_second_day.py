@@ -33,7 +33,8 @@ from graceful.flows.store.events import (
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update import order
 from graceful.flows.update.conclude import release_when_due
-from graceful.flows.update.serving import MoveRefusedError, go_forward, rollback
+from graceful.flows.update.gate import MoveRefusedError
+from graceful.flows.update.serving import go_forward, rollback
 from graceful.flows.update.train import EmbeddingFailuresError
 from tests.flows import running, tiny
 
