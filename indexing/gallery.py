@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from graceful.errors import UsageError
 from graceful.files import crash_point, exists, join, move, remove, resolve, size_bytes
 from graceful.indexing.embedding_files import read_embeddings, write_embedding_file
-from graceful.indexing.leases import GalleryVersion, Leases
+from graceful.indexing.leases import LIFETIME_S, GalleryVersion, Lease, Leases
 from graceful.indexing.tables import DataFile, TableConflictError, TableSnapshot, VersionedTable
 
 ITEMS_SCHEMA = pa.schema(
@@ -346,9 +346,13 @@ class Gallery:
                 owner[position], file_of[position], row_of[position] = code, len(files) - 1, row
         return View(pinned, tuple(readable), live, owner, file_of, row_of, tuple(files))
 
-    def lease(self, lifetime_s: float = 3600.0) -> AbstractContextManager[GalleryVersion]:
-        """Pin the newest version for as long as the block runs, at most `lifetime_s`: its files are not collected."""
-        return self._leases.hold(self.version(), lifetime_s)
+    def lease(self, lifetime_s: float = LIFETIME_S) -> AbstractContextManager[GalleryVersion]:
+        """Pin the newest version for as long as the block runs: its files are not collected."""
+        return self._leases.hold(self.version, lifetime_s)
+
+    def take_lease(self, lifetime_s: float = LIFETIME_S) -> Lease:
+        """Pin the newest version until the lease is released; for a reader that stays open."""
+        return self._leases.take(self.version, lifetime_s)
 
     def leased_versions(self) -> list[GalleryVersion]:
         """Versions that an open lease pins now."""

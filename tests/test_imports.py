@@ -36,7 +36,7 @@ ORDER = {
         "evaluation.report",
     ),
     "flows": (
-        "flows", "flows.store", "flows.store.processes", "flows.store.items", "flows.store.evaluation_set",
+        "flows", "flows.store", "flows.store.items", "flows.store.evaluation_set",
         "flows.store.events", "flows.store.registry", "flows.store.workspace", "flows.store.claim",
         "flows.store.evaluations", "flows.store.leaks",
         "flows.settings", "flows.settings.template", "flows.settings.cron", "flows.settings.config",
@@ -59,7 +59,7 @@ ORDER = {
 }  # fmt: skip
 
 # What lies below the stages: bytes, locations and errors, with no noun of the domain in it.
-LEAF = ("errors", "files")
+LEAF = ("errors", "files", "processes")
 EVERYWHERE = ("numpy", "pydantic", "pydantic_core", *LEAF)
 # Library -> modules that may import it; a package stands for all its modules.
 ALLOWED = {

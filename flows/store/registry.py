@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from graceful.errors import GracefulError
-from graceful.files import crash_point, exists, join, read_bytes, write_bytes
+from graceful.files import crash_point, join, read_bytes, write_bytes
 from graceful.flows.store.events import (
     Adopted,
     Decided,
@@ -262,8 +262,7 @@ class Registry:
         pq.write_table(items.cast(PLAN_ITEMS_SCHEMA), sink)
         content = sink.getvalue().to_pybytes()
         digest = hashlib.sha256(content).hexdigest()
-        if not exists(self._plan_items_uri(digest)):
-            write_bytes(self._plan_items_uri(digest), content)
+        write_bytes(self._plan_items_uri(digest), content)
         row = {"plan_id": plan.plan_id, "plan": plan.model_dump_json(), "items_sha256": digest}
         _append(self._plans, [row], unit=plan.plan_id)
 

@@ -103,6 +103,12 @@ class Workspace:
         # A generation that is being embedded before it is certified protects its own vectors.
         return lists + [[name] for name in names if name not in certified]
 
+    def fence(self) -> None:
+        """Let every collection under way look again at what is protected, before it removes anything."""
+        fence = getattr(self.gallery, "fence", None)
+        if fence is not None:
+            fence()
+
     def may_query(self, generation: str, supported: Sequence[str] = ()) -> None:
         """Refuse queries of a generation whose view is not kept: answers would become fewer without a word.
 

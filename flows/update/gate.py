@@ -112,9 +112,9 @@ def move(
         changes = change(serving)
         if changes is None:
             return serving
-        version = workspace.gallery.version()
         if allowed is not None:
-            found = compare(workspace, generation, serving.champion, version)
+            with workspace.gallery.lease() as version:
+                found = compare(workspace, generation, serving.champion, version)
             refused = len(found.hidden) > allowed or (serving.champion is None and found.serves_nothing)
             if refused and mend is not None and mends_left:
                 mends_left -= 1

@@ -20,6 +20,7 @@ from graceful.flows.store.registry import Plan, ServingMovedError, ServingState
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.gate import Comparison, move
 from graceful.indexing.gallery import View
+from graceful.indexing.leases import Lease
 from graceful.indexing.planner import OrderInputs, plan_waves, rank_items
 from graceful.indexing.reindex import ReindexReport, carry_out, embed_missing
 
@@ -139,14 +140,15 @@ def prepare(workspace: Workspace, rollout: Rollout, class_distance: ClassDistanc
         return workspace.registry.plan(plan_id)[0]
     except KeyError:
         pass
-    view = workspace.view(rollout.generation)
-    first = view.owner < 0
-    inputs = OrderInputs(
-        view.item_ids,
-        view.owner.astype(np.int64),
-        class_distance(view) if class_distance is not None else None,
-        rollout.seed,
-    )
+    with workspace.gallery.lease() as version:
+        view = workspace.view(rollout.generation, version)
+        first = view.owner < 0
+        inputs = OrderInputs(
+            view.item_ids,
+            view.owner.astype(np.int64),
+            class_distance(view) if class_distance is not None else None,
+            rollout.seed,
+        )
     ranking = rank_items(rollout.order, inputs, first)
     num_first = int(first.sum())
     items = plan_waves(view.item_ids, ranking, num_first, rollout.fraction, rollout.wave_rows)
@@ -183,9 +185,7 @@ def _protect(workspace: Workspace, rollout: Rollout) -> None:
         return changes or None
 
     registry.change_serving(change)
-    fence = getattr(workspace.gallery, "fence", None)
-    if fence is not None:
-        fence()
+    workspace.fence()
     crash_point("protected")
 
 
@@ -205,17 +205,31 @@ def embed_before_move(
     if plan.before_move == "all":
         # From here on ingest writes the candidate's vectors too: the backfill has no moving end.
         workspace.registry.change_serving(lambda serving: _begin(serving, rollout, plan))
-        report = carry_out(
-            workspace.gallery, rollout.generation, items, embed, unit_rows=rollout.unit_rows, on_rows=on_rows
-        )
-        # What arrived between the plan and the move of `active_plan` above.
-        late = embed_missing(workspace.gallery, rollout.generation, embed, unit_rows=rollout.unit_rows)
+        with workspace.gallery.take_lease() as lease:
+            report = carry_out(
+                workspace.gallery,
+                rollout.generation,
+                items,
+                embed,
+                unit_rows=rollout.unit_rows,
+                still_wanted=lambda: _follow(lease),
+                on_rows=on_rows,
+            )
+            # What arrived between the plan and the move of `active_plan` above.
+            late = embed_missing(workspace.gallery, rollout.generation, embed, unit_rows=rollout.unit_rows)
         return report.plus(late)
     if not plan.num_wave_zero:
         return ReindexReport()
-    return carry_out(
-        workspace.gallery, rollout.generation, items, embed, waves=[0], unit_rows=rollout.unit_rows, on_rows=on_rows
-    )
+    with workspace.gallery.take_lease():
+        return carry_out(
+            workspace.gallery, rollout.generation, items, embed, waves=[0], unit_rows=rollout.unit_rows, on_rows=on_rows
+        )
+
+
+def _follow(lease: Lease) -> bool:
+    """Each wave reads the newest version, and it stays readable while the wave goes on."""
+    lease.follow()
+    return True
 
 
 def _begin(serving: ServingState, rollout: Rollout, plan: Plan) -> dict[str, Any] | None:
@@ -306,24 +320,25 @@ def continue_plan(
         return ReindexReport()
     embed = workspace.embed_with(plan.generation)
     # Unreadable items first: what was ingested while the serving state moved and cannot be read by the new champion.
-    view = workspace.view(plan.generation)
-    unreadable = pa.array(view.item_ids[view.unreadable()], pa.string())
-    report = ReindexReport()
-    if len(unreadable):
-        report = embed_missing(
-            workspace.gallery, plan.generation, embed, item_ids=unreadable, unit_rows=unit_rows, on_rows=on_rows
+    with workspace.gallery.take_lease() as lease:
+        view = workspace.view(plan.generation, lease.version)
+        unreadable = pa.array(view.item_ids[view.unreadable()], pa.string())
+        report = ReindexReport()
+        if len(unreadable):
+            report = embed_missing(
+                workspace.gallery, plan.generation, embed, item_ids=unreadable, unit_rows=unit_rows, on_rows=on_rows
+            )
+        report = report.plus(
+            carry_out(
+                workspace.gallery,
+                plan.generation,
+                items,
+                embed,
+                unit_rows=unit_rows,
+                still_wanted=lambda: _follow(lease) and workspace.registry.serving().active_plan == plan.plan_id,
+                on_rows=on_rows,
+            )
         )
-    report = report.plus(
-        carry_out(
-            workspace.gallery,
-            plan.generation,
-            items,
-            embed,
-            unit_rows=unit_rows,
-            still_wanted=lambda: workspace.registry.serving().active_plan == plan.plan_id,
-            on_rows=on_rows,
-        )
-    )
     if not report.superseded:
         _end_plan(workspace, plan)
     return report

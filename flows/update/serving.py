@@ -102,7 +102,14 @@ def go_forward(workspace: Workspace, generation: str, *, reason: str, yes: bool 
         }  # fmt: skip
 
     act = f"promoting {generation}"
-    state = move(workspace, generation, change, act=act, remedy=_INSIST, allowed=None if yes else 0)
+    # Kept from here on, as after a rollback: nothing of it is collected between the look at its items and the move.
+    registry.change_serving(lambda serving: None if serving.left == generation else {"left": generation})
+    workspace.fence()
+    try:
+        state = move(workspace, generation, change, act=act, remedy=_INSIST, allowed=None if yes else 0)
+    except GracefulError:
+        registry.change_serving(lambda serving: {"left": seen.left} if serving.left != seen.left else None)
+        raise
     registry.record(Forwarded(reason=reason, by=operator()), generation=generation)
     return state
 
