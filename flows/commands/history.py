@@ -7,6 +7,7 @@ from typing import Any
 from graceful.errors import GracefulError
 from graceful.flows.store.events import (
     Adopted,
+    CertificateRevoked,
     Decided,
     Event,
     Forwarded,
@@ -22,10 +23,11 @@ from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.training.generation import ordinal_of
 
 TOLD = (
-    Trained, Adopted, Decided, Overridden, Rejected, Promoted, RolledBack, Forwarded, PreviousReleased, Retired,
+    Trained, Adopted, Decided, Overridden, Rejected, Promoted, RolledBack, Forwarded, CertificateRevoked,
+    PreviousReleased, Retired,
 )  # fmt: skip
 """Kinds of events that a history tells; the others are the machine's own bookkeeping."""
-_FIELDS = ("outcome", "to", "ordered", "name", "factory", "reason", "by")
+_FIELDS = ("outcome", "to", "ordered", "name", "factory", "gallery_generation", "reason", "by")
 
 
 class NothingDecidedError(GracefulError):

@@ -8,7 +8,7 @@ from graceful.files import exists, join, remove
 from graceful.flows.store.evaluation_set import evaluation_set_uri, named_in_set
 from graceful.flows.store.events import Decided, Trained, UpdateStarted
 from graceful.flows.store.workspace import Workspace, open_workspace
-from graceful.flows.update.serving import delete, go_forward, reject, retire, rollback
+from graceful.flows.update.serving import delete, go_forward, reject, retire, revoke, rollback
 from graceful.indexing.maintenance import collect, forget
 from graceful.training.manifest import read_manifest
 
@@ -120,6 +120,13 @@ def retire_generation(root: str, generation: str, reason: str) -> dict[str, Any]
     name = workspace.registry.resolve(generation)
     retire(workspace, name, reason=reason)
     return {"retired": name, "serving": workspace.registry.serving().champion}
+
+
+def revoke_certificate(root: str, query: str, gallery: str, reason: str, *, yes: bool = False) -> dict[str, Any]:
+    """Revoke a certificate by the names of its two generations."""
+    workspace = open_workspace(root)
+    pair = workspace.registry.resolve(query), workspace.registry.resolve(gallery)
+    return {"revoked": list(pair), "hidden": revoke(workspace, *pair, reason=reason, yes=yes)}
 
 
 def collect_garbage(root: str) -> dict[str, Any]:

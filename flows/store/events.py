@@ -115,6 +115,15 @@ class Forwarded(_Happened):
     by: str = ""
 
 
+class CertificateRevoked(_Happened):
+    """The operator revoked a certificate: the generation may be scored against those rows no longer."""
+
+    kind: Literal["certificate_revoked"] = "certificate_revoked"
+    gallery_generation: str
+    reason: str
+    by: str = ""
+
+
 class PlanCompleted(_Happened):
     """A re-index reached its end."""
 
@@ -145,7 +154,7 @@ class UpdateCompleted(_Happened):
 
 Happened = Annotated[
     UpdateStarted | Trained | Adopted | Decided | Promoted | Held | Pending | Overridden | Rejected | RolledBack
-    | Forwarded | PlanCompleted | PreviousReleased | Retired | UpdateCompleted,
+    | Forwarded | CertificateRevoked | PlanCompleted | PreviousReleased | Retired | UpdateCompleted,
     Field(discriminator="kind"),
 ]  # fmt: skip
 KINDS = tuple(model.model_fields["kind"].default for model in get_args(get_args(Happened)[0]))

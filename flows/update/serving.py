@@ -16,7 +16,14 @@ import pyarrow as pa
 from graceful.errors import GracefulError
 from graceful.files import crash_point
 from graceful.flows.store.claim import claim
-from graceful.flows.store.events import Forwarded, PreviousReleased, Rejected, Retired, RolledBack
+from graceful.flows.store.events import (
+    CertificateRevoked,
+    Forwarded,
+    PreviousReleased,
+    Rejected,
+    Retired,
+    RolledBack,
+)
 from graceful.flows.store.registry import ServingMovedError, ServingState
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.gate import MoveRefusedError, move
@@ -149,7 +156,9 @@ def revoke(
             f"{act}: expected every item that can be read now to stay readable, found {hidden} that would not be; "
             "embed them first ('graceful update'), or give --yes to revoke all the same"
         )
-    registry.revoke([pair], reason=f"{reason} ({operator()})")
+    registry.revoke([pair], reason=reason)
+    revoked = CertificateRevoked(gallery_generation=gallery_generation, reason=reason, by=operator())
+    registry.record(revoked, generation=query_generation)
     return hidden
 
 
