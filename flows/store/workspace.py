@@ -14,6 +14,7 @@ from graceful.flows.store.registry import Registry
 from graceful.indexing.cache import EmbeddingCache
 from graceful.indexing.gallery import Gallery, GalleryVersion, View
 from graceful.indexing.reindex import EmbedFunction
+from graceful.training.generation import ordinal_of
 
 EmbedWith = Callable[[str], EmbedFunction]
 """Generation id -> function that embeds units with that generation's encoder."""
@@ -98,10 +99,13 @@ class Workspace:
     def protected(self, supported: Sequence[str] = ()) -> list[list[str]]:
         """Readable lists of every generation that is kept."""
         names, pairs = self.kept(supported), self.registry.certificates()
-        certified = {query for query, gallery in pairs if query == gallery}
-        lists = [self.registry.readable(name) for name in names if name in certified]
         # A generation that is being embedded before it is certified protects its own vectors.
-        return lists + [[name] for name in names if name not in certified]
+        return [
+            sorted({name, *(gallery for query, gallery in pairs if query == name)}, key=ordinal_of)
+            if (name, name) in pairs
+            else [name]
+            for name in names
+        ]
 
     def fence(self) -> None:
         """Let every collection under way look again at what is protected, before it removes anything."""

@@ -197,8 +197,8 @@ def embed_before_move(
     workspace: Workspace, rollout: Rollout, plan: Plan, *, on_rows: Callable[[int], None] | None = None
 ) -> ReindexReport:
     """Embed what must be there before the serving state moves: wave 0, or the whole gallery in a full backfill."""
-    serving = workspace.registry.serving()
-    if serving.champion == rollout.generation:
+    history = workspace.registry.serving_history()
+    if _has_moved(history, rollout) or (history and history[-1].champion == rollout.generation):
         return ReindexReport()
     embed = workspace.embed_with(rollout.generation)
     items = workspace.registry.plan(plan.plan_id)[1]

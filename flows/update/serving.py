@@ -129,37 +129,42 @@ def revoke(
     Raises:
         MoveRefusedError: it is not in force, or it is what lets a generation in use query at all, or items that the
             champion can read now could not be read any more and `yes` does not insist.
+        UpdateInProgressError: an update is running, which may be about to serve by this certificate.
     """
-    registry, pair = workspace.registry, (query_generation, gallery_generation)
+    registry = workspace.registry
     act = f"revoking the certificate of {query_generation} for {gallery_generation}"
-    pairs = registry.certificates()
-    if pair not in pairs:
-        held = sorted(gallery for query, gallery in pairs if query == query_generation)
-        raise MoveRefusedError(
-            f"{act}: expected a certificate in force, found none; {query_generation} may read "
-            f"{', '.join(held) or 'nothing'}"
-        )
-    serving = registry.serving()
-    if query_generation == gallery_generation and query_generation in (serving.champion, serving.previous):
-        raise MoveRefusedError(
-            f"{act}: expected a generation that does not serve, found one that serves or to which a rollback returns; "
-            "roll back or release it first"
-        )
-    hidden = 0
-    if query_generation != gallery_generation:
-        version = workspace.gallery.version()
-        now = workspace.view(query_generation, version)
-        then = workspace.gallery.view([name for name in now.readable if name != gallery_generation], version)
-        hidden = len(then.unreadable()) - len(now.unreadable())
-    if hidden and query_generation == serving.champion and not yes:
-        raise MoveRefusedError(
-            f"{act}: expected every item that can be read now to stay readable, found {hidden} that would not be; "
-            "embed them first ('graceful update'), or give --yes to revoke all the same"
-        )
-    registry.revoke([pair], reason=reason)
+    with claim(workspace.root, act):
+        hidden = _hidden_without(workspace, query_generation, gallery_generation, act)
+        if hidden and query_generation == registry.serving().champion and not yes:
+            raise MoveRefusedError(
+                f"{act}: expected every item that can be read now to stay readable, found {hidden} that would not be; "
+                "embed them first ('graceful update'), or give --yes to revoke all the same"
+            )
+        registry.revoke([(query_generation, gallery_generation)], reason=reason)
     revoked = CertificateRevoked(gallery_generation=gallery_generation, reason=reason, by=operator())
     registry.record(revoked, generation=query_generation)
     return hidden
+
+
+def _hidden_without(workspace: Workspace, query: str, gallery: str, act: str) -> int:
+    pairs = workspace.registry.certificates()
+    if (query, gallery) not in pairs:
+        held = ", ".join(sorted(held for holder, held in pairs if holder == query))
+        raise MoveRefusedError(
+            f"{act}: expected a certificate in force, found none; {query} may read {held or 'nothing'}"
+        )
+    serving = workspace.registry.serving()
+    if query == gallery:
+        if query in (serving.champion, serving.previous):
+            raise MoveRefusedError(
+                f"{act}: expected a generation that does not serve, found one that serves or to which a rollback "
+                "returns; roll back or release it first"
+            )
+        return 0
+    with workspace.gallery.lease() as version:
+        now = workspace.view(query, version)
+        then = workspace.gallery.view([name for name in now.readable if name != gallery], version)
+        return len(then.unreadable()) - len(now.unreadable())
 
 
 def reject(workspace: Workspace, generation: str, *, reason: str) -> None:

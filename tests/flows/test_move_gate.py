@@ -280,6 +280,14 @@ def test_generation_that_a_rollback_left_is_kept_no_longer_once_it_is_retired(wo
     assert workspace.kept() == [G1]
 
 
+def test_backfill_that_was_rolled_back_is_not_begun_again_when_its_update_is_resumed(workspace):
+    made = decision(*WHOLE[:1], G2, G1)
+    carry_out(workspace, made)
+    state = rollback(workspace)
+    carry_out(workspace, made)
+    assert workspace.registry.serving() == state
+
+
 def test_deleted_items_are_not_hidden(workspace):
     carry_out(workspace, decision(*WHOLE[:1], G2, G1))
     delete(workspace, ["item-000-0"])

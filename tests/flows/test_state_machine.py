@@ -43,7 +43,8 @@ GALLERY = GalleryConfig(order="oldest_generation", wave_rows=2, unit_rows=2)
 ITEM_IDS = [f"item-{number}" for number in range(6)]
 CRASH_POINTS = [
     "table-file-written", "table-committed", "items-ingested", "vectors-before-commit", "vectors-after-commit",
-    "generation-ingested", "certified", "protected", "plan-saved", "before-serving-moves", "after-serving-moved", "wave-done",
+    "generation-ingested", "certified", "protected", "plan-saved", "before-serving-moves", "after-serving-moved",
+    "wave-done",
 ]  # fmt: skip
 
 
