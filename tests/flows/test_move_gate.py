@@ -288,6 +288,17 @@ def test_backfill_that_was_rolled_back_is_not_begun_again_when_its_update_is_res
     assert workspace.registry.serving() == state
 
 
+def test_decision_to_hold_gives_up_what_was_prepared_and_never_moved(workspace, models):
+    for outcome in ("FULL_BACKFILL", "COMPATIBLE_ROLLOUT"):
+        models.add(SyntheticGeneration(G2, unreadable=ONE))
+        with pytest.raises(MoveRefusedError):
+            carry_out(workspace, decision(outcome, G2, G1))
+        assert workspace.kept() == [G1, G2]
+        carry_out(workspace, decision("HOLD", G3, G1))
+        assert workspace.kept() == [G1]
+        assert workspace.registry.serving().active_plan is None
+
+
 def test_deleted_items_are_not_hidden(workspace):
     carry_out(workspace, decision(*WHOLE[:1], G2, G1))
     delete(workspace, ["item-000-0"])

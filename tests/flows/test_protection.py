@@ -10,7 +10,16 @@ from graceful.flows.store.registry import UncertifiedGenerationError
 from graceful.flows.store.workspace import UnsupportedGenerationError, Workspace
 from graceful.flows.update.gate import MoveRefusedError
 from graceful.flows.update.rollout import Rollout, continue_plan, embed_before_move, prepare, promote
-from graceful.flows.update.serving import abandon, ingest, reject, release_previous, retire, revoke, rollback
+from graceful.flows.update.serving import (
+    abandon,
+    go_forward,
+    ingest,
+    reject,
+    release_previous,
+    retire,
+    revoke,
+    rollback,
+)
 from graceful.indexing.maintenance import collect
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, items
 
@@ -106,6 +115,32 @@ def test_next_candidate_takes_the_protection_of_a_plan_that_never_moved(workspac
     prepare(workspace, rollout(G3))
     assert workspace.kept() == [G1, G3]
     assert collect_now(workspace).generations == (G2,)
+
+
+def test_generation_to_go_forward_to_is_kept_between_the_look_at_its_items_and_the_move(workspace):
+    for generation, champion in ((G2, G1), (G3, G2)):
+        carry_out_whole(workspace, rollout(generation), champion=champion)
+    assert G1 not in workspace.kept()
+    collected = []
+
+    def collect_before_the_champion_changes(name):
+        if name == "before-serving-moves" and workspace.registry.serving().left == G1:
+            set_crash_hook(None)
+            collected.append(collect_now(workspace).generations)
+
+    set_crash_hook(collect_before_the_champion_changes)
+    go_forward(workspace, G1, reason="test")
+    assert len(collected) == 1
+    assert unreadable(workspace) == 0
+
+
+def test_generation_that_it_is_refused_to_go_forward_to_is_not_kept_for_it(workspace):
+    for generation, champion in ((G2, G1), (G3, G2)):
+        carry_out_whole(workspace, rollout(generation), champion=champion)
+    assert collect_now(workspace).generations == (G1,)
+    with pytest.raises(MoveRefusedError, match="found 12 that would not be"):
+        go_forward(workspace, G1, reason="test")
+    assert workspace.kept() == [G3, G2]
 
 
 def test_candidate_turned_down_is_protected_no_longer(workspace):
