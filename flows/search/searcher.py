@@ -162,7 +162,8 @@ class GallerySearcher:
             known = self._served.encoder if self._served and self._served.generation == generation else None
             encoder = known or open_encoder(self._workspace.generation_uri(generation))
             snapshot_id = publish_view(self._workspace, generation, view, encoder.card.prefix_widths)
-            columns = (view.items[name].to_pylist() for name in ("item_id", "source", "label"))
+            items = view.items(["item_id", "source", "label"])
+            columns = (items[name].to_pylist() for name in items.column_names)
             self._served = ServedSnapshot(
                 generation=generation,
                 snapshot_id=snapshot_id,

@@ -60,7 +60,7 @@ def snapshot_id_of(query_generation: str, version: GalleryVersion, readable: Seq
 def _segment_rows(view: View, generation: str, positions: NDArray[np.int64]) -> SegmentRows:
     return SegmentRows(
         generation,
-        view.item_ids[positions],
+        view.column("item_id", positions),
         view.revisions[positions],
         lambda chosen: view.vectors(positions[chosen]),
     )

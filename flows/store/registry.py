@@ -122,13 +122,13 @@ class Plan(BaseModel):
 class Registry:
     """A handle on the registry below one location."""
 
-    def __init__(self, location: str) -> None:
-        """Open the registry, or create it empty."""
+    def __init__(self, location: str, *, create: bool = False) -> None:
+        """Open the registry; with `create` it is made empty where there is none."""
         self.location = location
-        self._lineage = VersionedTable(join(location, "lineage"), LINEAGE_SCHEMA)
-        self._certificates = VersionedTable(join(location, "certificates"), CERTIFICATES_SCHEMA)
-        self._plans = VersionedTable(join(location, "plans"), PLANS_SCHEMA)
-        self._serving = VersionedTable(join(location, "serving"), SERVING_SCHEMA)
+        self._lineage = VersionedTable(join(location, "lineage"), LINEAGE_SCHEMA, create=create)
+        self._certificates = VersionedTable(join(location, "certificates"), CERTIFICATES_SCHEMA, create=create)
+        self._plans = VersionedTable(join(location, "plans"), PLANS_SCHEMA, create=create)
+        self._serving = VersionedTable(join(location, "serving"), SERVING_SCHEMA, create=create)
 
     # Lineage ----------------------------------------------------------------------------------------------------------
 
@@ -299,7 +299,7 @@ class Registry:
         return row
 
     def _plan_items_uri(self, digest: str) -> str:
-        return join(self.location, "plans", "_items", f"{digest}.parquet")
+        return join(self.location, "plan_items", f"{digest}.parquet")
 
     # Serving ----------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ that would hide items which can be read now is refused unless the operator insis
 
 import getpass
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -285,7 +284,6 @@ def ingest(
     workspace: Workspace,
     items: pa.Table,
     *,
-    unit: str,
     supported: Sequence[str] = (),
     unit_rows: int = 4_096,
     on_rows: Callable[[int], None] | None = None,
@@ -295,9 +293,8 @@ def ingest(
     Asked again until nobody is left: a generation that came to serve, or whose plan was prepared, while the vectors of
     another were written must find the items too. `on_rows` counts rows of the champion's vectors only.
     """
-    result = workspace.gallery.ingest(items, unit=unit)
+    result = workspace.gallery.ingest(items)
     crash_point("items-ingested")
-    item_ids = items["item_id"].combine_chunks()
     reports: dict[str, ReindexReport] = {}
     while waiting := [name for name in generations_to_write(workspace, supported) if name not in reports]:
         generation = waiting[0]
@@ -306,7 +303,7 @@ def ingest(
             workspace.gallery,
             generation,
             embed,
-            item_ids=item_ids,
+            revisions=result.revisions,
             unit_rows=unit_rows,
             on_rows=on_rows if not reports else None,
         )
@@ -316,7 +313,7 @@ def ingest(
 
 def delete(workspace: Workspace, item_ids: Sequence[str]) -> int:
     """Write tombstones for items; returns how many were there."""
-    return workspace.gallery.delete(item_ids, unit=f"{time.time_ns()}")
+    return workspace.gallery.delete(item_ids)
 
 
 def operator() -> str:

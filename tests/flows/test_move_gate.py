@@ -68,8 +68,8 @@ def models():
 @pytest.fixture
 def workspace(tmp_path, models):
     """Forty items, all of them served by the first generation."""
-    opened = Workspace(str(tmp_path / "workspace"), models)
-    ingest(opened, items(10, 4), unit="first")
+    opened = Workspace(str(tmp_path / "workspace"), models, create=True)
+    ingest(opened, items(10, 4))
     carry_out(opened, decision("BOOTSTRAP", G1, None))
     assert num_readable(opened) == 40
     return opened
@@ -133,7 +133,7 @@ def test_loss_that_the_configuration_allows_moves(workspace, models):
 def test_item_that_nobody_reads_now_does_not_stop_a_move(workspace, models):
     for name in (G1, G2):
         models.add(SyntheticGeneration(name, unreadable=frozenset({"synthetic:gone/x"})))
-    ingest(workspace, pa.Table.from_pylist([item_row("gone", "gone", "x")]), unit="gone")
+    ingest(workspace, pa.Table.from_pylist([item_row("gone", "gone", "x")]))
     carry_out(workspace, decision("FULL_BACKFILL", G2, G1))
     assert (workspace.registry.serving().champion, num_readable(workspace)) == (G2, 40)
 
@@ -155,8 +155,8 @@ def test_image_that_can_be_read_the_second_time_is_asked_for_again_before_the_mo
 @pytest.mark.parametrize("failing", [ALL, ONE], ids=["every image fails", "one image fails"])
 def test_first_generation_that_reads_nothing_does_not_serve(tmp_path, models, failing):
     models.add(SyntheticGeneration(G1, unreadable=failing))
-    opened = Workspace(str(tmp_path / "new"), models)
-    ingest(opened, items(10, 4), unit="first")
+    opened = Workspace(str(tmp_path / "new"), models, create=True)
+    ingest(opened, items(10, 4))
     made = decision("BOOTSTRAP", G1, None)
     if failing == ALL:
         with pytest.raises(MoveRefusedError, match=r"expected items that g001-aaaaaa can read, found none of 40"):
@@ -168,7 +168,7 @@ def test_first_generation_that_reads_nothing_does_not_serve(tmp_path, models, fa
 
 
 def test_first_generation_of_an_empty_gallery_serves(tmp_path, models):
-    opened = Workspace(str(tmp_path / "new"), models)
+    opened = Workspace(str(tmp_path / "new"), models, create=True)
     carry_out(opened, decision("BOOTSTRAP", G1, None))
     assert opened.registry.serving().champion == G1
 
@@ -199,7 +199,7 @@ def test_item_ingested_at_the_very_moment_of_the_move_is_readable_afterwards(wor
         points.append(name)
         if name == "before-serving-moves" and workspace.registry.serving().prepared == G2 and "late" not in points:
             points.append("late")
-            ingest(workspace, late, unit="late")
+            ingest(workspace, late)
 
     set_crash_hook(arrive)
     carry_out(workspace, decision(*WAVE_ZERO[:1], G2, G1))
@@ -219,7 +219,7 @@ def test_ingest_under_way_while_the_serving_state_moves_writes_for_whoever_serve
             carry_out(workspace, decision(*WAVE_ZERO[:1], G2, G1))
 
     set_crash_hook(promote_meanwhile)
-    reports = ingest(workspace, late, unit="late")[1]
+    reports = ingest(workspace, late)[1]
     assert list(reports) == [G1, G2]
     assert num_readable(workspace) == 41
 
@@ -233,7 +233,7 @@ def test_gate_looks_again_when_the_gallery_was_written_to_while_it_compared(work
         found = real(*given)
         seen.append(len(found.hidden))
         if len(seen) == 1:
-            workspace.gallery.ingest(late, unit="late")
+            workspace.gallery.ingest(late)
             from graceful.indexing.reindex import embed_missing
 
             embed_missing(workspace.gallery, G1, workspace.embed_with(G1))
@@ -248,14 +248,14 @@ def test_gate_looks_again_when_the_gallery_was_written_to_while_it_compared(work
 def test_rollback_and_going_forward_say_how_many_items_they_would_hide(workspace, models):
     carry_out(workspace, decision(*WHOLE[:1], G2, G1))
     models.add(SyntheticGeneration(G1, unreadable=frozenset({"synthetic:id000/late"})))
-    ingest(workspace, pa.Table.from_pylist([item_row("late", "id000", "late")]), unit="late")
+    ingest(workspace, pa.Table.from_pylist([item_row("late", "id000", "late")]))
     with pytest.raises(MoveRefusedError, match=r"rolling back: .* found 1 that would not be; .*--yes"):
         rollback(workspace)
     assert workspace.registry.serving().champion == G2
     rollback(workspace, yes=True)
     models.add(SyntheticGeneration(G2, unreadable=frozenset({"synthetic:id000/later"})))
     models.add(SyntheticGeneration(G1))
-    ingest(workspace, pa.Table.from_pylist([item_row("later", "id000", "later")]), unit="later")
+    ingest(workspace, pa.Table.from_pylist([item_row("later", "id000", "later")]))
     with pytest.raises(MoveRefusedError, match=r"promoting g002-bbbbbb: .* found 1 that would not be; .*--yes"):
         go_forward(workspace, G2, reason="test")
     assert go_forward(workspace, G2, reason="test", yes=True).champion == G2
@@ -265,7 +265,7 @@ def test_generation_that_a_rollback_left_stays_complete_until_it_is_released(wor
     carry_out(workspace, decision(*WHOLE[:1], G2, G1))
     rollback(workspace)
     assert workspace.kept() == [G1, G2]
-    ingest(workspace, pa.Table.from_pylist([item_row("since", "id000", "since")]), unit="since")
+    ingest(workspace, pa.Table.from_pylist([item_row("since", "id000", "since")]))
     assert go_forward(workspace, G2, reason="a false alarm").previous == G1
     assert num_readable(workspace) == 41
     rollback(workspace)

@@ -36,8 +36,8 @@ def models():
 @pytest.fixture
 def workspace(tmp_path, models):
     """Twelve items, served by the first generation."""
-    opened = Workspace(str(tmp_path / "workspace"), models)
-    ingest(opened, items(4, 3), unit="first")
+    opened = Workspace(str(tmp_path / "workspace"), models, create=True)
+    ingest(opened, items(4, 3))
     carry_out_whole(opened, rollout(G1, before_move="all", certified=()), champion=None)
     return opened
 
@@ -64,7 +64,7 @@ def carry_out_whole(workspace, what, *, champion):
 def collect_now(workspace):
     """What `graceful collect` does, in a process of its own."""
     other = Workspace(workspace.root)
-    return collect(other.gallery, other.protected())
+    return collect(other.gallery, other.protected, dead_share=0.0)
 
 
 def unreadable(workspace):
@@ -192,7 +192,7 @@ def test_revoking_a_certificate_says_how_many_items_it_hides(workspace):
 def test_ingest_while_a_plan_is_prepared_writes_for_its_generation_unless_it_can_read_the_champions(workspace):
     late = pa.Table.from_pylist([item_row("late", "id000", "late")])
     prepare(workspace, rollout(G2))
-    assert list(ingest(workspace, late, unit="late")[1]) == [G1, G2]
+    assert list(ingest(workspace, late)[1]) == [G1, G2]
     workspace.registry.certify([(G2, G1)], reason="test")
     later = pa.Table.from_pylist([item_row("later", "id000", "later")])
-    assert list(ingest(workspace, later, unit="later")[1]) == [G1]
+    assert list(ingest(workspace, later)[1]) == [G1]

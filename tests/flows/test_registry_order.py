@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from graceful.files import join, set_crash_hook
+from graceful.files import set_crash_hook
 from graceful.flows.store.events import Decided, Promoted, Rejected, Retired, Trained
 from graceful.flows.store.registry import DamagedPlanError, Registry, ServingMovedError
 from graceful.flows.store.workspace import Workspace
@@ -21,7 +21,7 @@ HOUR_S = 3600.0
 
 @pytest.fixture
 def registry(tmp_path):
-    return Registry(str(tmp_path / "registry"))
+    return Registry(str(tmp_path / "registry"), create=True)
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def clock(monkeypatch):
 @pytest.fixture
 def workspace(tmp_path):
     models = SyntheticModels(*[SyntheticGeneration(name) for name in (G1, G2, G3)])
-    opened = Workspace(str(tmp_path / "workspace"), models)
-    ingest(opened, items(2, 2), unit="first")
+    opened = Workspace(str(tmp_path / "workspace"), models, create=True)
+    ingest(opened, items(2, 2))
     promote_whole(opened, G1, None)
     promote_whole(opened, G2, G1)
     return opened
@@ -103,14 +103,14 @@ def test_event_written_last_is_the_newest_whatever_the_clock_says(registry, cloc
     assert [event.kind for event in registry.history()] == ["trained", "decided", "decided", "rejected"]
 
 
-def test_order_survives_compaction(registry, clock, monkeypatch):
-    from graceful.indexing import tables
-
-    monkeypatch.setattr(tables, "_COMPACT_AFTER_FILES", 3)
+def test_order_survives_compaction(registry, clock):
     for number in range(10):
         registry.record(Retired(reason=str(number)), generation=G1)
         clock[0] -= HOUR_S
         (registry.certify if number % 2 else registry.revoke)([(G1, G1)], reason="test")
+        if number % 3 == 2:
+            assert registry._lineage.compact(at_least=2)
+            assert registry._certificates.compact(at_least=2)
     assert [event.payload.reason for event in registry.events(Retired)] == [str(number) for number in range(10)]
     assert registry.certificates() == {(G1, G1)}
     registry.revoke([(G1, G1)], reason="test")
@@ -209,13 +209,13 @@ def test_damaged_items_of_a_plan_are_found_when_they_are_read(workspace, tmp_pat
     plan_id = workspace.registry.serving().active_plan
     plan, rows = workspace.registry.plan(plan_id)
     assert rows.num_rows == plan.num_items == 4
-    files = sorted((tmp_path / "workspace" / "registry" / "plans" / "_items").glob("*.parquet"))
+    files = sorted((tmp_path / "workspace" / "registry" / "plan_items").glob("*.parquet"))
     assert files
     for file in files:
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(bytes(content))
-    with pytest.raises(DamagedPlanError, match=join("plans", "_items")):
+    with pytest.raises(DamagedPlanError, match="plan_items"):
         workspace.registry.plan(plan_id)
     for file in files:
         file.unlink()

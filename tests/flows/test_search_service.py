@@ -62,7 +62,7 @@ def image_of(root: Path, row: int) -> bytes:
 
 def gallery_row(root: Path) -> tuple[str, int]:
     """An item of the gallery, and its row in the data set."""
-    item_id = str(open_workspace(str(root)).gallery.latest_items()["item_id"][7].as_py())
+    item_id = str(open_workspace(str(root)).gallery.view([]).item_ids[7])
     return item_id, int(item_id.rpartition("#")[2])
 
 
