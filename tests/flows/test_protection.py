@@ -108,6 +108,45 @@ def test_wave_zero_survives_a_collection_and_an_abandoned_one_does_not(workspace
     assert unreadable(workspace) == 0
 
 
+def test_collection_under_way_when_a_plan_is_prepared_looks_again(workspace):
+    """It found the vectors of an abandoned plan unprotected; then an update takes them up again, and serves by them."""
+    what = rollout(G2)
+    embed_before_move(workspace, what, prepare(workspace, what))
+    abandon(workspace)
+    promoted = []
+
+    def promote_meanwhile(name):
+        if name == "rewrite-before-commit" and not promoted:
+            promoted.append(name)
+            set_crash_hook(None)
+            carry_out_whole(workspace, what, champion=G1)
+
+    set_crash_hook(promote_meanwhile)
+    collect_now(workspace)
+    set_crash_hook(None)
+    assert promoted
+    assert workspace.registry.serving().champion == G2
+    assert unreadable(workspace) == 0
+    rollback(workspace)
+    assert unreadable(workspace) == 0
+
+
+def test_generation_of_the_active_plan_is_kept(workspace):
+    what = rollout(G2, before_move="all")
+    embed_before_move(workspace, what, prepare(workspace, what))
+    workspace.registry.change_serving(lambda _: {"prepared": None})
+    assert workspace.kept() == [G1, G2]
+
+
+def test_plan_names_no_item(workspace, tmp_path):
+    """So that forgetting an item leaves nothing of it in plans."""
+    prepare(workspace, rollout(G2))
+    below = (tmp_path / "workspace" / "registry").glob("plan*/**/*")
+    stored = [file for file in below if file.is_file()]
+    assert [file for file in stored if file.suffix == ".parquet" and file.parent.name == "plan_items"]
+    assert not [file for file in stored if b"item-000" in file.read_bytes()]
+
+
 def test_next_candidate_takes_the_protection_of_a_plan_that_never_moved(workspace):
     first = rollout(G2, before_move="all")
     embed_before_move(workspace, first, prepare(workspace, first))
