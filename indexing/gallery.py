@@ -31,7 +31,7 @@ from graceful.indexing.columns import ColumnCache
 from graceful.indexing.embedding_files import read_embeddings, read_rows, write_embedding_file
 from graceful.indexing.items import ITEMS_SCHEMA, NEW_ITEM_COLUMNS, NOTHING, REPEATED_COLUMNS, IngestResult, Items
 from graceful.indexing.leases import LIFETIME_S, GalleryVersion, Lease, Leases
-from graceful.indexing.revisions import Positions, first_revision, is_member
+from graceful.indexing.revisions import Positions, is_member
 from graceful.indexing.tables import STAGING, DataFile, TableConflictError, TableSnapshot, VersionedTable, attempts
 from graceful.indexing.view import Changes, VectorRows, View, check_norms
 
@@ -200,10 +200,7 @@ class Gallery:
         `buckets` (first, one past the last) asks for the items of some buckets only.
         """
         pinned = version or self.version()
-        live = self.items.live(pinned.items)
-        if buckets is not None:
-            low, high = np.searchsorted(live, [first_revision(bucket) for bucket in buckets])
-            live = live[low:high]
+        live = self.items.live(pinned.items) if buckets is None else self.items.live_in(*buckets, pinned.items)
         # File and row in one number: one scatter a file instead of three.
         place = np.full(len(live), -1, np.int64)
         snapshot = self.vectors_table.snapshot(pinned.vectors)
