@@ -86,7 +86,7 @@ def judge_outcomes(
     states[live_state(CANDIDATE, CHAMPION)] = states[fraction_state(0)]
     states[pair_state(CANDIDATE, CANDIDATE)] = states[fraction_state(1)]
     outcomes = outcomes_from_ranks(states, metric=policy.metric, clusters=clusters, slices=slices)
-    question = Question(candidate=CANDIDATE, champion=CHAMPION, order=order, live_owners={CHAMPION: 1.0})
+    question = Question(candidate=CANDIDATE, champion=CHAMPION, order=order, live_owners={CHAMPION: 1.0}, wave_zero=())
     return decide(gather_evidence(outcomes, policy, question), policy)
 
 

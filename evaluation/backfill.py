@@ -44,8 +44,8 @@ def curve_from_outcomes(
 ) -> BackfillCurve:
     """Collect the fraction states, all that there are unless `fractions` names them; see `arrays.backfill_curve`."""
     if fractions is None:
-        parsed = [parse_state(state).fraction for state in outcomes.states]
-        fractions = sorted(fraction for fraction in parsed if fraction is not None)
+        parsed = [parse_state(state) for state in outcomes.states]
+        fractions = sorted(s.fraction for s in parsed if s.fraction is not None and s.wave_zero is None)
     values = [metric_of(outcomes, fraction_state(fraction), metric, k) for fraction in fractions]
     return BackfillCurve(
         np.array(fractions, np.float64), np.array(values, np.float64), metric_of(outcomes, SERVED, metric, k)

@@ -5,8 +5,10 @@ zero. Whoever knows that a term is nothing says 0. Embedding hours alone mislead
 work around them (index build, re-validation) are terms of their own. Times are hours or days as named; money is in one
 currency of the caller's choice.
 
-    cost(f) = f x rows / rate x price per worker hour + fixed worker hours x price + storage of f x rows until the
-    next one T*(f)   = cost(f) / (value per point and day x lower bound of the gain in points)
+    cost(f) = r / rate x price per worker hour + fixed worker hours x price + storage of r rows until the next one
+    T*(f)   = cost(f) / (value per point and day x lower bound of the gain in points)
+
+r = max(f, share of wave 0) x rows: what has to be re-embedded before the move is paid for at every fraction.
 """
 
 from __future__ import annotations
@@ -57,8 +59,8 @@ class OptionCost(BaseModel):
     unavailable: tuple[str, ...] = Field(description="Names of the terms that are not known.")
 
 
-def option_cost(inputs: CostInputs, fraction: float) -> OptionCost:
-    """Cost of re-embedding a fraction of the gallery.
+def option_cost(inputs: CostInputs, fraction: float, *, first_share: float = 0.0) -> OptionCost:
+    """Cost of re-embedding a fraction of the gallery, and at least the `first_share` that wave 0 takes anyway.
 
     >>> inputs = CostInputs(rows_per_s=100, num_workers=2, num_rows=720_000, price_per_worker_hour=3)
     >>> cost = option_cost(inputs, 0.5)  # 360,000 rows at 200 per second are half an hour of two workers
@@ -67,7 +69,7 @@ def option_cost(inputs: CostInputs, fraction: float) -> OptionCost:
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"costing an option: expected a fraction in [0, 1], found {fraction}")
-    num_rows = round(inputs.num_rows * fraction)
+    num_rows = round(inputs.num_rows * max(fraction, first_share))
     hours = num_rows / (inputs.rows_per_s * inputs.num_workers) / 3600
     price = inputs.price_per_worker_hour
     embedding = _product(hours, inputs.num_workers, price)
@@ -90,9 +92,9 @@ def option_cost(inputs: CostInputs, fraction: float) -> OptionCost:
     )
 
 
-def option_costs(inputs: CostInputs, fractions: Sequence[float]) -> tuple[OptionCost, ...]:
+def option_costs(inputs: CostInputs, fractions: Sequence[float], *, first_share: float = 0.0) -> tuple[OptionCost, ...]:
     """`option_cost` of each fraction."""
-    return tuple(option_cost(inputs, fraction) for fraction in fractions)
+    return tuple(option_cost(inputs, fraction, first_share=first_share) for fraction in fractions)
 
 
 def break_even_days(total_price: float | None, value_per_point_day: float | None, gain_points: float) -> float | None:

@@ -44,7 +44,7 @@ from graceful.evaluation.outcomes import fraction_state
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.evaluation.power import queries_for_margin, queries_for_nfr
 
-JUDGING_VERSION = 1
+JUDGING_VERSION = 2
 """Version of the judgement. Raise it with every change after which the same outcomes and policy are decided
 otherwise."""
 
@@ -98,9 +98,13 @@ def decide(evidence: Evidence, policy: RolloutPolicy) -> Decision:
     paying = Option(full.name, full.fraction, (*full.reasons, pays(evidence, policy)))
     if paying.verdict == "PASS":
         return _full_backfill(evidence, paying, rollouts, everything)
-    undecided = [option for option in (*rollouts, paying) if option.verdict == "UNKNOWN"]
+    # A rollout that waits for certificates would serve other states than today's wave 0 does: those that come then.
+    then = evidence.model_copy(update={"states": evidence.hoped_states}) if evidence.hoped_states else evidence
+    waiting = rollout_options(then, policy)
+    undecided = [option for option in (*waiting, paying) if option.verdict == "UNKNOWN"]
     if undecided:
-        return _inconclusive(evidence, policy, undecided, (*paying.reasons, *everything))
+        return _inconclusive(then, policy, undecided, (*paying.reasons, *everything))
+    rollouts = waiting
     blocking = (*paying.with_verdict("FAIL"), *(r for option in rollouts for r in option.with_verdict("FAIL")))
     return _hold(evidence, f"no option passes: {blocking[0].text}", blocking, everything)
 

@@ -40,6 +40,7 @@ from graceful.evaluation.outcomes import (
     measured,
     metric_values,
     pair_state,
+    parse_state,
 )
 from graceful.evaluation.policy import RolloutPolicy, Verdict, verdict_not_below
 
@@ -117,6 +118,12 @@ class Evidence(BaseModel):
     live_owners: dict[str, float] = Field(default_factory=dict, description="Share of rows per live generation.")
     wave_zero_generations: tuple[str, ...] = Field(default=(), description="Live owners without a certificate.")
     wave_zero_share: float = Field(default=0.0, description="Share of the gallery that they own.")
+    hoped_wave_zero: tuple[str, ...] | None = Field(
+        default=None, description="The same if every certificate that is still open passes; None: nothing is open."
+    )
+    hoped_states: tuple[StateEvidence, ...] = Field(
+        default=(), description="The states of that way, where they were measured. No rollout is decided from them."
+    )
     unreadable_share: float = Field(default=0.0, description="Share of the gallery nobody can read now.")
     cost_inputs: CostInputs | None = Field(default=None, description="What is known about cost; None = nothing.")
     costs: tuple[OptionCost, ...] = Field(default=(), description="Cost of each fraction.")
@@ -142,14 +149,19 @@ class Question(BaseModel):
         default=None, description="Share that nobody can read; by default what the live owners leave to 1."
     )
     clients: tuple[str, ...] = Field(default=(), description="Older generations that still query.")
+    wave_zero: tuple[str, ...] | None = Field(
+        default=None,
+        description="Owners whose rows are re-embedded already in the states fraction/<f>; None: those that the policy "
+        "decides.",
+    )
     cost: CostInputs | None = Field(default=None, description="What a backfill would take, where it was measured.")
 
 
 def gather_evidence(outcomes: Outcomes, policy: RolloutPolicy, question: Question) -> Evidence:
     """Bounds for every state and certificate that the policy asks about. Pure: the same arguments give the same bytes.
 
-    Wave 0 (rows of owners without a certificate) must be candidate-owned in every fraction state already: see
-    `certify`.
+    Wave 0 (rows of owners without a certificate) is candidate-owned in every fraction state: states that were measured
+    for another wave 0 are not used, and those that should have been are named as missing.
     """
     candidate, champion, cost = question.candidate, question.champion, question.cost
     shares = {owner: float(share) for owner, share in question.live_owners.items()}
@@ -173,17 +185,26 @@ def gather_evidence(outcomes: Outcomes, policy: RolloutPolicy, question: Questio
     missing = [] if self_test is not None else [f"self-test: state {pair_state(candidate, candidate)!r}"]
     if champion is None:
         return Evidence(**common, missing=tuple(missing))
-    missing += _missing_baselines(outcomes, policy, shares, candidate, champion)
-    scopes, missing_slices = _scopes(outcomes, policy)
-    missing += missing_slices
     certificates = certify(outcomes, policy, live_owners=shares, candidate=candidate, champion=champion)
     wave_zero = wave_zero_generations(certificates)
+    way = _way(outcomes, policy, question, wave_zero)
+    missing += _missing_baselines(outcomes, shares, candidate, champion)
+    missing += [f"metric: {_named(f, question, wave_zero)}" for f in policy.fractions if f not in way]
+    scopes, missing_slices = _scopes(outcomes, policy)
+    missing += missing_slices
     unreadable = question.unreadable_share
     if unreadable is None:
         unreadable = max(0.0, 1 - sum(shares.values()))
+    first_share = min(1.0, sum(shares[owner] for owner in wave_zero) + unreadable)
+    if cost is not None:
+        common["costs"] = option_costs(cost, policy.fractions, first_share=first_share)
+    hoped = tuple(item.gallery_generation for item in certificates if item.verdict == "FAIL")
+    hoped_way = {} if hoped == wave_zero else _way(outcomes, policy, question, hoped)
     return Evidence(
         **common,
-        states=_states(outcomes, policy, scopes),
+        states=_states(outcomes, policy, scopes, way),
+        hoped_wave_zero=None if hoped == wave_zero else hoped,
+        hoped_states=_states(outcomes, policy, scopes, hoped_way) if len(hoped_way) == len(policy.fractions) else (),
         certificates=certificates,
         clients=certify_clients(outcomes, policy, question.clients, candidate=candidate),
         live_owners=shares,
@@ -268,15 +289,10 @@ def _self_test(outcomes: Outcomes, policy: RolloutPolicy, candidate: str) -> flo
     return _finite(np.nanmean(metric_values(outcomes, state, policy.metric, policy.k)))
 
 
-def _missing_baselines(
-    outcomes: Outcomes, policy: RolloutPolicy, shares: Mapping[str, float], candidate: str, champion: str
-) -> list[str]:
+def _missing_baselines(outcomes: Outcomes, shares: Mapping[str, float], candidate: str, champion: str) -> list[str]:
     missing = []
     if not measured(outcomes, SERVED).any():
         missing.append(f"baseline: state {SERVED!r}")
-    for fraction in policy.fractions:
-        if fraction_state(fraction) not in outcomes.first_rank:
-            missing.append(f"metric: state {fraction_state(fraction)!r}")
     if not shares:
         missing.append("baseline: live owners of the gallery")
     for owner in shares:
@@ -284,6 +300,46 @@ def _missing_baselines(
             if owner != candidate and live_state(query, owner) not in outcomes.first_rank:
                 missing.append(f"{kind}: state {live_state(query, owner)!r}")
     return missing
+
+
+def _way(outcomes: Outcomes, policy: RolloutPolicy, question: Question, wave_zero: Sequence[str]) -> dict[float, str]:
+    """The measured state of each fraction on the way that begins with this wave 0; without those never measured.
+
+    Fully re-embedded is one state, whatever came first; and where wave 0 is the whole gallery, it is the only one.
+    """
+    as_named = question.wave_zero is None or set(question.wave_zero) == set(wave_zero)
+    whole = question.wave_zero is not None and {*question.live_owners} - {question.candidate} <= {*wave_zero}
+    asked = {parse_state(state).fraction for state in outcomes.states}
+    found = {}
+    for fraction in policy.fractions:
+        full = fraction == 1 or whole
+        name = fraction_state(1) if full else fraction_state(fraction, None if as_named else wave_zero)
+        if name in outcomes.first_rank and fraction in asked:
+            found[fraction] = name
+    return found
+
+
+def _named(fraction: float, question: Question, wave_zero: Sequence[str]) -> str:
+    if question.wave_zero is None or set(question.wave_zero) == set(wave_zero):
+        return f"state {fraction_state(fraction)!r}"
+    before, after = (", ".join(names) or "nothing" for names in (question.wave_zero, wave_zero))
+    return (
+        f"state {fraction_state(fraction, wave_zero)!r}: the stored one was measured with {before} re-embedded before "
+        f"the move, this policy decides {after}"
+    )
+
+
+def unmeasured_wave(outcomes: Outcomes, policy: RolloutPolicy, question: Question) -> tuple[str, ...] | None:
+    """The wave 0 that this policy decides, where none of its states was measured; None where they were."""
+    if question.champion is None or question.wave_zero is None:
+        return None
+    certificates = certify(
+        outcomes, policy, live_owners=question.live_owners, candidate=question.candidate, champion=question.champion
+    )
+    wave_zero = wave_zero_generations(certificates)
+    as_named = question.model_copy(update={"wave_zero": wave_zero})
+    measured_as_named = set(_way(outcomes, policy, as_named, wave_zero))
+    return wave_zero if measured_as_named - set(_way(outcomes, policy, question, wave_zero)) else None
 
 
 def _scopes(outcomes: Outcomes, policy: RolloutPolicy) -> tuple[dict[str, NDArray[np.bool_]], list[str]]:
@@ -308,15 +364,14 @@ def _scopes(outcomes: Outcomes, policy: RolloutPolicy) -> tuple[dict[str, NDArra
 
 
 def _states(
-    outcomes: Outcomes, policy: RolloutPolicy, scopes: Mapping[str, NDArray[np.bool_]]
+    outcomes: Outcomes, policy: RolloutPolicy, scopes: Mapping[str, NDArray[np.bool_]], way: Mapping[float, str]
 ) -> tuple[StateEvidence, ...]:
     if SERVED not in outcomes.first_rank:
         return ()
-    fractions = [fraction for fraction in policy.fractions if fraction_state(fraction) in outcomes.first_rank]
+    fractions = list(way)
     cells = [(scope, fraction) for scope in scopes for fraction in fractions]
     pairs = [
-        compare(outcomes, SERVED, fraction_state(f), metric=policy.metric, k=policy.k, within=scopes[scope])
-        for scope, f in cells
+        compare(outcomes, SERVED, way[f], metric=policy.metric, k=policy.k, within=scopes[scope]) for scope, f in cells
     ]
     width = len(fractions)
     families = [list(range(s * width, (s + 1) * width)) for s in range(len(scopes))]
@@ -324,7 +379,7 @@ def _states(
     bands = _bands(clusters, policy, pairs, families)
     states = []
     for index, ((scope, fraction), pair) in enumerate(zip(cells, pairs, strict=True)):
-        state, band = fraction_state(fraction), bands[index // width]
+        state, band = way[fraction], bands[index // width]
         alone = measured(outcomes, state) & ~measured(outcomes, SERVED) & scopes[scope]
         states.append(
             StateEvidence(

@@ -5,7 +5,9 @@ as the ranks of the relevant gallery rows; embeddings never come here. States ar
 by the functions below:
 
     served                  what production serves now: the champion's queries on today's view
-    fraction/0.25           the candidate's queries, 25 % of the gallery re-embedded in the chosen order
+    fraction/0.25           the candidate's queries, 25 % of the gallery re-embedded in the chosen order, after the rows
+                            of `Question.wave_zero` were
+    fraction/0.25/after/<k>+<l>   the same after the rows of generations k and l were, whatever was decided
     pair/<q>/<g>            queries by generation q on a gallery that g embedded alone (diagnosis)
     classify/<g>            classification by generation g: retrieval over its classifier rows
     live/<q>/<k>            queries by q on the served rows that generation k owns (certificates)
@@ -28,6 +30,7 @@ SERVED = "served"
 Metric = Literal["recall@k", "mAP"]
 METRICS: tuple[Metric, ...] = ("recall@k", "mAP")
 SLICE_PREFIX = "slice_"
+NOTHING = "nothing"  # an empty wave 0, in a state's name
 
 
 class State(NamedTuple):
@@ -37,6 +40,7 @@ class State(NamedTuple):
     fraction: float | None = None
     query_generation: str | None = None
     gallery_generation: str | None = None
+    wave_zero: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,15 +112,20 @@ class Comparison(NamedTuple):
     num_lost: int  # measurable before, not after: counted as wrong after
 
 
-def fraction_state(fraction: float) -> str:
+def fraction_state(fraction: float, wave_zero: Sequence[str] | None = None) -> str:
     """Name the state in which the candidate queries and `fraction` of the gallery is re-embedded.
+
+    `wave_zero` names the owners whose rows were re-embedded before, where it is not the way that was decided.
 
     >>> fraction_state(0.25), fraction_state(1.0), fraction_state(0)
     ('fraction/0.25', 'fraction/1', 'fraction/0')
+    >>> fraction_state(0.25, ["g2", "g1"]), fraction_state(0.25, [])
+    ('fraction/0.25/after/g1+g2', 'fraction/0.25/after/nothing')
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"naming a fraction state: expected a fraction in [0, 1], found {fraction}")
-    return f"fraction/{float(fraction):.6g}"
+    way = "" if wave_zero is None else f"/after/{'+'.join(sorted(wave_zero)) or NOTHING}"
+    return f"fraction/{float(fraction):.6g}{way}"
 
 
 def pair_state(query_generation: str, gallery_generation: str) -> str:
@@ -143,10 +152,11 @@ def parse_state(name: str) -> State:
     kind, *rest = name.split("/")
     if kind == SERVED and not rest:
         return State(SERVED)
-    if kind == "fraction" and len(rest) == 1:
+    if kind == "fraction" and (len(rest) == 1 or (len(rest) == 3 and rest[1] == "after")):
         fraction = _number(rest[0])
-        if fraction is not None and 0 <= fraction <= 1 and fraction_state(fraction) == name:
-            return State(kind, fraction=fraction)
+        owners = None if len(rest) == 1 else tuple(rest[2].split("+")) if rest[2] != NOTHING else ()
+        if fraction is not None and 0 <= fraction <= 1 and fraction_state(fraction, owners) == name:
+            return State(kind, fraction=fraction, wave_zero=owners)
     if kind in ("pair", "live") and len(rest) == 2 and all(rest):
         return State(kind, query_generation=rest[0], gallery_generation=rest[1])
     if kind == "classify" and len(rest) == 1 and rest[0]:

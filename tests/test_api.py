@@ -61,7 +61,9 @@ def test_plain_arrays_are_judged_as_stored_outcomes_are(losses, wins, metric):
         metric=metric,
         clusters=outcomes.clusters,
     )
-    question = Question(candidate="candidate", champion="champion", order="random", live_owners={"champion": 1.0})
+    question = Question(
+        candidate="candidate", champion="champion", order="random", live_owners={"champion": 1.0}, wave_zero=()
+    )
     expected = decide(gather_evidence(named, policy, question), policy)
 
     backfilled = {f: outcomes.first_rank[fraction_state(f)] for f in policy.fractions}

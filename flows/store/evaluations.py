@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from graceful.errors import GracefulError, UnknownFormatError
 from graceful.evaluation.decision import Decision, decide
-from graceful.evaluation.evidence import Evidence, Question, gather_evidence
+from graceful.evaluation.evidence import Evidence, Question, gather_evidence, unmeasured_wave
 from graceful.evaluation.outcomes import Outcomes, from_columns, to_columns
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.files import exists, join, read_json, resolve, write_json
@@ -26,6 +26,10 @@ M = TypeVar("M", bound=BaseModel)
 
 class EvaluationMissingError(GracefulError, FileNotFoundError):
     """There is no complete evaluation at this location."""
+
+
+class NotMeasuredError(GracefulError, ValueError):
+    """Another policy decides another wave 0, whose states nobody measured."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,23 @@ def read_evaluation(location: str) -> Evaluation:
 
 
 def recompute(location: str, policy: RolloutPolicy | None = None) -> tuple[Evaluation, Evaluation]:
-    """Read an evaluation and judge its outcomes again (under another policy if one is given): (stored, recomputed)."""
+    """Read an evaluation and judge its outcomes again (under another policy if one is given): (stored, recomputed).
+
+    Raises: NotMeasuredError, where that policy certifies other owners, and what would then be served was not measured.
+    """
     stored = read_evaluation(location)
-    return stored, judge(stored.outcomes, policy or stored.policy, stored.question)
+    question, policy = stored.question, policy or stored.policy
+    if question.wave_zero is None and stored.evidence.states:
+        question = question.model_copy(update={"wave_zero": stored.evidence.wave_zero_generations})
+    unmeasured = unmeasured_wave(stored.outcomes, policy, question)
+    if unmeasured is not None:
+        before, after = (", ".join(names) or "nothing" for names in (question.wave_zero or (), unmeasured))
+        raise NotMeasuredError(
+            f"judging again: expected the states in which {after} is re-embedded before the move, as this policy would "
+            f"have it, found those after {before} (in {location}); write the policy into the workspace's configuration "
+            "and run 'graceful update', which measures them"
+        )
+    return stored, judge(stored.outcomes, policy, question)
 
 
 def _read_record(location: str, name: str, model: type[M]) -> M:

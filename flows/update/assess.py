@@ -1,5 +1,6 @@
 """Judges a candidate: ranks, outcomes, certificates, evidence, decision; and records what was decided."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graceful.evaluation.cost import CostInputs
-from graceful.evaluation.evidence import CertificateEvidence, Question, certify
+from graceful.evaluation.evidence import CertificateEvidence, Question, certify, wave_zero_generations
 from graceful.evaluation.outcomes import live_state
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.files import crash_point
@@ -18,6 +19,8 @@ from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.bench import UNREADABLE, Bench, Classifier, plan_ranking, production_owners
 from graceful.indexing.gallery import GalleryVersion, View
 from graceful.training.generation import ordinal_of
+
+MAX_OTHER_WAVES = 4  # each costs one view of the gallery and as many states as the policy has fractions
 
 Vectors = Callable[[str, Sequence[str]], NDArray[np.float32]]
 """(generation, content hashes) -> embeddings (n, D) made before."""
@@ -94,18 +97,48 @@ def _judge_against(
     for query in (champion, candidate):
         bench.measure_live(query, owners, list(shares))
     certificates = _certificates(bench, candidacy.policy, shares, candidate, champion)
-    passed = sorted((c.gallery_generation for c in certificates if c.verdict == "PASS"), key=ordinal_of)
-    seen = workspace.gallery.view([*passed, candidate], version)
-    otherwise = champion if champion in passed else UNREADABLE
-    before = production_owners(evaluation_set, seen, otherwise)
-    ranking = plan_ranking(
-        evaluation_set, before, lineage, candidacy.order, candidacy.seed, bench.gallery_vectors,
-        candidacy.classifiers or {},
-    )  # fmt: skip
-    bench.measure_fractions(candidate, before, ranking, candidacy.policy.fractions)
+    decided = wave_zero_generations(certificates)
+    for wave_zero in (decided, *_other_waves(bench, certificates, candidate)):
+        passed = sorted({*shares} - {*wave_zero, candidate}, key=ordinal_of)
+        seen = workspace.gallery.view([*passed, candidate], version)
+        otherwise = champion if champion in passed else UNREADABLE
+        before = production_owners(evaluation_set, seen, otherwise)
+        ranking = plan_ranking(
+            evaluation_set, before, lineage, candidacy.order, candidacy.seed, bench.gallery_vectors,
+            candidacy.classifiers or {},
+        )  # fmt: skip
+        # Fully re-embedded is one state, whatever came first.
+        fractions = [f for f in candidacy.policy.fractions if wave_zero == decided or f < 1]
+        bench.measure_fractions(
+            candidate, before, ranking, fractions, None if wave_zero == decided else wave_zero
+        )  # fmt: skip
     unreadable = len(view.unreadable()) / max(view.num_items, 1)
-    question = question.model_copy(update={"live_owners": shares, "unreadable_share": unreadable})
+    question = question.model_copy(
+        update={"live_owners": shares, "unreadable_share": unreadable, "wave_zero": decided}
+    )  # fmt: skip
     return judge(bench.outcomes(), candidacy.policy, question)
+
+
+def _other_waves(bench: Bench, certificates: Sequence[CertificateEvidence], candidate: str) -> list[tuple[str, ...]]:
+    """Every wave 0 that another margin could decide, beside the decided one: at most MAX_OTHER_WAVES, the likeliest.
+
+    A wider margin certifies owners in the order of their lower bounds, so that n owners give n + 1 of them and not
+    2^n. All owners at once is left out: nothing of the old gallery is served then.
+    """
+    decided = wave_zero_generations(certificates)
+    ranked = sorted(
+        (c for c in certificates if c.difference is not None and bench.comparable(candidate, c.gallery_generation)),
+        key=lambda c: -math.inf if c.difference_lower is None else c.difference_lower,
+        reverse=True,
+    )
+    certified = [{c.gallery_generation for c in ranked[:count]} for count in range(1, len(ranked) + 1)]
+    hoped = {c.gallery_generation for c in ranked if c.verdict != "FAIL"}
+    near = sorted(certified, key=lambda passed: abs(len(passed) - (len(certificates) - len(decided))))
+    every = [c.gallery_generation for c in certificates]
+    waves = [tuple(name for name in every if name not in passed) for passed in (hoped, *near)]
+    return [wave for wave in dict.fromkeys(waves) if set(wave) != set(decided) and len(wave) < len(every)][
+        :MAX_OTHER_WAVES
+    ]
 
 
 def _certificates(

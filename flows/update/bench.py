@@ -112,19 +112,25 @@ class Bench:
         self.average_precision[state] = np.full(num_queries, np.nan, np.float32)
 
     def measure_fractions(
-        self, candidate: str, owners: NDArray[np.str_], ranking: NDArray[np.int64], fractions: Sequence[float]
+        self,
+        candidate: str,
+        owners: NDArray[np.str_],
+        ranking: NDArray[np.int64],
+        fractions: Sequence[float],
+        wave_zero: Sequence[str] | None = None,
     ) -> None:
         """The candidate's queries with growing parts of the gallery re-embedded.
 
         `owners` (N,) as the candidate's view would show them before anything is re-embedded; unreadable rows are wave
         0 and belong to the candidate in every state. `ranking` (N,) lists rows in plan order, wave 0 first.
+        `wave_zero` names the owners of it in the states' names, where this is not the way that is decided.
         """
         num_first = int((owners == UNREADABLE).sum())
         mixes = {}
         for fraction in fractions:
             mixed = owners.copy().astype(object)
             mixed[ranking[: num_chosen(len(owners), num_first, fraction)]] = candidate
-            mixes[fraction_state(fraction)] = mixed.astype(np.str_)
+            mixes[fraction_state(fraction, wave_zero)] = mixed.astype(np.str_)
         for state, ranks in self._rank_mixes(candidate, mixes).items():
             self._store(state, ranks)
 

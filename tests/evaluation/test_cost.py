@@ -69,3 +69,10 @@ def test_cost_grows_with_the_fraction_and_bad_fractions_are_refused() -> None:
     assert prices == sorted(prices)
     with pytest.raises(ValueError, match="fraction"):
         option_cost(KNOWN, 1.5)
+
+
+def test_wave_zero_is_paid_at_every_fraction() -> None:
+    inputs = KNOWN.model_copy(update={"num_rows": 1_000_000})
+    rows = [cost.num_rows for cost in option_costs(inputs, (0, 0.05, 0.5), first_share=0.08)]
+    assert rows == [80_000, 80_000, 500_000]
+    assert (option_cost(inputs, 0.0, first_share=0.08).total_price or 0) > 0

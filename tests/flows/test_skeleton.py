@@ -10,7 +10,7 @@ from graceful.evaluation.decision import CertificateToIssue
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.flows.settings.config import GalleryConfig
 from graceful.flows.store.evaluation_set import EvaluationSet
-from graceful.flows.store.evaluations import read_evaluation, recompute, write_evaluation
+from graceful.flows.store.evaluations import NotMeasuredError, read_evaluation, recompute, write_evaluation
 from graceful.flows.store.events import Decided
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update import act, gate, rollout
@@ -344,3 +344,52 @@ def test_check_finds_the_mutant(world, evaluation_set, check, monkeypatch):
     PROPERTIES[check](monkeypatch)
     with pytest.raises(AssertionError):
         check(world, evaluation_set)
+
+
+def test_judging_again_uses_the_states_of_the_wave_zero_that_the_other_policy_decides(world, evaluation_set, tmp_path):
+    """A certificate that passes only under the wider margin: what is then served is the old gallery, not the new."""
+    workspace, models = world
+    # Its own space is better, its way to the old vectors worse.
+    askew = candidate(models, noise=0.3, lost=frozenset(f"id{number:03d}" for number in range(3)))
+    strict = WIDE.model_copy(
+        update={"quality_margin_points": 0.0, "max_dip_points": 100.0, "fractions": (0.0, 0.5, 1.0)}
+    )
+    evaluation = judge_candidate(workspace, models, evaluation_set, askew, FIRST.generation_id, strict)
+    lax = strict.model_copy(update={"quality_margin_points": 90.0})
+    expected = judge_candidate(workspace, models, evaluation_set, askew, FIRST.generation_id, lax)
+    assert expected.evidence.wave_zero_generations != evaluation.evidence.wave_zero_generations
+    write_evaluation(str(tmp_path / "evaluation"), evaluation)
+    again = recompute(str(tmp_path / "evaluation"), lax)[1]
+
+    def served(one):
+        return [(state.fraction, state.difference, state.nfr) for state in one.evidence.states]
+
+    assert again.evidence.wave_zero_generations == expected.evidence.wave_zero_generations
+    assert served(again) == served(expected)
+    assert again.decision.outcome == expected.decision.outcome
+    # What the undecided one hopes for are those states too: its own are the fully re-embedded gallery, three times.
+    assert len({one[1:] for one in served(evaluation)}) == 1
+    hoped = evaluation.evidence.hoped_states
+    assert [state.state for state in hoped] == ["fraction/0/after/nothing", "fraction/0.5/after/nothing", "fraction/1"]
+
+
+def test_judging_again_is_refused_where_nobody_measured_what_would_be_served(world, evaluation_set, tmp_path):
+    workspace, models = world
+    askew = candidate(models, noise=0.3, lost=frozenset(f"id{number:03d}" for number in range(3)))
+    strict = WIDE.model_copy(update={"quality_margin_points": 0.0})
+    evaluation = judge_candidate(workspace, models, evaluation_set, askew, FIRST.generation_id, strict)
+    kept = [name for name in evaluation.outcomes.states if "/after/" not in name]
+    stored = replace(
+        evaluation,
+        outcomes=replace(
+            evaluation.outcomes,
+            first_rank={name: evaluation.outcomes.first_rank[name] for name in kept},
+            average_precision={name: evaluation.outcomes.average_precision[name] for name in kept},
+        ),
+    )
+    location = str(tmp_path / "evaluation")
+    for question in (evaluation.question, evaluation.question.model_copy(update={"wave_zero": None})):
+        write_evaluation(location, replace(stored, question=question))
+        assert recompute(location)[1].decision.outcome == evaluation.decision.outcome
+        with pytest.raises(NotMeasuredError, match="run 'graceful update', which measures them"):
+            recompute(location, strict.model_copy(update={"quality_margin_points": 90.0}))
