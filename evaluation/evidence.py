@@ -25,7 +25,7 @@ from graceful.evaluation.cost import CostInputs, OptionCost, option_costs
 from graceful.evaluation.intervals import (
     DifferenceBands,
     bands_from_means,
-    bootstrap_means,
+    bootstrap_means_and_errors,
     mcnemar_exact,
     share_bounds,
 )
@@ -407,8 +407,11 @@ def _bands(
     for index, pair in enumerate(pairs):
         if pair is not None:
             columns[pair.counted, index] = pair.after - pair.before
-    means = bootstrap_means(columns, clusters, num_resamples=policy.num_resamples, seed=policy.seed)
-    return [bands_from_means(columns[:, family], clusters, means[:, family], alpha=policy.alpha) for family in families]
+    means, errors = bootstrap_means_and_errors(columns, clusters, num_resamples=policy.num_resamples, seed=policy.seed)
+    return [
+        bands_from_means(columns[:, family], clusters, (means[:, family], errors[:, family]), alpha=policy.alpha)
+        for family in families
+    ]
 
 
 def _difference_numbers(pair: Comparison | None, band: DifferenceBands, column: int) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def parse_state(name: str) -> State:
     """Take a state name apart.
 
     >>> parse_state("live/g2/g1")
-    State(kind='live', fraction=None, query_generation='g2', gallery_generation='g1')
+    State(kind='live', fraction=None, query_generation='g2', gallery_generation='g1', wave_zero=None)
     """
     kind, *rest = name.split("/")
     if kind == SERVED and not rest:

@@ -261,7 +261,7 @@ def test_false_rollouts_are_about_as_rare_as_alpha(planted_problem: str) -> None
 def test_a_good_candidate_is_mostly_rolled_out() -> None:
     policy = RolloutPolicy(num_resamples=200, fractions=(0.0, 0.5, 1.0))
     rng = np.random.default_rng(1)
-    outcomes = [judge(clustered(rng, loss=0.004, win=0.05), policy).outcome for _ in range(30)]
+    outcomes = [judge(clustered(rng, loss=0.004, win=0.05, num_clusters=800), policy).outcome for _ in range(30)]
     assert outcomes.count("COMPATIBLE_ROLLOUT") >= 20
 
 

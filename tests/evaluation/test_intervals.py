@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -46,7 +48,11 @@ def test_effective_sample_is_never_above_n_and_clusters_that_agree_count_once() 
 
 def test_few_clusters_or_few_flips_put_a_floor_under_the_icc() -> None:
     spread = np.zeros(1000, bool)
-    spread[::200] = True  # five flips, each in a cluster of its own
+    spread[::200] = True  # five flips, each in a cluster of its own: too few to tell them from lost identities
+    bounds = share_bounds(spread, np.arange(1000) // 10)
+    assert bounds.icc_floored
+    assert bounds.icc == 1.0
+    spread[::100] = True  # ten
     bounds = share_bounds(spread, np.arange(1000) // 10)
     assert bounds.icc_floored
     assert bounds.icc == ICC_FLOOR
@@ -104,6 +110,70 @@ def test_an_nfr_at_the_limit_passes_about_as_often_as_alpha_allows(
         raw.append(clopper_pearson(int(hits.sum()), len(hits))[1] <= rate)
     assert np.mean(passed) <= allowed + 0.02
     assert np.mean(raw) > 0.12
+
+
+def lost_identities(rng: np.random.Generator, rate: float, n: int, num: int, share: float) -> tuple[Any, Any]:
+    """Every query independent of others but for its identity: `rate / share` of them lose `share` of theirs."""
+    chance = np.where(rng.random(num) < rate / share, share, 0.0)
+    return rng.random(n) < np.repeat(chance, n // num), np.repeat(np.arange(num), n // num)
+
+
+def false_passes(rate: float, n: int, num: int, share: float, runs: int = 250) -> float:
+    rng = np.random.default_rng(0)
+    drawn = (lost_identities(rng, rate, n, num, share) for _ in range(runs))
+    return float(np.mean([share_bounds(hits, clusters, 0.025).upper <= rate for hits, clusters in drawn]))
+
+
+LOST = [(0.02, 1000, 50, 1.0), (0.02, 1000, 50, 0.5), (0.02, 5000, 50, 1.0), (0.02, 5000, 100, 1.0),
+        (0.02, 300, 100, 1.0), (0.05, 5000, 20, 0.5), (0.05, 1000, 50, 1.0), (0.02, 5000, 500, 1.0)]  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", LOST)
+def test_a_few_identities_that_are_lost_as_a_whole_do_not_slip_through(cell: tuple[float, int, int, float]) -> None:
+    """At the limit, nominal 2.5 %, standard error 1 point: up to 38 % passed when clusters only had a floor."""
+    assert false_passes(*cell) <= 0.025 + 2 * 0.01
+
+
+def test_lost_identities_would_slip_through_without_the_bound_that_counts_each_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("graceful.evaluation.intervals.CLUSTERS_COUNT_ONCE", 0)
+    assert false_passes(0.02, 1000, 50, 1.0) > 0.25
+
+
+def rare_losses(rng: np.random.Generator, rate: float, num: int, size: int, icc: float) -> tuple[Any, Any]:
+    scale = (1 - icc) / icc
+    chance = np.repeat(rng.beta(rate * scale, (1 - rate) * scale, num), size)
+    return -(rng.random(num * size) < chance).astype(float)[:, None], np.repeat(np.arange(num), size)
+
+
+RARE = [(0.01, 100, 50, 0.1), (0.01, 500, 10, 0.3), (0.005, 500, 10, 0.1)]
+
+
+def false_rollouts(rate: float, num: int, size: int, icc: float, runs: int = 200) -> float:
+    rng = np.random.default_rng(1)
+    passed = []
+    for seed in range(runs):
+        values, clusters = rare_losses(rng, rate, num, size, icc)
+        passed.append(difference_bands(values, clusters, num_resamples=300, seed=seed).lower[0] >= -rate)
+    return float(np.mean(passed))
+
+
+@pytest.mark.parametrize("cell", RARE)
+def test_rare_losses_without_wins_pass_at_their_margin_no_more_often_than_alpha(
+    cell: tuple[float, int, int, float],
+) -> None:
+    """Nominal 5 %, standard error 1.5 points. A symmetric max-t band passes 8 to 15 % of them."""
+    assert false_rollouts(*cell) <= 0.05 + 2 * 0.015
+
+
+def test_a_band_that_takes_one_error_for_all_resamples_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_error(*args: Any, **kwargs: Any) -> Any:
+        means = bootstrap_means(*args, **kwargs)
+        return means, np.broadcast_to(means.std(axis=0), means.shape)
+
+    monkeypatch.setattr("graceful.evaluation.intervals.bootstrap_means_and_errors", one_error)
+    assert false_rollouts(0.01, 100, 50, 0.1) > 0.08
 
 
 def test_resample_counts_draw_every_cluster_once_on_average() -> None:

@@ -22,7 +22,8 @@ from graceful.indexing.reindex import ReindexReport
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, labelled
 
 IDENTITIES, PER_IDENTITY, QUERIES_EACH = 200, 3, 6
-POLICY = RolloutPolicy(num_resamples=400)
+# What 200 identities can prove where a handful of them flips: no smaller limit, however many queries each has.
+POLICY = RolloutPolicy(num_resamples=400, max_nfr=0.04, quality_margin_points=3.0, max_dip_points=3.0)
 # Limits as wide as 1,200 queries can prove, for tests of what a mixed gallery serves and not of power.
 WIDE = POLICY.model_copy(
     update={"max_nfr": 0.08, "max_wave_zero_share": 1.0, "quality_margin_points": 4.0, "max_dip_points": 4.0}
