@@ -125,12 +125,43 @@ def missing_pieces(evidence: Evidence, policy: RolloutPolicy) -> tuple[Reason, .
         names.append("self-test")
     if not evidence.is_first_generation:
         names += _missing_limits(evidence, policy) + _missing_states(evidence, policy)
+    held = _preconditions(evidence, policy)
     return tuple(
         Reason(
             guard="missing", scope=name, verdict="UNKNOWN", text=f"missing: {name}; nothing is rolled out without it"
         )
         for name in dict.fromkeys(names)
-    )
+    ) + tuple(Reason(guard="missing", scope=why, verdict="UNKNOWN", text=why) for why in held)
+
+
+def _preconditions(evidence: Evidence, policy: RolloutPolicy) -> list[str]:
+    """Why nothing can be judged although everything was measured, each in a sentence."""
+    found = []
+    if evidence.self_test == 0:
+        found.append(f"{evidence.candidate} finds nothing even in its own gallery: its self-test is 0")
+    if evidence.is_first_generation:
+        if evidence.champion is not None:
+            found.append(f"{evidence.champion} serves already: {evidence.candidate} is not the first generation")
+        return found
+    if evidence.candidate == evidence.champion:
+        found.append(f"{evidence.candidate} serves already: it cannot be judged against itself")
+    if evidence.unreadable_share > policy.max_unreadable_share:
+        found.append(
+            f"{percent(evidence.unreadable_share)} of the gallery cannot be read now, the limit is "
+            f"{percent(policy.max_unreadable_share)}: repair it first, 'graceful check' names the rows"
+        )
+    overall = [state for state in evidence.states if state.scope == OVERALL]
+    if overall and overall[-1].num_queries < policy.min_coverage * evidence.num_queries:
+        found.append(
+            f"only {overall[-1].num_queries:,} of {evidence.num_queries:,} queries find a relevant row in what serves "
+            f"now, {percent(policy.min_coverage)} are needed: the others were not judged"
+        )
+    if overall and overall[-1].num_clusters < policy.min_identities:
+        found.append(
+            f"the queries come from {overall[-1].num_clusters} identities, at least {policy.min_identities} are "
+            "needed: more queries of the same ones do not help"
+        )
+    return found
 
 
 def _missing_limits(evidence: Evidence, policy: RolloutPolicy) -> list[str]:

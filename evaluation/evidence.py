@@ -353,6 +353,9 @@ def _scopes(outcomes: Outcomes, policy: RolloutPolicy) -> tuple[dict[str, NDArra
         if column is None:
             missing.append(f"slice {required!r}: no such slice, found {sorted(outcomes.slices)}")
             continue
+        num_untagged = int((column == "").sum())
+        if num_untagged:
+            missing.append(f"slice {required!r}: {num_untagged} of {len(column)} queries have no value; tag all")
         for each in [value] if value else sorted(set(column.tolist()) - {""}):
             inside = column == each
             scopes[f"{name}={each}"] = inside

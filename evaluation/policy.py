@@ -31,16 +31,31 @@ class RolloutPolicy(BaseModel):
     metric: Metric = Field(default="recall@k", description="Metric of the quality and dip guards.")
     k: int = Field(default=1, ge=1, description="A query is right when a relevant item is among the first k.")
     quality_margin_points: float | None = Field(
-        default=0.5, ge=0, description="Points of the metric that a served state may lose against what is served now."
+        default=0.5,
+        ge=0,
+        le=100,
+        description="Points of the metric that a served state may lose against what is served now.",
     )
     max_nfr: float | None = Field(
         default=0.02, gt=0, lt=1, description="Largest share of queries that may be right now and wrong afterwards."
     )
     max_dip_points: float | None = Field(
-        default=1.0, ge=0, description="Points that the lowest state on the way may lie below what is served now."
+        default=1.0,
+        ge=0,
+        le=100,
+        description="Points that the lowest state on the way may lie below what is served now.",
     )
     max_wave_zero_share: float | None = Field(
         default=0.10, ge=0, le=1, description="Largest share of the gallery to re-embed before the serving state moves."
+    )
+    min_coverage: float = Field(
+        default=0.95, ge=0, le=1, description="Least share of the queries that find a relevant row in what serves now."
+    )
+    max_unreadable_share: float = Field(
+        default=0.05, ge=0, le=1, description="Largest share of the gallery that nobody can read now."
+    )
+    min_identities: int = Field(
+        default=5, ge=2, description="Fewest groups of queries (usually identities) that an update is judged on."
     )
     required_slices: tuple[str, ...] = Field(
         default=(),

@@ -18,7 +18,7 @@ from graceful.evaluation.matrix import (
     matrix_from_outcomes,
     update_gain,
 )
-from graceful.evaluation.outcomes import Outcomes, classify_state, pair_state
+from graceful.evaluation.outcomes import Metric, Outcomes, classify_state, pair_state
 from graceful.evaluation.retrieval import metric_of
 from graceful.flows.store.evaluations import Evaluation
 from graceful.flows.store.events import (
@@ -37,13 +37,13 @@ _NOT_SHOWN = (UpdateStarted, UpdateCompleted, Held, Pending, PreviousReleased)
 
 
 def matrices(
-    registry: Registry, outcomes: Outcomes, candidate: str, k: int
+    registry: Registry, outcomes: Outcomes, candidate: str, k: int, metric: Metric = "recall@k"
 ) -> tuple[CompatibilityMatrix, NDArray[np.float64]]:
     """Compatibility matrix and NFR between the self-tests of all generations measured in an evaluation."""
     measured = [name for name in registry.generations() if pair_state(name, name) in outcomes.first_rank]
     generations = sorted({*measured, candidate}, key=ordinal_of)
     states = [pair_state(name, name) for name in generations]
-    return matrix_from_outcomes(outcomes, generations, k=k), nfr_matrix(outcomes, states, k=k)
+    return matrix_from_outcomes(outcomes, generations, metric=metric, k=k), nfr_matrix(outcomes, states, k=k)
 
 
 def classification_nfr(outcomes: Outcomes, generations: tuple[str, ...]) -> NDArray[np.float64] | None:

@@ -30,7 +30,8 @@ def publish(
     With `progress` the artifacts of the pipeline of this name are shown as well.
     """
     registry = workspace.registry
-    matrix, nfr = matrices(registry, evaluation.outcomes, evaluation.evidence.candidate, evaluation.policy.k)
+    evidence, policy = evaluation.evidence, evaluation.policy
+    matrix, nfr = matrices(registry, evaluation.outcomes, evidence.candidate, policy.k, policy.metric)
     page = render_report(
         evaluation.evidence,
         evaluation.decision,

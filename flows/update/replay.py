@@ -250,7 +250,7 @@ def _result(
 ) -> ReplayResult:
     registry = session.workspace.registry
     last = read_evaluation(results[-1].evaluation)
-    matrix, nfr = matrices(registry, last.outcomes, results[-1].candidate, last.policy.k)
+    matrix, nfr = matrices(registry, last.outcomes, results[-1].candidate, last.policy.k, last.policy.metric)
     pairs = constrained_pairs(registry, matrix.generations)
     classified = classification_nfr(last.outcomes, matrix.generations)
     return ReplayResult(
