@@ -28,7 +28,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from graceful.indexing.checked_files import IndexCorruptedError
+from graceful.indexing.derived_files import IndexCorruptedError
 from graceful.indexing.exact import TIE_TOLERANCE, check_finite, comparable_queries
 from graceful.indexing.index_choice import IndexReport, SearchConfig
 from graceful.indexing.kinds import choose_index, proposals, search_parameters
@@ -95,10 +95,15 @@ class IndexState:
         return sum(part.num_live for width in self.widths for part in width.parts)
 
     @property
-    def changed_share(self) -> float:
-        """Dead and fresh rows, as a share of the base."""
-        changed = sum(len(width.fresh) + len(width.base) - width.base.num_live for width in self.widths)
-        return changed / max(1, sum(len(width.base) for width in self.widths))
+    def num_changed(self) -> int:
+        """Rows that are not as the base has them: dead ones of the base, and fresh ones."""
+        return sum(len(width.fresh) + len(width.base) - width.base.num_live for width in self.widths)
+
+    def rows_by_generation(self) -> dict[str, int]:
+        """Number of rows of each generation. Costs a pass over all rows."""
+        _, codes = self.live_rows()
+        counts = np.bincount(codes, minlength=len(self.generations))
+        return {name: int(count) for name, count in zip(self.generations, counts, strict=True)}
 
     @property
     def reports(self) -> dict[int, IndexReport | None]:

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from graceful.indexing.checked_files import corrupted, verify
+from graceful.indexing.derived_files import corrupted, verify
 
 SIDECAR_SCHEMA = pa.schema(
     [
@@ -78,6 +78,12 @@ class ItemBook:
     def num_changes(self) -> int:
         """Items added or removed since the sidecar was written."""
         return len(self._added) + len(self._dead)
+
+    def copy(self) -> ItemBook:
+        """The same items in a book of its own; costs what has changed since the sidecar was written."""
+        other = ItemBook(self._table)
+        other._added, other._dead = dict(self._added), set(self._dead)
+        return other
 
     def entries(self, revisions: NDArray[np.int64]) -> dict[int, ItemEntry]:
         """Item id, source and label of each revision; one that never was here is left out."""

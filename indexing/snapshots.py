@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graceful.errors import UnknownFormatError
 from graceful.files import crash_point, write_bytes
-from graceful.indexing.checked_files import (
+from graceful.indexing.derived_files import (
     checksum,
     corrupted,
     map_checked,
