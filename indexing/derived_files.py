@@ -52,7 +52,7 @@ def write_checked(path: Path, chunks: Iterable[bytes | memoryview | NDArray[Any]
 
 
 def publish_file(target: Path, write: Callable[[str], object]) -> str:
-    """Let `write` fill a file of a temporary name, give it its own name, which must be free, and return its checksum."""
+    """Let `write` fill a file of a temporary name, give it its own name, which must be free; return its checksum."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
     try:
@@ -70,7 +70,7 @@ def publish_file(target: Path, write: Callable[[str], object]) -> str:
 def checksum_of(path: Path) -> str:
     """Checksum of a file, block by block. Raises OSError."""
     size = path.stat().st_size
-    return _read_blocks(path, size, lambda start, length: memoryview(bytearray(length)))
+    return _read_blocks(path, size, lambda _, length: memoryview(bytearray(length)))
 
 
 def verify(path: Path, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""Keeps the index of what a query generation sees up to date with the gallery: by the feed of changes, or by comparison.
+"""Keeps the index of what a query generation sees up to date with the gallery: by the feed of changes, or comparison.
 
     opening    the newest usable snapshot on disk, brought up to the wanted version; none usable: built from the gallery
     following  the feed of changes between two versions; where it no longer tells, or who is readable changed, the view
@@ -29,6 +29,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from graceful.errors import UnknownFormatError
+from graceful.indexing.checked_files import DamagedFileError
 from graceful.indexing.derived_files import IndexCorruptedError
 from graceful.indexing.gallery import Gallery
 from graceful.indexing.index_choice import SearchConfig
@@ -116,17 +117,24 @@ class IndexFollower:
         return self._current
 
     def follow(self, target: Target, version: GalleryVersion | None = None) -> Followed:
-        """Bring the index to a version of the gallery, by default the newest, for a query generation."""
+        """Bring the index to a version of the gallery, by default the newest, for a query generation.
+
+        Between two calls nothing is read from the gallery's files.
+        """
         with self._one_writer:
-            # Nothing is read from the gallery's files between two calls: a lease is held while this one runs.
-            with self._gallery.lease() as pinned:
-                wanted = version or pinned
-                current = self._current
-                if current is None:
-                    current = self._opened(target, wanted)
-                if (current.target, current.version) != (target, wanted):
-                    current = self._advanced(current, target, wanted)
-            self._current = current
+            current = self._current
+            wanted = version or self._gallery.version()
+            if current is not None and (current.target, current.version) == (target, wanted):
+                return current
+            advanced = None if current is None else self._fed(current, target, wanted)
+            if advanced is None:
+                # Long reads: what they read must stay until they end.
+                with self._gallery.lease() as pinned:
+                    wanted = version or pinned
+                    advanced = (
+                        self._opened(target, wanted) if current is None else self._advanced(current, target, wanted)
+                    )
+            self._current = current = advanced
             if _is_far(current) and self._rebase is None:
                 self._rebase = threading.Thread(target=self._rebase_in_background, args=(current,), daemon=True)
                 self._rebase.start()
@@ -198,28 +206,35 @@ class IndexFollower:
     # Following --------------------------------------------------------------------------------------------------------
 
     def _advanced(self, current: Followed, target: Target, version: GalleryVersion) -> Followed:
-        """Bring a state to another version or query generation."""
+        """Bring a state to another version or query generation: by the feed, otherwise by comparison with the view."""
+        if (current.target, current.version) == (target, version):
+            return current
+        fed = self._fed(current, target, version)
+        if fed is not None:
+            return fed
+        view = self._view(target, version)
+        dead, missing = _differences(current.index, view)
+        if len(dead) + len(missing) > max(REBASE_ROWS, REBASE_SHARE * view.num_items):
+            return self._built(target, view, current)
+        _compare_items(current.book, view)
+        return _moved(current, target, version, dead, _rows_of_view(view, missing))
+
+    def _fed(self, current: Followed, target: Target, version: GalleryVersion) -> Followed | None:
+        """Bring a state to a later version by the feed; None where that does not tell, or others are readable.
+
+        The files are younger than what collections remove; one that is gone all the same means: compare the view.
+        """
         is_later = current.version.items <= version.items and current.version.vectors <= version.vectors
-        changes = None
-        if current.target.readable == target.readable and is_later:
+        if current.target.readable != target.readable or not is_later:
+            return None
+        try:
             changes = self._gallery.changes(current.version, version)
-        if changes is not None:
+            if changes is None:
+                return None
             dead, added = self._of_feed(current, target, changes)
-        else:
-            view = self._view(target, version)
-            dead, missing = _differences(current.index, view)
-            if len(dead) + len(missing) > max(REBASE_ROWS, REBASE_SHARE * view.num_items):
-                return self._built(target, view, current)
-            added = _rows_of_view(view, missing)
-            _compare_items(current.book, view)
-        index = current.index.changed(
-            snapshot_id_of(target.query_generation, version, target.readable),
-            dead,
-            added,
-            query_generation=target.query_generation,
-            prefix_widths=target.prefix_widths,
-        )
-        return Followed(target, version, index, current.book, current.book.num_items, current.manifest)
+        except (DamagedFileError, FileNotFoundError):
+            return None
+        return _moved(current, target, version, dead, added)
 
     def _of_feed(
         self, current: Followed, target: Target, changes: Changes
@@ -338,9 +353,8 @@ class IndexFollower:
             with self._one_writer:
                 current = self._current
                 assert current is not None
-                if (rebased.target, rebased.version) != (current.target, current.version):
-                    with self._gallery.lease():
-                        rebased = self._advanced(rebased, current.target, current.version)
+                with self._gallery.lease():
+                    rebased = self._advanced(rebased, current.target, current.version)
                 self._current = rebased
         except Exception as error:  # what serves goes on serving
             self._warn_once(f"rebasing the index: {type(error).__name__}: {error}; it is tried again")
@@ -361,6 +375,19 @@ class IndexFollower:
         if line not in self._warned:
             self._warned.add(line)
             _log.warning("%s", line)
+
+
+def _moved(
+    current: Followed, target: Target, version: GalleryVersion, dead: NDArray[np.int64], added: Sequence[AddedRows]
+) -> Followed:
+    index = current.index.changed(
+        snapshot_id_of(target.query_generation, version, target.readable),
+        dead,
+        added,
+        query_generation=target.query_generation,
+        prefix_widths=target.prefix_widths,
+    )
+    return Followed(target, version, index, current.book, current.book.num_items, current.manifest)
 
 
 def _is_far(followed: Followed) -> bool:
@@ -414,4 +441,3 @@ def _modified_at(path: Path) -> float:
         return path.stat().st_mtime
     except FileNotFoundError:
         return time.time()
-

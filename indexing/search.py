@@ -6,9 +6,9 @@ what changed. Whoever searches holds one state for a whole request; a new state 
 
 Invariants:
 * Exact search finds what a full sort by (score, then lower revision) finds, the same for one query and for a thousand,
-  for a mixed gallery and for one of a single generation, however many rows are dead. FAISS proposes a few more rows than
-  asked for; these are scored again in one way, and where that does not prove the answer exact, all rows near the last
-  score are scored again.
+  for a mixed gallery and for one of a single generation, however many rows are dead. FAISS proposes a few more rows
+  than asked for; these are scored again in one way, and where that does not prove the answer exact, all rows near the
+  last score are scored again.
 * Approximate search returns live rows only, with exact scores, at a breadth whose recall was measured. A K that was not
   measured, and a query that finds fewer rows than it should, are answered exactly.
 * No state ever changes: an answer comes from one state, and names it.
@@ -257,8 +257,8 @@ def open_snapshot(
                 num_rows = sum(entry.segment.num_rows for entry in covered)
                 if len(covered) != len(stored.segment_ids) or (index.index.ntotal, index.index.d) != (num_rows, size):
                     raise IndexCorruptedError(
-                        f"opening the index: expected {num_rows} x {size} rows of {len(stored.segment_ids)} segments in "
-                        f"{stored.index_id}, found {index.index.ntotal} x {index.index.d} of {len(covered)} ({folder}); "
+                        f"opening the index: expected {num_rows} x {size} rows of {len(stored.segment_ids)} segments, "
+                        f"found {index.index.ntotal} x {index.index.d} of {len(covered)} ({stored.index_id}); "
                         "build it again from the gallery"
                     )
             base = _read_part(Path(folder), covered, size, generations, index, threads)
@@ -435,7 +435,7 @@ class _Part:
         assert self.index is not None
         selector = None if self.num_live == len(self) else faiss.IDSelectorBitmap(self.live)
         asked = min(proposals(self.index.report.kind, k + 1), len(self))
-        parameters = search_parameters(self.index.index, breadth, selector)
+        parameters = search_parameters(self.index.report.kind, breadth, selector)
         _, rows = self.index.index.search(queries, asked, params=parameters)
         found = self._scored(queries, rows, rows >= 0, k)
         short = np.flatnonzero(found.revisions[:, -1] < 0)
@@ -443,8 +443,10 @@ class _Part:
 
     def _exact(self, queries: NDArray[np.float32], k: int) -> _Best:
         num_dead = len(self) - self.num_live
-        expected_dead = 2 * (k + EXTRA_CANDIDATES) * num_dead // max(1, len(self)) + (EXTRA_CANDIDATES if num_dead else 0)
-        proposed = min(k + EXTRA_CANDIDATES + expected_dead, len(self))
+        proposed = k + EXTRA_CANDIDATES
+        if num_dead:
+            proposed += EXTRA_CANDIDATES + 2 * proposed * num_dead // len(self)
+        proposed = min(proposed, len(self))
         found, unsure, bounds = self._proposed(queries, k, proposed)
         if len(unsure) and num_dead and proposed < len(self):
             wider = min(WIDER * proposed, len(self))
@@ -490,9 +492,7 @@ class _Part:
         codes[0, : len(best)] = self.codes[best]
         return _Best(scores, revisions, codes)
 
-    def _scored(
-        self, queries: NDArray[np.float32], rows: NDArray[np.int64], valid: NDArray[np.bool_], k: int
-    ) -> _Best:
+    def _scored(self, queries: NDArray[np.float32], rows: NDArray[np.int64], valid: NDArray[np.bool_], k: int) -> _Best:
         """Score proposed rows (Q, M) in one way and keep the best K of the valid ones; the rest is -inf and -1."""
         rows = np.where(valid, rows, 0)
         scores = np.einsum("qd,qkd->qk", queries, self.vectors[rows])
@@ -501,9 +501,7 @@ class _Part:
         return _ordered(scores, revisions, self.codes[rows], k)
 
 
-def _ordered(
-    scores: NDArray[np.float32], revisions: NDArray[np.int64], codes: NDArray[np.int16], k: int
-) -> _Best:
+def _ordered(scores: NDArray[np.float32], revisions: NDArray[np.int64], codes: NDArray[np.int16], k: int) -> _Best:
     """Sort each row of (Q, M) by score, ties by the lower revision, and keep K."""
     order = np.lexsort((revisions, -scores), axis=-1)[:, :k]
     return _Best(*(np.take_along_axis(values, order, axis=1) for values in (scores, revisions, codes)))

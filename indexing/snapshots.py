@@ -50,7 +50,10 @@ from graceful.indexing.sidecar import write_sidecar
 
 FORMAT_VERSION = 2
 SEGMENTS_FOLDER = "segments"
+# Indexes of shards lie below it, each a root of its own.
+SHARDS_FOLDER = "shards"
 MANIFEST_NAME = "manifest.json"
+_RESERVED = (SEGMENTS_FOLDER, SHARDS_FOLDER)
 # A generation's segments are merged into one when more than this share of their rows is dead, or there are more.
 MAX_DEAD_SHARE = 0.2
 MAX_SEGMENTS = 16
@@ -167,7 +170,7 @@ def publish_snapshot(
         OSError: the folder is full, or not writable.
     """
     root, folder = Path(index_root), Path(index_root, snapshot_id)
-    if Path(folder, MANIFEST_NAME).exists() or snapshot_id == SEGMENTS_FOLDER:
+    if Path(folder, MANIFEST_NAME).exists() or snapshot_id in _RESERVED:
         raise FileExistsError(f"publishing snapshot {snapshot_id}: expected a new name, found one in {index_root}")
     _check_rows(snapshot_id, source.rows)
     folder.mkdir(parents=True, exist_ok=True)
@@ -288,7 +291,7 @@ def prune_snapshots(index_root: str | Path, keep: Collection[str], *, older_than
     younger than that, and is left alone. Where a manifest that stays cannot be read, no shared file goes.
     """
     root, before = Path(index_root), time.time() - older_than_s
-    folders = [path for path in root.iterdir() if path.is_dir() and path.name != SEGMENTS_FOLDER]
+    folders = [path for path in root.iterdir() if path.is_dir() and path.name not in _RESERVED]
     doomed = [path for path in folders if path.name not in keep and path.stat().st_mtime <= before]
     left = [path for path in folders if path not in doomed and (path / MANIFEST_NAME).exists()]
     used = {name for path in left for name in _names_in(read_manifest(path))}
@@ -422,7 +425,5 @@ def _indexes_for(
         index_id = f"{report.kind}-{uuid.uuid4().hex[:12]}"
         path = Path(folder, f"{index_id}.faiss")
         digest = publish_file(path, lambda part, index=index: faiss.write_index(index, part))
-        result.append(
-            StoredIndex(index_id=index_id, width=width, segment_ids=names, checksum=digest, report=report)
-        )
+        result.append(StoredIndex(index_id=index_id, width=width, segment_ids=names, checksum=digest, report=report))
     return tuple(result)

@@ -26,8 +26,10 @@ ORDER = {
     "indexing": (
         "indexing", "indexing.embedding_files", "indexing.tables", "indexing.matching",
         "indexing.exact", "indexing.leases", "indexing.gallery", "indexing.planner", "indexing.embed",
-        "indexing.embedding_pool", "indexing.reindex", "indexing.maintenance", "indexing.cache", "indexing.snapshots",
-        "indexing.search",
+        "indexing.embedding_pool", "indexing.reindex", "indexing.maintenance", "indexing.cache",
+        "indexing.derived_files", "indexing.index_choice", "indexing.kinds",
+        "indexing.sidecar", "indexing.snapshots", "indexing.search",
+        "indexing.following",
     ),
     "evaluation": (
         "evaluation", "evaluation.outcomes", "evaluation.retrieval", "evaluation.flips", "evaluation.matrix",
@@ -49,7 +51,7 @@ ORDER = {
         "flows.update.freeze",
         "flows.update.train", "flows.update.judge", "flows.update.conclude", "flows.update.diagnosis",
         "flows.update.publish", "flows.update.order", "flows.update.replay", "flows.update.flow",
-        "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.http",
+        "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.sharded", "flows.search.http",
         "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
         "flows.commands.status", "flows.commands.evaluations",
         "flows.commands.history", "flows.commands.adopt", "flows.commands.accept",
@@ -65,7 +67,13 @@ EVERYWHERE = ("numpy", "pydantic", "pydantic_core", *LEAF)
 # Library -> modules that may import it; a package stands for all its modules.
 ALLOWED = {
     "prefect": ("flows.runtime.flow_ui", "flows.schedule", "flows.update.flow"),
-    "ray": ("training.launch", "indexing.embedding_pool", "flows.runtime.cluster", "flows.runtime.jobs"),
+    "ray": (
+        "training.launch",
+        "indexing.embedding_pool",
+        "flows.runtime.cluster",
+        "flows.runtime.jobs",
+        "flows.search.sharded",
+    ),
     "torch": ("training",),
     "torchvision": ("training",),
     "safetensors": ("training",),
@@ -73,7 +81,7 @@ ALLOWED = {
     "sklearn": ("training.materialise",),
     "PIL": ("training.images", "training.measure"),
     "cachetools": ("training.images",),
-    "faiss": ("indexing.search", "indexing.snapshots"),
+    "faiss": ("indexing.kinds", "indexing.search", "indexing.snapshots"),
     "deltalake": ("indexing.tables",),
     "pyarrow": ("indexing", "training", "flows"),
     "scipy": ("evaluation",),

@@ -207,7 +207,9 @@ class TestChanges:
     @settings(max_examples=60)
     @given(
         steps=st.lists(
-            st.tuples(st.integers(0, 40), st.integers(0, 12), st.integers(0, 40), st.integers(0, 12), st.integers(1, 3)),
+            st.tuples(
+                st.integers(0, 40), st.integers(0, 12), st.integers(0, 40), st.integers(0, 12), st.integers(1, 3)
+            ),
             max_size=7,
         ),
         k=st.integers(1, 50),

@@ -1,4 +1,4 @@
-"""The index follows the gallery: feed, comparison, promotion, restart, rebase, damage, and folders that cannot be written.
+"""The index follows the gallery: feed, comparison, promotion, restart, rebase, damage, folders that refuse.
 
 Every state is compared with brute force over the gallery's own view.
 """
@@ -42,7 +42,9 @@ class Shop:
     def ingest(self, names: Sequence[str], source: str = "a") -> None:
         sources = [f"{source}/{name}" for name in names]
         columns = {"item_id": list(names), "source": sources, "content_sha256": sources}
-        self.gallery.ingest(pa.table({**columns, "label": [f"label of {n}" for n in names], "attributes": ["{}"] * len(names)}))
+        self.gallery.ingest(
+            pa.table({**columns, "label": [f"label of {n}" for n in names], "attributes": ["{}"] * len(names)})
+        )
 
     def embed(self, generation: str, names: Sequence[str] | None = None) -> int:
         """Embed what a generation lacks, of some items or of all."""
@@ -161,7 +163,9 @@ class TestFollowing:
 
     def test_a_shard_holds_its_buckets_alone(self, shop: Shop) -> None:
         whole = shop.follower().follow(G1)
-        shards = [IndexFollower(shop.gallery, shop.root / f"s{low}", buckets=(low, low + 64)) for low in range(0, 256, 64)]
+        shards = [
+            IndexFollower(shop.gallery, shop.root / f"s{low}", buckets=(low, low + 64)) for low in range(0, 256, 64)
+        ]
         parts = [(shard, shard.follow(G1)) for shard in shards]
         assert sum(part.index.num_rows for _, part in parts) == whole.index.num_rows
         shop.ingest(names(55, 80), "b")
@@ -325,8 +329,7 @@ def test_every_single_flipped_bit_of_a_manifest_is_found(shop: Shop) -> None:
         flipped[place] ^= 1
         path.write_bytes(flipped)
         with pytest.raises((following.IndexCorruptedError, following.UnknownFormatError)):
-            manifest = following.read_manifest(path.parent)
-            assert manifest.model_dump_json() != manifest.model_dump_json(), "a flipped bit was read"
+            following.read_manifest(path.parent)
 
 
 @pytest.mark.parametrize("has_snapshot", [False, True])
