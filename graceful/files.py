@@ -10,6 +10,7 @@ process there.
 import io
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,6 +128,18 @@ def list_files(location: str) -> list[str]:
     selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
     below = [info.path[len(path) :] for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File]
     return sorted(join(location, relative) for relative in below)
+
+
+def file_ages(location: str) -> dict[str, float]:
+    """Age in seconds of every file below a folder, by its path in it; empty where the folder is absent."""
+    filesystem, path = resolve(location)
+    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+    now = time.time()
+    return {
+        info.path[len(path) :].lstrip("/"): now - (info.mtime_ns or 0) / 1e9
+        for info in filesystem.get_file_info(selector)
+        if info.type == fs.FileType.File
+    }
 
 
 def move(source: str, target: str) -> None:

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from graceful.files import join, move, size_bytes
+from graceful.files import join
 from graceful.indexing.embed import EmbeddedUnit, EmbedUnit
 from graceful.indexing.embedding_files import read_embeddings
 from graceful.indexing.reindex import EmbedFunction
-from graceful.indexing.tables import DataFile, TableConflictError, VersionedTable
+from graceful.indexing.tables import STAGING, TableConflictError, VersionedTable
 
 CACHE_SCHEMA = pa.schema([("content_sha256", pa.string()), ("embedding", pa.binary())])
 
@@ -26,7 +26,7 @@ class EmbeddingCache:
 
     def __init__(self, location: str) -> None:
         """Open the cache of one generation at `location`, or create it empty."""
-        self._table = VersionedTable(location, CACHE_SCHEMA)
+        self._table = VersionedTable(location, CACHE_SCHEMA, create=True)
 
     def missing(self, hashes: Sequence[str]) -> list[str]:
         """Content hashes without a stored embedding, each once, in order of first appearance."""
@@ -51,7 +51,7 @@ class EmbeddingCache:
         for start in range(0, len(wanted), unit_rows):
             part = wanted[start : start + unit_rows]
             unit_id = hashlib.sha256("\n".join(part).encode()).hexdigest()[:24]
-            path = join(self._table.uri, "_staging", f"{unit_id}.parquet")
+            path = join(self._table.uri, STAGING, f"{unit_id}.parquet")
             parts[unit_id] = part
             units[unit_id] = EmbedUnit(unit_id, tuple(source_of[h] for h in part), {"content_sha256": part}, path)
         embedded = 0
@@ -64,11 +64,11 @@ class EmbeddingCache:
             if done.num_rows and not (known and not self.missing(parts[done.unit_id])):
                 # A unit may have committed and its images have been forgotten since: it is another unit then.
                 name = f"{done.unit_id}-{uuid.uuid4().hex[:8]}" if known else done.unit_id
-                path = f"{name}.parquet"
-                move(unit.path, join(self._table.uri, path))
-                file = DataFile(path, done.num_rows, size_bytes(join(self._table.uri, path)))
+                keys = pa.table({"content_sha256": [""] * done.num_rows})
+                file = self._table.take_in(unit.path, name, keys)
                 try:
-                    self._table.commit_files([file], unit=name)
+                    with self._table.discarding([file]):
+                        self._table.commit([file], unit=name)
                 except TableConflictError:  # another update extended the same cache by the same images
                     return
                 embedded += done.num_rows

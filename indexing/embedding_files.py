@@ -1,8 +1,9 @@
 """Embedding files: key columns and one vector a row, read and written near the speed of a memory copy.
 
 The column `embedding` is fixed-size binary: D little-endian float32 values, plain, neither compressed nor
-dictionary-coded, in row groups of 65,536. Width and dtype stand in the schema metadata too. Compaction of a Delta table
-turns fixed-size binary into binary and drops that metadata; `read_embeddings` reads both forms.
+dictionary-coded, in row groups of 16,384, every page with a checksum. Width and dtype stand in the schema metadata too;
+a file that was merged has lost that metadata, and a foreign tool's compaction makes plain binary of the column:
+`read_embeddings` reads these forms as well.
 
 Invariant: a file appears whole or not at all.
 
@@ -23,10 +24,10 @@ from pyarrow import fs
 
 from graceful.errors import GracefulError
 from graceful.files import writing
+from graceful.indexing.checked_files import ROW_GROUP_ROWS, CheckedFile, has_digest, verify
 
 EMBEDDING_COLUMN = "embedding"
 EMBEDDING_FORMAT_VERSION = "1"
-ROW_GROUP_ROWS = 65_536
 
 
 class EmbeddingFileError(GracefulError):
@@ -119,6 +120,28 @@ def read_embeddings(
     return keys, np.zeros((0, width or 0), dtype=np.float32) if vectors is None else vectors
 
 
+def read_rows(location: str, rows: NDArray[np.int64] | NDArray[np.int32]) -> NDArray[np.float32]:
+    """Read the vectors (n, D) of some rows of one committed file, in the order asked.
+
+    Raises:
+        DamagedFileError: the file is not what was written; all of it is compared once a process.
+    """
+    opened = CheckedFile(location, pages=not has_digest(location))
+    opened.verify()
+    starts = opened.group_starts()
+    group_of = np.searchsorted(starts, rows, side="right") - 1
+    vectors: NDArray[np.float32] | None = None
+    for group in np.unique(group_of).tolist():
+        chunks = opened.read([EMBEDDING_COLUMN], [group]).column(0).chunks
+        parts = [_vectors_of(chunk, location, None) for chunk in chunks]
+        part = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        chosen = np.flatnonzero(group_of == group)
+        if vectors is None:
+            vectors = np.empty((len(rows), part.shape[1]), np.float32)
+        vectors[chosen] = part[rows[chosen] - starts[group]]
+    return np.empty((0, 0), np.float32) if vectors is None else vectors
+
+
 def _write_parquet(table: pa.Table, sink: object, key_columns: list[str]) -> None:
     pq.write_table(
         table,
@@ -126,6 +149,7 @@ def _write_parquet(table: pa.Table, sink: object, key_columns: list[str]) -> Non
         row_group_size=ROW_GROUP_ROWS,
         use_dictionary=False,
         compression="none",
+        write_page_checksum=True,
         # Statistics of the embedding column would cost a pass over it and help nobody.
         write_statistics=key_columns,
     )
@@ -133,7 +157,10 @@ def _write_parquet(table: pa.Table, sink: object, key_columns: list[str]) -> Non
 
 def _open_parquet(path: str, filesystem: fs.FileSystem | None) -> pq.ParquetFile:
     remote, target = _locate(path, filesystem)
-    return pq.ParquetFile(target, memory_map=remote is None, filesystem=remote)
+    whole = filesystem is None and has_digest(path)
+    if whole:
+        verify(path)
+    return pq.ParquetFile(target, memory_map=remote is None, filesystem=remote, page_checksum_verification=not whole)
 
 
 def _stated_width(path: str, schema: pa.Schema, columns: Sequence[str] | None) -> int | None:

@@ -20,7 +20,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from graceful.indexing.derived_files import IndexCorruptedError
 from graceful.indexing.gallery import Gallery
 from graceful.indexing.index_choice import SearchConfig
 from graceful.indexing.leases import GalleryVersion
+from graceful.indexing.revisions import bucket_of_revision
 from graceful.indexing.search import AddedRows, IndexState, build_state, open_snapshot
 from graceful.indexing.sidecar import SIDECAR_SCHEMA, ItemBook, as_sidecar, open_sidecar
 from graceful.indexing.snapshots import (
@@ -54,7 +55,6 @@ REBASE_SHARE = 0.1
 REBASE_ROWS = 1_024
 # Snapshots that nobody opens any more go after this time.
 KEPT_S = 3_600.0
-BUCKET_BITS = 40
 
 _log = logging.getLogger("graceful.search")
 
@@ -89,6 +89,19 @@ def snapshot_id_of(query_generation: str, version: GalleryVersion, readable: Seq
     """Name of the index of one view: the same view has the same name everywhere."""
     content = f"{query_generation}/{version.items}/{version.vectors}/{','.join(readable)}"
     return f"{query_generation}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+@contextmanager
+def leased(gallery: Gallery, warn: Callable[[str], object]) -> Iterator[GalleryVersion]:
+    """Keep the files of the newest version while the block runs; a gallery that is read-only is read without a lease."""
+    with ExitStack() as lease:
+        try:
+            pinned = lease.enter_context(gallery.lease())
+        except Exception as error:  # what a store says to whoever may only read has many types
+            line = " ".join(str(error).split())[:160]
+            warn(f"reading the gallery without a lease: {line}; a collection may end a long read")
+            pinned = gallery.version()
+        yield pinned
 
 
 class IndexFollower:
@@ -129,7 +142,7 @@ class IndexFollower:
             advanced = None if current is None else self._fed(current, target, wanted)
             if advanced is None:
                 # Long reads: what they read must stay until they end.
-                with self._gallery.lease() as pinned:
+                with leased(self._gallery, self._warn_once) as pinned:
                     wanted = version or pinned
                     advanced = (
                         self._opened(target, wanted) if current is None else self._advanced(current, target, wanted)
@@ -273,7 +286,7 @@ class IndexFollower:
         if self._buckets is None:
             return np.ones(len(revisions), bool)
         low, high = self._buckets
-        bucket = revisions >> BUCKET_BITS
+        bucket = bucket_of_revision(revisions)
         return np.asarray((low <= bucket) & (bucket < high))
 
     def _view(self, target: Target, version: GalleryVersion) -> View:
@@ -353,7 +366,7 @@ class IndexFollower:
             with self._one_writer:
                 current = self._current
                 assert current is not None
-                with self._gallery.lease():
+                with leased(self._gallery, self._warn_once):
                     rebased = self._advanced(rebased, current.target, current.version)
                 self._current = rebased
         except Exception as error:  # what serves goes on serving

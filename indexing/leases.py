@@ -36,9 +36,9 @@ class GalleryVersion:
 class Leases:
     """The leases of one gallery."""
 
-    def __init__(self, location: str) -> None:
-        """Open the table, or create it empty."""
-        self._table = VersionedTable(location, LEASES_SCHEMA)
+    def __init__(self, location: str, *, create: bool = False) -> None:
+        """Open the table; with `create` it is made empty where there is none."""
+        self._table = VersionedTable(location, LEASES_SCHEMA, create=create)
 
     @contextmanager
     def hold(self, version: GalleryVersion, lifetime_s: float) -> Iterator[GalleryVersion]:

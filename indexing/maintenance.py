@@ -1,22 +1,33 @@
 """Collects what nobody can read, and forgets what must be gone.
 
-Nothing that a protected query generation can read, or that a lease pins, is ever collected: a generation's vectors go
-only when no protected view owns a single row of them.
+Nothing that a protected query generation can read, or that a lease pins, is ever collected. A vector stays if it is
+the one by which some protected view reads its item; everything else goes, row by row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from graceful.errors import GracefulError, UsageError
 from graceful.files import list_files, remove
-from graceful.indexing.gallery import Gallery
+from graceful.indexing.gallery import PROTECTION, Gallery, GalleryVersion
+from graceful.indexing.revisions import is_member
+from graceful.indexing.tables import ORPHAN_AGE_S, DataFile, TableSnapshot
+
+DEAD_SHARE = 0.2
+"""A file is written again when more than this share of its rows goes, so that collecting costs what it frees."""
 
 
 @dataclass(frozen=True)
 class Collection:
-    """What a collection removed: generations whose vectors went, and files deleted."""
+    """What a collection removed: generations whose vectors all went, rows, and files deleted."""
 
     generations: tuple[str, ...]
+    rows: int
     files: int
 
 
@@ -24,29 +35,60 @@ class LeasedError(GracefulError):
     """What is to be removed is pinned by an open lease."""
 
 
-def collect(gallery: Gallery, protected: Sequence[Sequence[str]]) -> Collection:
-    """Drop the vectors of every generation that owns no row in any protected view, then delete unused files.
+def collect(
+    gallery: Gallery,
+    protected: Callable[[], Sequence[Sequence[str]]],
+    *,
+    dead_share: float = DEAD_SHARE,
+    orphan_age_s: float = ORPHAN_AGE_S,
+) -> Collection:
+    """Drop the vectors that no protected view reads, merge small files, and delete the files that nothing names.
 
-    `protected` has one readable list (oldest first) for each query generation that must keep seeing what it sees.
+    `protected` gives one readable list (oldest first) for each query generation that must keep seeing what it sees. It
+    is asked on every attempt, after the version is pinned that the commit is made on; whoever begins to protect a
+    generation says so first and then calls `Gallery.fence`, which lets a commit fail that was made without it.
     """
+    before = set(gallery.generations())
+    needed: dict[str, NDArray[np.int64]] = {}
+
+    def look(snapshot: TableSnapshot) -> None:
+        version = GalleryVersion(gallery.items_table.version(), snapshot.version)
+        needed.clear()
+        needed.update(needed_vectors(gallery, protected(), version))
+
+    def keep(file: DataFile, keys: pa.Table) -> NDArray[np.bool_]:
+        return is_member(keys["revision"].to_numpy(), needed.get(str(file.partition), np.empty(0, np.int64)))
+
+    rows = gallery.vectors_table.rewrite(
+        keep, keys=["revision"], serial=(PROTECTION,), least_share=dead_share, prepare=look
+    )
+    gallery.merge_small_files()
+    leased = gallery.leased_versions()
+    files = gallery.vectors_table.vacuum([version.vectors for version in leased], orphan_age_s=orphan_age_s)
+    files += gallery.items_table.vacuum([version.items for version in leased], orphan_age_s=orphan_age_s)
+    return Collection(tuple(sorted(before - set(gallery.generations()))), rows, len(files))
+
+
+def needed_vectors(
+    gallery: Gallery, protected: Sequence[Sequence[str]], version: GalleryVersion
+) -> dict[str, NDArray[np.int64]]:
+    """Revisions (ascending) whose vectors of each generation some protected view reads."""
     if not protected:
         raise UsageError("collecting vectors: expected at least one protected query generation, found none")
-    needed: set[str] = set()
-    for readable in protected:
-        needed |= {name for name, rows in gallery.view(readable).rows_by_generation().items() if rows}
-        needed |= set(readable[-1:])
-    dropped = tuple(sorted(set(gallery.generations()) - needed))
-    for generation in dropped:
-        gallery.vectors_table.drop_partition(generation)
-    keep = [version.vectors for version in gallery.leased_versions()]
-    return Collection(dropped, len(gallery.vectors_table.vacuum(keep)))
+    needed: dict[str, NDArray[np.int64]] = {}
+    for readable in {tuple(names) for names in protected}:
+        view = gallery.view(readable, version)
+        for name in readable:
+            owned = view.revisions[view.owned_by(name)]
+            needed[name] = np.union1d(needed[name], owned) if name in needed else owned
+    return needed
 
 
-def forget(gallery: Gallery, item_ids: Sequence[str]) -> int:
+def forget(gallery: Gallery, item_ids: Sequence[str], *, orphan_age_s: float = ORPHAN_AGE_S) -> int:
     """Remove items physically: their rows, vectors and history. They must have been deleted before.
 
     Older versions of both tables become unreadable, so that no time travel brings the items back; an open lease is a
-    reason to refuse. Returns the number of revisions that are gone.
+    reason to refuse. Their numbers are never given again. Returns the number of revisions that are gone.
 
     Raises:
         LeasedError: a reader still pins a version.
@@ -55,20 +97,31 @@ def forget(gallery: Gallery, item_ids: Sequence[str]) -> int:
     leases = gallery.leased_versions()
     if leases:
         raise LeasedError(f"forgetting items: expected no open lease, found {len(leases)}; wait for the readers to end")
-    latest = gallery.latest_items()
-    wanted = set(item_ids)
-    alive = [
-        row["item_id"]
-        for row in latest.select(["item_id", "deleted"]).to_pylist()
-        if row["item_id"] in wanted and not row["deleted"]
-    ]
-    if alive:
-        raise UsageError(f"forgetting items: expected deleted items, found live ones ({alive[0]}); delete them first")
-    before = sum(file.num_rows for file in gallery.items_table.snapshot().files)
-    for table in (gallery.vectors_table, gallery.items_table):
-        table.delete_rows("item_id", sorted(wanted))
-        table.vacuum()
+    latest = gallery.items.find(list(item_ids))
+    alive = latest.filter(pc.fill_null(pc.invert(latest["deleted"]), False))
+    if alive.num_rows:
+        raise UsageError(
+            f"forgetting items: expected deleted items, found live ones ({alive['item_id'][0]}); delete them first"
+        )
+    # Units under way look again, and find the tombstones.
+    gallery.fence_writers()
+    revisions = np.sort(revisions_of(gallery, item_ids))
+
+    def keep(_: DataFile, keys: pa.Table) -> NDArray[np.bool_]:
+        return ~is_member(keys["revision"].to_numpy(), revisions)
+
+    gallery.vectors_table.rewrite(keep, keys=["revision"])
     for staged in list_files(gallery.staging_location()):
         remove(staged)
-    gallery.forget_cached_keys()
-    return before - gallery.items_table.snapshot().rows(["item_id"]).num_rows
+    gallery.vectors_table.vacuum(orphan_age_s=orphan_age_s)
+    gallery.items_table.rewrite(keep, keys=["revision"])
+    gallery.items_table.vacuum(orphan_age_s=orphan_age_s)
+    gallery.forget_cached()
+    return len(revisions)
+
+
+def revisions_of(gallery: Gallery, item_ids: Sequence[str]) -> NDArray[np.int64]:
+    """All revisions ever stored of some items, (n,)."""
+    wanted = pa.array(item_ids, pa.string())
+    rows = gallery.items_table.snapshot().rows(["revision", "item_id"])
+    return rows.filter(pc.is_in(rows["item_id"], value_set=wanted))["revision"].to_numpy()

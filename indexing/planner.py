@@ -17,21 +17,21 @@ from numpy.typing import NDArray
 
 from graceful.errors import GracefulError, UsageError
 
-PLAN_ITEMS_SCHEMA = pa.schema([("wave", pa.int32()), ("position", pa.int64()), ("item_id", pa.string())])
+PLAN_ITEMS_SCHEMA = pa.schema([("wave", pa.int32()), ("position", pa.int64()), ("revision", pa.int64())])
 
 
 @dataclass(frozen=True)
 class OrderInputs:
     """What an order may look at, one entry per item.
 
+    `keys` (N,) uint64: a uniform random key of each, see `random_key` and `random_key_of`.
     `owner_age` (N,): place of the owning generation in lineage order, 0 the oldest; -1 for an unreadable item.
     `class_distance` (N,) or None: cosine distance of the stored vector to the nearest class mean of its generation.
     """
 
-    item_ids: NDArray[np.object_]
+    keys: NDArray[np.uint64]
     owner_age: NDArray[np.int64]
     class_distance: NDArray[np.float32] | None = None
-    seed: int = 0
 
 
 class MissingOrderInputError(GracefulError, ValueError):
@@ -45,14 +45,23 @@ def random_key(item_ids: Sequence[str] | NDArray[np.object_], seed: int) -> NDAr
     return np.frombuffer(digests, "<u8")
 
 
+def random_key_of(revisions: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
+    """A uniform key of every revision (N,): the finalizer of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    with np.errstate(over="ignore"):
+        mixed = revisions.astype(np.uint64) + np.uint64(seed + 1) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(mixed ^ (mixed >> np.uint64(31)))
+
+
 def _random(inputs: OrderInputs) -> NDArray[np.int64]:
-    """Random by item id: the control that every other order has to beat."""
-    return np.argsort(random_key(inputs.item_ids, inputs.seed), kind="stable")
+    """Random: the control that every other order has to beat."""
+    return np.argsort(inputs.keys, kind="stable")
 
 
 def _oldest_generation(inputs: OrderInputs) -> NDArray[np.int64]:
     """Items owned by the oldest generation first, random among equals."""
-    return np.lexsort((random_key(inputs.item_ids, inputs.seed), inputs.owner_age))
+    return np.lexsort((inputs.keys, inputs.owner_age))
 
 
 def _class_distance(inputs: OrderInputs) -> NDArray[np.int64]:
@@ -63,7 +72,7 @@ def _class_distance(inputs: OrderInputs) -> NDArray[np.int64]:
             "choose 'random' or 'oldest_generation'"
         )
     distance = np.where(np.isfinite(inputs.class_distance), inputs.class_distance, np.inf)
-    return np.lexsort((random_key(inputs.item_ids, inputs.seed), -distance))
+    return np.lexsort((inputs.keys, -distance))
 
 
 ORDERS: dict[str, Callable[[OrderInputs], NDArray[np.int64]]] = {
@@ -100,7 +109,7 @@ def num_chosen(num_items: int, num_first: int, fraction: float) -> int:
 
 
 def plan_waves(
-    item_ids: NDArray[np.object_], ranking: NDArray[np.int64], num_first: int, fraction: float, wave_rows: int
+    revisions: NDArray[np.int64], ranking: NDArray[np.int64], num_first: int, fraction: float, wave_rows: int
 ) -> pa.Table:
     """Cut the first part of a ranking into waves: wave 0 (the first `num_first`), then waves of `wave_rows`.
 
@@ -108,10 +117,10 @@ def plan_waves(
     """
     if wave_rows < 1:
         raise UsageError(f"planning a re-index: expected at least one row a wave, found {wave_rows}")
-    chosen = num_chosen(len(item_ids), num_first, fraction)
+    chosen = num_chosen(len(revisions), num_first, fraction)
     positions = np.arange(chosen)
     waves = np.where(positions < num_first, 0, 1 + (positions - num_first) // wave_rows).astype(np.int32)
     return pa.table(
-        {"wave": waves, "position": positions, "item_id": pa.array(item_ids[ranking[:chosen]], pa.string())},
+        {"wave": waves, "position": positions, "revision": revisions[ranking[:chosen]]},
         schema=PLAN_ITEMS_SCHEMA,
     )

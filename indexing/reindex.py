@@ -1,27 +1,32 @@
 """Carries out a plan: embeds what a wave still lacks, and commits it exactly once.
 
-Progress is what the gallery holds, nothing else: every wave asks which of its items have no vector of the generation
-for their latest revision, embeds those, and asks again. So a run that was killed anywhere goes on where it stopped and
-ends in the same gallery, and an item whose image changed meanwhile is embedded from its new image.
+Progress is what the gallery holds, nothing else: every wave asks which of its revisions are live and have no vector of
+the generation, embeds those, and commits them. So a run that was killed anywhere goes on where it stopped and ends in
+the same gallery. A revision that is replaced meanwhile is left to whoever writes the new one.
 """
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from graceful.files import crash_point
 from graceful.indexing.embed import EmbeddedUnit, EmbedUnit
-from graceful.indexing.gallery import Gallery
+from graceful.indexing.gallery import Gallery, GalleryVersion
+from graceful.indexing.revisions import is_member
 
 EmbedFunction = Callable[[Sequence[EmbedUnit], Callable[[EmbeddedUnit], None]], None]
 """Embeds units with one generation's encoder and calls back as each unit's file is complete."""
 
 _ROUNDS = 4
-"""A wave is asked again while images change under it; what is still missing after that is reported, not waited for."""
+"""A gallery is asked again while images change in it; what is missing after that is reported, not waited for."""
+_BLOCK_ROWS = 131_072
+"""Rows whose sources are in memory at a time; a scan of the items serves as many."""
 
 
 @dataclass(frozen=True)
@@ -54,32 +59,32 @@ def embed_missing(
     generation: str,
     embed: EmbedFunction,
     *,
-    item_ids: pa.Array | None = None,
+    revisions: NDArray[np.int64] | None = None,
     unit_rows: int = 4096,
     on_rows: Callable[[int], None] | None = None,
 ) -> ReindexReport:
-    """Give a generation's vector to every live item (or to those named) that lacks one for its latest revision.
+    """Give a generation's vector to every live item (or to the revisions named, (n,) int64) that lacks one.
 
     `on_rows` is called with the number of rows of each committed unit.
     """
     started = time.monotonic()
     report = ReindexReport()
-    failed: dict[tuple[str, int], str] = {}
+    failed: dict[int, str] = {}
     for _ in range(_ROUNDS):
-        rows = gallery.missing_vectors(generation)
-        if item_ids is not None:
-            rows = rows.filter(pc.is_in(rows["item_id"], value_set=item_ids))
-        if failed:
-            keys = zip(rows["item_id"].to_pylist(), rows["revision"].to_pylist(), strict=True)
-            rows = rows.filter(pa.array([key not in failed for key in keys]))
-        if not rows.num_rows:
+        version = gallery.version()
+        missing = gallery.missing_vectors(generation, revisions, version)
+        missing = missing[~is_member(missing, np.array(sorted(failed), np.int64))]
+        if not len(missing):
             break
-        units = {unit.unit_id: unit for unit in _units(gallery, generation, rows, unit_rows)}
-        progress = _Progress(gallery, generation, units, failed, on_rows)
-        embed(list(units.values()), progress.commit)
-        report = report.plus(progress.report)
-    failures = tuple((item_id, reason) for (item_id, _), reason in sorted(failed.items()))
-    return replace(report, failures=failures, seconds=time.monotonic() - started)
+        for start in range(0, len(missing), _BLOCK_ROWS):
+            block = missing[start : start + _BLOCK_ROWS]
+            work = _Work(gallery, generation, version, embed, unit_rows, on_rows)
+            report = report.plus(work.embed(block, gallery.items.take(block, ["source"], version.items)))
+            failed |= work.failed
+            gallery.vectors_table.compact()
+        if revisions is not None:
+            break
+    return replace(report, failures=_named(gallery, failed), seconds=time.monotonic() - started)
 
 
 def carry_out(
@@ -94,54 +99,96 @@ def carry_out(
     on_rows: Callable[[int], None] | None = None,
 ) -> ReindexReport:
     """Embed the plan's waves in order (all, or those named); stops before a wave once `still_wanted` says no."""
+    started = time.monotonic()
     report = ReindexReport()
+    failed: dict[int, str] = {}
+    for block in _blocks(plan_items, waves):
+        version = gallery.version()
+        everyone = np.concatenate([revisions for _, revisions in block])
+        missing = gallery.missing_vectors(generation, everyone, version)
+        sources = gallery.items.take(missing, ["source"], version.items)
+        for wave, revisions in block:
+            if not still_wanted():
+                report = replace(report, superseded=True)
+                break
+            chosen = np.flatnonzero(is_member(missing, np.sort(revisions)))
+            work = _Work(gallery, generation, version, embed, unit_rows, on_rows)
+            done = work.embed(missing[chosen], sources.take(pa.array(chosen)))
+            failed |= work.failed
+            report = report.plus(replace(done, waves=(wave,)))
+            gallery.vectors_table.compact()
+            crash_point("wave-done")
+        if report.superseded:
+            break
+    return replace(report, failures=_named(gallery, failed), seconds=time.monotonic() - started)
+
+
+def _blocks(plan_items: pa.Table, waves: Sequence[int] | None) -> Iterator[list[tuple[int, NDArray[np.int64]]]]:
+    """Waves with their revisions, several at a time: as many as may be in memory, at least one."""
     numbers = sorted(pc.unique(plan_items["wave"]).to_pylist()) if waves is None else list(waves)
+    wave_of, revisions = plan_items["wave"].to_numpy(), plan_items["revision"].to_numpy()
+    block: list[tuple[int, NDArray[np.int64]]] = []
     for wave in numbers:
-        if not still_wanted():
-            return replace(report, superseded=True)
-        item_ids = plan_items.filter(pc.equal(plan_items["wave"], wave))["item_id"].combine_chunks()
-        done = embed_missing(gallery, generation, embed, item_ids=item_ids, unit_rows=unit_rows, on_rows=on_rows)
-        report = report.plus(replace(done, waves=(wave,)))
-        crash_point("wave-done")
-    return report
+        rows = revisions[wave_of == wave]
+        if block and sum(len(part) for _, part in block) + len(rows) > _BLOCK_ROWS:
+            yield block
+            block = []
+        block.append((wave, rows))
+    if block:
+        yield block
 
 
-class _Progress:
-    """Commits each finished unit and counts what became of it."""
+class _Work:
+    """Embeds some rows in units, commits each as it is finished, and counts what became of it."""
 
     def __init__(
         self,
         gallery: Gallery,
         generation: str,
-        units: dict[str, EmbedUnit],
-        failed: dict[tuple[str, int], str],
+        version: GalleryVersion,
+        embed: EmbedFunction,
+        unit_rows: int,
         on_rows: Callable[[int], None] | None,
     ) -> None:
-        self._gallery, self._generation, self._units = gallery, generation, units
-        self._failed, self._on_rows = failed, on_rows
-        self.report = ReindexReport()
+        self._gallery, self._generation, self._version = gallery, generation, version
+        self._embed, self._unit_rows, self._on_rows = embed, unit_rows, on_rows
+        self._revisions: dict[str, NDArray[np.int64]] = {}
+        self._report = ReindexReport()
+        self.failed: dict[int, str] = {}
 
-    def commit(self, done: EmbeddedUnit) -> None:
-        keys = self._units[done.unit_id].keys
+    def embed(self, revisions: NDArray[np.int64], sources: pa.Table) -> ReindexReport:
+        """Embed rows (n,), ascending, whose `source` stands in a table (n rows)."""
+        units = []
+        for start in range(0, len(revisions), self._unit_rows):
+            part = revisions[start : start + self._unit_rows]
+            names = tuple(sources["source"].slice(start, self._unit_rows).to_pylist())
+            # Named by what it holds: the same rows make the same unit after a restart.
+            unit_id = hashlib.sha256(part.astype("<i8").tobytes()).hexdigest()[:24]
+            self._revisions[unit_id] = part
+            path = self._gallery.staging_file(self._generation, unit_id)
+            units.append(EmbedUnit(unit_id, names, pa.table({"revision": part}), path))
+        if units:
+            self._embed(units, self._commit)
+        return self._report
+
+    def _commit(self, done: EmbeddedUnit) -> None:
+        revisions = self._revisions[done.unit_id]
         for index, reason in done.failures:
-            self._failed[(str(keys["item_id"][index]), int(str(keys["revision"][index])))] = reason
+            self.failed[int(revisions[index])] = reason
         if not done.num_rows:
             return
-        outcome = self._gallery.commit_vectors(self._generation, done.unit_id)
-        self.report = self.report.plus(ReindexReport(outcome.committed, outcome.stale, outcome.duplicate))
+        outcome = self._gallery.commit_vectors(self._generation, done.unit_id, self._version)
+        self._report = self._report.plus(ReindexReport(outcome.committed, outcome.stale, outcome.duplicate))
         if self._on_rows is not None:
             self._on_rows(done.num_rows)
 
 
-def _units(gallery: Gallery, generation: str, rows: pa.Table, unit_rows: int) -> list[EmbedUnit]:
-    """Cut rows into units named by what they hold, so that the same rows make the same unit after a restart."""
-    units = []
-    for start in range(0, rows.num_rows, unit_rows):
-        part = rows.slice(start, unit_rows)
-        item_ids, revisions = part["item_id"].to_pylist(), part["revision"].to_pylist()
-        content = "\n".join(f"{item_id}@{revision}" for item_id, revision in zip(item_ids, revisions, strict=True))
-        unit_id = hashlib.sha256(content.encode()).hexdigest()[:24]
-        keys = {"item_id": item_ids, "revision": revisions}
-        path = gallery.staging_file(generation, unit_id)
-        units.append(EmbedUnit(unit_id, tuple(part["source"].to_pylist()), keys, path))
-    return units
+def _named(gallery: Gallery, failed: dict[int, str]) -> tuple[tuple[str, str], ...]:
+    """Failures by item id; items that are gone by now are left out."""
+    if not failed:
+        return ()
+    revisions = np.array(sorted(failed), np.int64)
+    version = gallery.items_table.version()
+    revisions = revisions[is_member(revisions, gallery.items.live(version))]
+    names = gallery.items.take(revisions, ["item_id"], version)["item_id"].to_pylist()
+    return tuple(sorted((name, failed[int(revision)]) for name, revision in zip(names, revisions, strict=True)))

@@ -1,78 +1,128 @@
 """Versioned tables: a Delta log for the commits, Parquet files read and written with pyarrow.
 
 Invariants. A commit is atomic; a unit of work commits at most once, however often it is tried (its name is stored in
-the log as an application transaction); in a table opened for serial writing, a writer that did not see the newest
-commit is refused. Rows are only ever appended. Nothing of the log expires by itself.
+the log as an application transaction); two commits that name the same `serial` thread do not both succeed unless one
+saw the other; a counter of the log never goes back. Rows are only ever appended, or rewritten without what nobody may
+see. Nothing of the log expires by itself, and a log that lost its newest entry is noticed. Opening never creates.
 
 Format: the Delta protocol (deltalake writes the log only). `to_pyarrow_table` and `to_pyarrow_dataset` of deltalake
 are not used: beside pyarrow they abort or hang some processes, while reading the files named by the log is safe.
 """
 
 import json
+import random
 import time
-import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
 from graceful.errors import GracefulError, UnknownFormatError
-from graceful.files import crash_point, join, resolve, size_bytes
+from graceful.files import crash_point, exists, file_ages, join, move, read_bytes, read_json, remove, write_json
+from graceful.indexing.checked_files import CheckedFile, first_line, key_range, named, write_checked
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 _CONFIGURATION = {
     # Delta drops log entries after 30 days by default; our history is the promotion history and the rollback.
     "delta.enableExpiredLogCleanup": "false",
-    "delta.checkpointInterval": "10",
+    "delta.checkpointInterval": "20",
 }
 _FORMAT_KEY = "graceful.format_version"
 _SERIAL = "serial"
 _REWRITE = "rewrite"
-_REWRITE_ATTEMPTS = 10
-_ROW_GROUP_ROWS = 65_536
-_COMPACT_AFTER_FILES = 64
+_ATTEMPTS = 40
+_LONGEST_PAUSE_S = 1.0
+# Files of about the same size are merged into one when there are this many of them in a partition: the number of files
+# grows with the logarithm of the rows, and so does how often a row is written again.
+MERGE_FILES = 8
+MERGED_BYTES = 96 * 2**20
+ORPHAN_AGE_S = 3600.0
+"""A file that no version names is left alone until it is this old: its writer may be about to commit it."""
+STAGING = "_staging"
+_HEAD = "_head.json"
 
 
 class TableConflictError(GracefulError):
     """Another writer committed first; nothing was written."""
 
 
+class MissingTableError(GracefulError):
+    """There is no table where one was created."""
+
+
+class DamagedLogError(GracefulError):
+    """The log of a table is torn, or has lost what was committed."""
+
+
 @dataclass(frozen=True)
 class DataFile:
-    """One Parquet file of a table: path relative to the table, rows, bytes and partition values."""
+    """One Parquet file of a table: path relative to the table, rows, bytes, partition, and range of the key column."""
 
     path: str
     num_rows: int
     size_bytes: int
-    partition: tuple[tuple[str, str], ...] = ()
+    partition: str | None = None
+    lowest: int = 0
+    highest: int = -1
+
+
+@dataclass(frozen=True)
+class TableChange:
+    """Files that commits added or took away; what rewrote rows without changing what anybody sees is left out."""
+
+    added: tuple[DataFile, ...]
+    removed: tuple[DataFile, ...]
+
+
+def attempts(limit: int = _ATTEMPTS) -> Iterator[int]:
+    """Number the tries of a commit, with a random pause before each but the first: writers do not starve each other."""
+    for number in range(limit):
+        if number:
+            time.sleep(random.uniform(0, min(_LONGEST_PAUSE_S, 0.01 * 2 ** min(number, 7))))
+        yield number
 
 
 class TableSnapshot:
     """One version of a table: its files, and their rows on demand."""
 
-    def __init__(self, uri: str, schema: pa.Schema, table: DeltaTable) -> None:
+    def __init__(self, uri: str, schema: pa.Schema, table: DeltaTable, partition_by: str | None) -> None:
         """Pin the version that `table` is at."""
         self.uri = uri
         self.schema = schema
         self.version: int = table.version()
         actions = pa.table(table.get_add_actions(flatten=True)).to_pydict()
-        partitions = [name.removeprefix("partition.") for name in actions if name.startswith("partition.")]
+        nothing = [None] * len(actions["path"])
+        partitions = actions.get(f"partition.{partition_by}", nothing)
+        keys = [name for name in actions if name.startswith("min.")]
+        lowest = actions[keys[0]] if keys else nothing
+        highest = actions[keys[0].replace("min.", "max.")] if keys else nothing
+        columns = (actions["path"], actions["num_records"], actions["size_bytes"], partitions, lowest, highest)
         self.files: tuple[DataFile, ...] = tuple(
             sorted(
                 (
-                    DataFile(path, rows or 0, size, tuple((p, actions[f"partition.{p}"][row]) for p in partitions))
-                    for row, (path, rows, size) in enumerate(
-                        zip(actions["path"], actions["num_records"], actions["size_bytes"], strict=True)
-                    )
+                    DataFile(path, rows or 0, size, part, low if low is not None else 0, -1 if high is None else high)
+                    for path, rows, size, part, low, high in zip(*columns, strict=True)
                 ),
                 key=lambda file: file.path,
             )
         )
+
+    @cached_property
+    def by_partition(self) -> dict[str | None, tuple[DataFile, ...]]:
+        """Files of each partition."""
+        found: dict[str | None, list[DataFile]] = defaultdict(list)
+        for file in self.files:
+            found[file.partition].append(file)
+        return {partition: tuple(files) for partition, files in found.items()}
 
     def location(self, file: DataFile) -> str:
         """Where one of the files lies."""
@@ -82,53 +132,99 @@ class TableSnapshot:
         """Read all rows (unpartitioned tables), in no particular order."""
         names = list(columns) if columns is not None else self.schema.names
         schema = pa.schema([self.schema.field(name) for name in names])
-        parts = []
-        for file in self.files:
-            filesystem, path = resolve(self.location(file))
-            parts.append(pq.read_table(path, columns=names, filesystem=filesystem, partitioning=None).cast(schema))
+        parts = [CheckedFile(self.location(file)).read(names).cast(schema) for file in self.files]
         return pa.concat_tables(parts) if parts else schema.empty_table()
 
 
 class VersionedTable:
     """A handle on one table. Cheap to make; every read looks for the newest version unless told otherwise."""
 
-    def __init__(self, uri: str, schema: pa.Schema, partition_by: str | None = None) -> None:
-        """Open the table at `uri`, or create it empty."""
+    def __init__(
+        self,
+        uri: str,
+        schema: pa.Schema,
+        *,
+        partition_by: str | None = None,
+        key: str | None = None,
+        create: bool = False,
+    ) -> None:
+        """Open the table at `uri`; with `create` it is made empty where there is none.
+
+        `key` is an int64 column whose range is kept for every file.
+
+        Raises:
+            MissingTableError: there is none.
+            DamagedLogError: its log is torn, or lost its newest entries.
+            UnknownFormatError: written by a version that this one does not know.
+        """
         self.uri = uri
         self.schema = schema
-        self._partition_by = [partition_by] if partition_by else []
+        self.key = key
+        self.partition_by = partition_by
         self._delta_schema = Schema.from_arrow(schema)
-        try:
-            self._table = DeltaTable(uri)
-        except TableNotFoundError:
-            self._table = self._create()
+        self._pinned: TableSnapshot | None = None
+        if create and not exists(join(uri, "_delta_log")):
+            self._create()
+        head = _newest_written(uri)  # before the log is read: it may only be older
+        self._table = self._open()
         found = self._table.metadata().configuration.get(_FORMAT_KEY)
         if found != FORMAT_VERSION:
             raise UnknownFormatError(
                 f"opening the table: expected format version {FORMAT_VERSION}, found {found} ({uri}); "
-                "upgrade graceful to the version that wrote it"
+                "use the version of graceful that wrote it, or create the workspace anew"
             )
+        if head is not None and head > self._table.version():
+            raise DamagedLogError(
+                f"opening the table: expected version {head}, found {self._table.version()} (the log of {uri} lost its "
+                "newest entries); restore the folder _delta_log from a backup"
+            )
+
+    # Reading ----------------------------------------------------------------------------------------------------------
 
     def snapshot(self, version: int | None = None) -> TableSnapshot:
         """Pin the newest version, or the named one."""
-        if version is not None and version != self._table.version():
-            self._table.update_incremental()
-            if version != self._table.version():
-                return TableSnapshot(self.uri, self.schema, DeltaTable(self.uri, version=version))
-            return TableSnapshot(self.uri, self.schema, self._table)
         if version is None:
-            self._table.update_incremental()
-        return TableSnapshot(self.uri, self.schema, self._table)
+            self._update()
+            version = int(self._table.version())
+        if self._pinned is not None and self._pinned.version == version:
+            return self._pinned
+        table = self._at(version)
+        pinned = TableSnapshot(self.uri, self.schema, table, self.partition_by)
+        if table is self._table:
+            self._pinned = pinned
+        return pinned
 
     def version(self) -> int:
         """Number of the newest version."""
-        self._table.update_incremental()
+        self._update()
         return int(self._table.version())
 
     def committed(self, unit: str) -> bool:
         """Tell whether a unit of work has committed."""
-        self._table.update_incremental()
+        self._update()
         return self._table.transaction_version(unit) is not None
+
+    def counter(self, name: str) -> int:
+        """A counter at the version last looked at; 0 before its first commit."""
+        return int(self._table.transaction_version(name) or 0)
+
+    def changes(self, since: int, until: int) -> TableChange | None:
+        """What the commits after `since`, up to `until`, added and removed; None where the log no longer tells."""
+        added: list[DataFile] = []
+        removed: list[DataFile] = []
+        for version in range(since + 1, until + 1):
+            try:
+                text = read_bytes(join(self.uri, "_delta_log", f"{version:020d}.json"))
+                actions = [json.loads(line) for line in text.splitlines() if line]
+            except (FileNotFoundError, ValueError):
+                return None
+            for action in actions:
+                for kind, files in (("add", added), ("remove", removed)):
+                    if action.get(kind, {}).get("dataChange"):
+                        files.append(self._file_in(action[kind]))
+        return TableChange(tuple(added), tuple(removed))
+
+    # Writing ----------------------------------------------------------------------------------------------------------
 
     def append(self, rows: pa.Table, *, unit: str | None = None, expected_version: int | None = None) -> bool:
         """Append rows in one commit; False when `unit` had committed before (nothing is written then).
@@ -140,156 +236,311 @@ class VersionedTable:
         """
         if unit is not None and self.committed(unit):
             return False
-        path = f"{uuid.uuid4().hex}.parquet"
-        filesystem, target = resolve(join(self.uri, path))
-        pq.write_table(rows.cast(self.schema), target, filesystem=filesystem)
+        file = self.write(rows)
         crash_point("table-file-written")
-        file = DataFile(path, rows.num_rows, size_bytes(join(self.uri, path)))
-        return self.commit_files([file], unit=unit, expected_version=expected_version)
+        serial = (_SERIAL,) if expected_version is not None else ()
+        with self.discarding([file]):
+            self.commit([file], at=expected_version, serial=serial, unit=unit)
+        return True
 
-    def commit_files(
-        self, files: Sequence[DataFile], *, unit: str | None = None, expected_version: int | None = None
-    ) -> bool:
-        """Register Parquet files that lie below the table in one commit; False when `unit` had committed before.
+    def write(self, rows: pa.Table, *, partition: str | None = None) -> DataFile:
+        """Write rows into one new file, sorted by the key, that no version names yet."""
+        folder = self._folder(partition)
+        if self.key is not None:
+            rows = rows.sort_by(self.key)
+        names = [name for name in self.schema.names if name != self.partition_by]
+        schema = pa.schema([_stored_field(self.schema.field(name), rows) for name in names])
+        written = write_checked(join(self.uri, folder), rows.select(names).cast(schema), key=self.key)
+        path = join(folder, written.name) if folder else written.name
+        return DataFile(path, written.num_rows, written.size_bytes, partition, written.lowest, written.highest)
+
+    def take_in(self, staged: str, stem: str, keys: pa.Table, *, partition: str | None = None) -> DataFile:
+        """Give a file that a worker wrote its final name; no version names it yet. `keys` are its key columns."""
+        content = read_bytes(staged)
+        folder = self._folder(partition)
+        name = named(stem, content)
+        path = join(folder, name) if folder else name
+        move(staged, join(self.uri, path))
+        return DataFile(path, keys.num_rows, len(content), partition, *key_range(keys, self.key))
+
+    def commit(
+        self,
+        added: Sequence[DataFile],
+        removed: Sequence[DataFile] = (),
+        *,
+        at: int | None = None,
+        serial: Sequence[str] = (),
+        counters: Mapping[str, int] | None = None,
+        unit: str | None = None,
+        data_change: bool = True,
+    ) -> None:
+        """Name files in one commit, made on top of version `at` (the one last looked at).
+
+        Refused if a commit after `at` named one of the same `serial` threads, counters, or the unit.
 
         Raises:
-            TableConflictError: another serial writer, or the same unit, committed at the same moment.
+            TableConflictError: another writer was faster; nothing was committed.
         """
-        table = DeltaTable(self.uri, version=expected_version)
-        if unit is not None:
-            self._table.update_incremental()
-            if self._table.transaction_version(unit) is not None:
-                return False
-        transactions = [Transaction(unit, 1)] if unit is not None else []
-        if expected_version is not None:
-            transactions.append(Transaction(_SERIAL, expected_version + 1))
-        actions: list[AddAction | RemoveAction] = [self._add_action(file) for file in files]
+        version = int(self._table.version()) if at is None else at
+        transactions = [Transaction(name, version + 1) for name in serial]
+        transactions += [Transaction(name, value) for name, value in (counters or {}).items()]
+        transactions += [Transaction(unit, 1)] if unit is not None else []
+        now = int(time.time() * 1000)
+        actions: list[AddAction | RemoveAction] = [
+            RemoveAction(file.path, data_change, now, file.size_bytes, self._partition_values(file)) for file in removed
+        ]
+        actions += [self._add_action(file, now, data_change) for file in added]
         try:
-            table.create_write_transaction(
+            self._at(version).create_write_transaction(
                 actions,
                 mode="append",
                 schema=self._delta_schema,
-                partition_by=self._partition_by,
+                partition_by=[self.partition_by] if self.partition_by else [],
                 commit_properties=CommitProperties(app_transactions=transactions),
             )
         except CommitFailedError as error:
             raise TableConflictError(
-                f"committing to {self.uri}: expected version {expected_version or table.version()}, found a newer "
-                "one (another writer finished first); read again and retry"
+                f"committing to {self.uri}: expected version {version}, found a newer one (another writer finished "
+                "first); read again and retry"
             ) from error
         crash_point("table-committed")
-        return True
+        self._update()
+        write_json(join(self.uri, _HEAD), {"version": int(self._table.version())})
 
-    def drop_partition(self, value: str) -> int:
-        """Remove all rows of one partition from the newest version; returns the number of files dropped."""
-        self._table.update_incremental()
-        return int(self._table.delete(f"{self._partition_by[0]} = '{value}'")["num_removed_files"])
+    @contextmanager
+    def discarding(self, files: Sequence[DataFile]) -> Iterator[None]:
+        """Remove files that were written for a commit when it is refused."""
+        try:
+            yield
+        except TableConflictError:
+            for file in files:
+                remove(join(self.uri, file.path))
+            raise
 
-    def delete_rows(self, column: str, values: Sequence[str]) -> None:
-        """Rewrite the files that hold any of the values without those rows. The log does not name the values.
+    def fence(self, *threads: str) -> None:
+        """Make every commit of these serial threads that is not through yet fail; nothing else changes."""
+        for _ in attempts():
+            self._update()
+            with suppress(TableConflictError):
+                self.commit([], serial=threads)
+                return
+        raise TableConflictError(f"fencing {self.uri}: others committed {_ATTEMPTS} times in between; try again")
+
+    def rewrite(
+        self,
+        keep: Callable[[DataFile, pa.Table], np.ndarray],
+        *,
+        keys: Sequence[str],
+        serial: Sequence[str] = (),
+        least_share: float = 0.0,
+        prepare: Callable[[TableSnapshot], None] = lambda _: None,
+    ) -> int:
+        """Write files again without the rows that are not to be kept; returns how many rows went.
+
+        `keep` says of a file's key columns which rows stay. A file is left alone unless more than `least_share` of its
+        rows go. `prepare` runs on each attempt, with the version that the commit will be made on.
 
         Raises:
             TableConflictError: other processes kept rewriting the same files.
         """
-        for _ in range(_REWRITE_ATTEMPTS):
+        for _ in attempts():
             snapshot = self.snapshot()
-            replaced, written = [], []
+            prepare(snapshot)
+            replaced, written, gone = [], [], 0
             for file in snapshot.files:
-                rows = _read_whole(snapshot.location(file))
-                kept = rows.filter(pc.invert(pc.is_in(rows[column], value_set=pa.array(values, pa.string()))))
-                if kept.num_rows < rows.num_rows:
+                opened = CheckedFile(snapshot.location(file))
+                kept = keep(file, opened.read(keys))
+                num_gone = int(len(kept) - kept.sum())
+                if num_gone and num_gone > least_share * len(kept):
+                    gone += num_gone
                     replaced.append(file)
-                    if kept.num_rows:
-                        written.append(self._write_rows(kept.schema, [kept], file.partition))
-            if not replaced or self._replace(snapshot, replaced, written, data_change=True):
-                return
-        raise TableConflictError(f"deleting rows of {self.uri}: others rewrote it {_REWRITE_ATTEMPTS} times; try again")
+                    if kept.any():
+                        written.append(self.write(opened.read().filter(pa.array(kept)), partition=file.partition))
+            crash_point("rewrite-before-commit")
+            if not replaced:
+                return 0
+            with suppress(TableConflictError), self.discarding(written):
+                self.commit(written, replaced, at=snapshot.version, serial=(_REWRITE, *serial), data_change=False)
+                crash_point("rewrite-after-commit")
+                return gone
+        raise TableConflictError(f"rewriting {self.uri}: others rewrote it {_ATTEMPTS} times; try again")
 
-    def vacuum(self, keep_versions: Sequence[int] = ()) -> list[str]:
-        """Delete the files that neither the newest version nor a kept one names; files never committed stay."""
-        self._table.update_incremental()
-        return list(
-            self._table.vacuum(
-                retention_hours=0, dry_run=False, enforce_retention_duration=False, keep_versions=list(keep_versions)
-            )
-        )
+    def delete_rows(self, column: str, values: Sequence[str]) -> int:
+        """Write the files that hold any of the values again without those rows. The log does not name the values."""
+        wanted = pa.array(values, pa.string())
 
-    def compact(self) -> bool:
-        """Merge many small files into few; the older versions stay readable. True when this merged some.
+        def keep(_: DataFile, keys: pa.Table) -> np.ndarray:
+            found = pc.is_in(keys[column].cast(pa.string()), value_set=wanted)
+            return ~found.to_numpy(zero_copy_only=False)
+
+        return self.rewrite(keep, keys=[column])
+
+    def compact(self, *, at_least: int = MERGE_FILES) -> bool:
+        """Merge files of about the same size where there are many; the older versions stay readable. True if it did.
 
         Of two at the same time one does nothing. deltalake's own `optimize.compact` is not used: two of them at once
         both succeed and double the rows, and it makes views of the fixed-size binary column.
         """
         snapshot = self.snapshot()
-        if len(snapshot.files) < _COMPACT_AFTER_FILES:
+        replaced: list[DataFile] = []
+        written: list[DataFile] = []
+        for partition, files in snapshot.by_partition.items():
+            for group in _alike(files, at_least):
+                replaced += group
+                written += self._merged(snapshot, group, partition)
+        if not replaced:
             return False
-        written = []
-        for partition in sorted({file.partition for file in snapshot.files}):
-            files = [file for file in snapshot.files if file.partition == partition]
-            tables = (_read_whole(snapshot.location(file)) for file in files)
-            written.append(self._write_rows(_stored_schema(snapshot.location(files[0])), tables, partition))
-        return self._replace(snapshot, snapshot.files, written, data_change=False)
+        crash_point("merge-before-commit")
+        with suppress(TableConflictError), self.discarding(written):
+            self.commit(written, replaced, at=snapshot.version, serial=(_REWRITE,), data_change=False)
+            return True
+        return False
 
-    def _write_rows(
-        self, schema: pa.Schema, tables: Iterable[pa.Table], partition: tuple[tuple[str, str], ...]
-    ) -> DataFile:
-        """Write tables one after the other into one new file that no version names yet."""
-        path = "/".join([*(f"{name}={value}" for name, value in partition), f"{uuid.uuid4().hex}.parquet"])
-        filesystem, target = resolve(join(self.uri, path))
-        num_rows = 0
-        with pq.ParquetWriter(
-            target, schema, filesystem=filesystem, use_dictionary=False, compression="none"
-        ) as writer:
-            for table in tables:
-                writer.write_table(table.cast(schema), row_group_size=_ROW_GROUP_ROWS)
-                num_rows += table.num_rows
-        return DataFile(path, num_rows, size_bytes(join(self.uri, path)), partition)
+    def vacuum(self, keep_versions: Sequence[int] = (), *, orphan_age_s: float = ORPHAN_AGE_S) -> list[str]:
+        """Delete files that neither the newest version nor a kept one names, and what was never committed.
 
-    def _replace(
-        self, snapshot: TableSnapshot, files: Sequence[DataFile], written: Sequence[DataFile], *, data_change: bool
-    ) -> bool:
-        """Replace files of a version by new ones in one commit; False when another rewrite came first."""
-        now = int(time.time() * 1000)
-        actions: list[AddAction | RemoveAction] = [
-            RemoveAction(file.path, data_change, now, file.size_bytes, dict(file.partition)) for file in files
+        Orphans of killed writers, staged files among them, go once they are `orphan_age_s` old.
+        """
+        self._update()
+        there = file_ages(self.uri)
+        named_before = self._table.vacuum(
+            retention_hours=0, dry_run=False, enforce_retention_duration=False, keep_versions=list(keep_versions)
+        )
+        gone = [path for path in named_before if path in there]
+        self._update()
+        self._pinned = None
+        orphans = self.orphans(keep_versions, older_than_s=orphan_age_s)
+        for location in orphans:
+            remove(location)
+        return gone + orphans
+
+    def orphans(self, keep_versions: Sequence[int] = (), *, older_than_s: float = ORPHAN_AGE_S) -> list[str]:
+        """Files below the table that neither the newest version nor a kept one names, and that are old enough."""
+        ages = file_ages(self.uri)
+        named_ = {file.path for version in (None, *keep_versions) for file in self._files_at(version)}
+        return [
+            join(self.uri, path)
+            for path, age_s in sorted(ages.items())
+            if path not in named_ and not path.startswith("_delta_log/") and path != _HEAD and (age_s >= older_than_s)
         ]
-        actions += [self._add_action(file, data_change) for file in written]
-        try:
-            DeltaTable(self.uri, version=snapshot.version).create_write_transaction(
-                actions,
-                mode="append",
-                schema=self._delta_schema,
-                partition_by=self._partition_by,
-                commit_properties=CommitProperties(app_transactions=[Transaction(_REWRITE, snapshot.version + 1)]),
-            )
-        except CommitFailedError:
-            return False
-        return True
 
-    def _add_action(self, file: DataFile, data_change: bool = True) -> AddAction:
-        statistics = json.dumps({"numRecords": file.num_rows})
-        partition: Mapping[str, str | None] = dict(file.partition)
-        return AddAction(file.path, file.size_bytes, partition, int(time.time() * 1000), data_change, statistics)
+    # Inside -----------------------------------------------------------------------------------------------------------
 
-    def _create(self) -> DeltaTable:
-        try:
-            return DeltaTable.create(
+    def _create(self) -> None:
+        with suppress(CommitFailedError):  # two creators at once: the other one won
+            DeltaTable.create(
                 self.uri,
                 schema=self._delta_schema,
-                partition_by=self._partition_by or None,
+                partition_by=[self.partition_by] if self.partition_by else None,
                 mode="ignore",
                 configuration={**_CONFIGURATION, _FORMAT_KEY: FORMAT_VERSION},
                 raise_if_key_not_exists=False,
             )
-        except CommitFailedError:  # two creators at once: the other one won
-            return DeltaTable(self.uri)
+
+    def _open(self, version: int | None = None) -> DeltaTable:
+        try:
+            return DeltaTable(self.uri, version=version)
+        except TableNotFoundError:
+            raise MissingTableError(
+                f"opening the table: expected one at {self.uri}, found none; restore it from a backup, or see "
+                "'graceful doctor'"
+            ) from None
+        except DeltaError as error:
+            raise self._torn(error) from error
+
+    def _update(self) -> None:
+        try:
+            self._table.update_incremental()
+        except TableNotFoundError:
+            raise MissingTableError(f"reading the table: expected one at {self.uri}, found none; restore it") from None
+        except DeltaError as error:
+            raise self._torn(error) from error
+
+    def _torn(self, error: Exception) -> DamagedLogError:
+        return DamagedLogError(
+            f"opening the table: expected a whole log, found {first_line(error)} ({join(self.uri, '_delta_log')}); "
+            "restore the folder _delta_log from a backup"
+        )
+
+    def _at(self, version: int) -> DeltaTable:
+        if version == self._table.version():
+            return self._table
+        self._update()
+        return self._table if version == self._table.version() else self._open(version)
+
+    def _files_at(self, version: int | None) -> tuple[DataFile, ...]:
+        try:
+            return self.snapshot(version).files
+        except (DamagedLogError, MissingTableError, FileNotFoundError):
+            if version is None:
+                raise
+            return ()  # a version that no longer exists keeps nothing
+
+    def _folder(self, partition: str | None) -> str:
+        return "" if partition is None else f"{self.partition_by}={partition}"
+
+    def _partition_values(self, file: DataFile) -> dict[str, str | None]:
+        return {self.partition_by: file.partition} if self.partition_by else {}
+
+    def _add_action(self, file: DataFile, now_ms: int, data_change: bool) -> AddAction:
+        statistics: dict[str, Any] = {"numRecords": file.num_rows}
+        if self.key is not None and file.lowest <= file.highest:
+            statistics |= {"minValues": {self.key: file.lowest}, "maxValues": {self.key: file.highest}}
+        partition: Mapping[str, str | None] = self._partition_values(file)
+        return AddAction(file.path, file.size_bytes, partition, now_ms, data_change, json.dumps(statistics))
+
+    def _file_in(self, action: Mapping[str, Any]) -> DataFile:
+        statistics = json.loads(action.get("stats") or "{}")
+        partition = (action.get("partitionValues") or {}).get(self.partition_by)
+        lowest = statistics.get("minValues", {}).get(self.key, 0)
+        highest = statistics.get("maxValues", {}).get(self.key, -1)
+        rows, size = statistics.get("numRecords", 0), action.get("size") or 0
+        return DataFile(action["path"], rows, size, partition, lowest, highest)
+
+    def _merged(self, snapshot: TableSnapshot, files: Sequence[DataFile], partition: str | None) -> list[DataFile]:
+        """Write the rows of some files into as few as their size allows, in the order of the key."""
+        total = sum(file.size_bytes for file in files)
+        num_parts = -(-total // MERGED_BYTES)
+        opened = [CheckedFile(snapshot.location(file)) for file in files]
+        if num_parts <= 1 or self.key is None:
+            return [self.write(_concat([file.read() for file in opened]), partition=partition)]
+        keys = [file.read([self.key])[self.key].to_numpy() for file in opened]
+        ordered = np.sort(np.concatenate(keys))
+        bounds = ordered[np.linspace(0, len(ordered), num_parts + 1)[1:-1].astype(np.int64)]
+        written, lowest = [], np.iinfo(np.int64).min
+        for highest in [*bounds.tolist(), np.iinfo(np.int64).max]:
+            parts = []
+            for file, key in zip(opened, keys, strict=True):
+                mask = (key >= lowest) & ((key < highest) if highest != np.iinfo(np.int64).max else (key <= highest))
+                if mask.any():
+                    parts.append(file.read().filter(pa.array(mask)))
+            written.append(self.write(_concat(parts), partition=partition))
+            lowest = highest
+        return written
 
 
-def _read_whole(location: str) -> pa.Table:
-    filesystem, path = resolve(location)
-    return pq.read_table(path, filesystem=filesystem, partitioning=None)
+def _alike(files: Sequence[DataFile], at_least: int) -> list[list[DataFile]]:
+    """Groups of files to merge: those of about the same size, a factor of eight apart, where there are enough."""
+    tiers: dict[int, list[DataFile]] = defaultdict(list)
+    for file in files:
+        if file.size_bytes < MERGED_BYTES / 2:
+            tiers[max(0, (max(1, file.size_bytes) // 65_536).bit_length() // 3)].append(file)
+    return [group for group in tiers.values() if len(group) >= at_least]
 
 
-def _stored_schema(location: str) -> pa.Schema:
-    filesystem, path = resolve(location)
-    return pq.read_schema(path, filesystem=filesystem)
+def _concat(tables: Sequence[pa.Table]) -> pa.Table:
+    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+
+
+def _stored_field(field: pa.Field, rows: pa.Table) -> pa.Field:
+    """The schema's field; a column of one width stays of fixed size, which Delta calls binary."""
+    found = rows.schema.field(field.name)
+    return found if pa.types.is_fixed_size_binary(found.type) else field
+
+
+def _newest_written(uri: str) -> int | None:
+    """The newest version that a commit has written down; never newer than the log, unless the log lost something."""
+    try:
+        return int(read_json(join(uri, _HEAD))["version"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None

@@ -129,7 +129,7 @@ class Demo:
     def __init__(self, root: str, console: Console) -> None:
         self.console = console
         self.models = SyntheticModels()
-        self.workspace = Workspace(root, self.models)
+        self.workspace = Workspace(root, self.models, create=True)
         self.result = DemoResult(root)
         products = [f"product{number:03d}" for number in range(PRODUCTS)]
         gallery, self.items = labelled(products, [f"shelf{number}" for number in range(PICTURES_EACH)])
@@ -143,7 +143,7 @@ class Demo:
 
     def begin(self) -> None:
         """The shop before it has a model."""
-        ingest(self.workspace, self.items, unit="demo")
+        ingest(self.workspace, self.items)
         self.console.print(f"[bold]Graceful in six chapters[/bold]  (workspace: {self.result.root})", soft_wrap=True)
         self.say(
             f"A shop has {self.items.num_rows:,} pictures of {PRODUCTS} products; customers search with a photo. An "

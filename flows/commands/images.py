@@ -1,7 +1,5 @@
 """Commands about pictures: ingest and search. They load encoders."""
 
-import hashlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -42,15 +40,13 @@ def ingest_images(
     tables = [
         item_table(part, ids_below(place, part.sources, prefix)) for place, part in zip(images, found, strict=True)
     ]
-    unit = hashlib.sha256(f"{time.time_ns()}/{images}".encode()).hexdigest()[:16]
     with open_session(root, config, TerminalProgress(console)) as session:
-        items = settle_ids(pa.concat_tables(tables), session.workspace.gallery.latest_items(), replace=may_replace)
+        items = settle_ids(pa.concat_tables(tables), session.workspace.gallery.items, replace=may_replace)
         release_when_due(session)
         with session.progress.track("embedding", items.num_rows) as advance:
             result, reports = ingest(
                 session.workspace,
                 items,
-                unit=unit,
                 supported=config.gallery.supported_query_generations,
                 unit_rows=config.gallery.unit_rows,
                 on_rows=advance,

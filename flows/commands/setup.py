@@ -83,6 +83,4 @@ def _name_of(root: str) -> str:
 
 
 def _create_tables(root: str) -> None:
-    workspace = Workspace(root)
-    workspace.gallery.version()
-    workspace.registry.serving()
+    Workspace(root).create()

@@ -3,6 +3,9 @@
 from dataclasses import asdict
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from graceful.errors import GracefulError
 from graceful.files import exists, join, remove
 from graceful.flows.store.evaluation_set import evaluation_set_uri, named_in_set
@@ -74,8 +77,8 @@ def delete_items(root: str, item_ids: list[str], *, forget: bool) -> dict[str, A
         UnknownItemError: an id that was never there; nothing is deleted then, and a typo does not look like success.
     """
     workspace = open_workspace(root)
-    known = set(workspace.gallery.latest_items()["item_id"].to_pylist())
-    unknown = [item_id for item_id in item_ids if item_id not in known]
+    known = workspace.gallery.items.find(item_ids)["revision"].is_valid().to_pylist()
+    unknown = [item_id for item_id, is_known in zip(item_ids, known, strict=True) if not is_known]
     if unknown:
         raise UnknownItemError(
             f"deleting items: expected ids of the gallery, found {len(unknown)} that are not (first "
@@ -89,9 +92,9 @@ def delete_items(root: str, item_ids: list[str], *, forget: bool) -> dict[str, A
 
 def forget_items(workspace: Workspace, item_ids: list[str]) -> dict[str, Any]:
     """Remove items physically from gallery, caches and index; weights trained on them cannot be changed."""
-    wanted = set(item_ids)
-    stored = workspace.gallery.items_table.snapshot().rows(["item_id", "content_sha256"]).to_pylist()
-    hashes = sorted({row["content_sha256"] for row in stored if row["item_id"] in wanted})  # of every revision
+    stored = workspace.gallery.items_table.snapshot().rows(["item_id", "content_sha256"])
+    stored = stored.filter(pc.is_in(stored["item_id"], value_set=pa.array(item_ids, pa.string())))
+    hashes = sorted(set(stored["content_sha256"].to_pylist()) - {""})  # of every revision
     revisions = forget(workspace.gallery, item_ids)
     for generation in workspace.registry.generations():
         if exists(join(workspace.root, "caches", generation)):
@@ -147,5 +150,5 @@ def collect_garbage(root: str) -> dict[str, Any]:
     workspace = open_workspace(root)
     config = load_workspace_config(root)
     pending = pending_generation(workspace)
-    protected = workspace.protected(config.gallery.supported_query_generations, [pending] if pending else [])
-    return asdict(collect(workspace.gallery, protected))
+    supported = config.gallery.supported_query_generations
+    return asdict(collect(workspace.gallery, lambda: workspace.protected(supported, [pending] if pending else [])))

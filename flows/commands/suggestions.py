@@ -22,7 +22,7 @@ def next_commands(root: str, report: str) -> list[str]:
         view = workspace.view(serving.champion)
         readable = (view.owner >= 0).nonzero()[0]
         if len(readable):
-            source = view.items["source"][int(readable[0])].as_py()
+            source = view.column("source", readable[:1])[0].as_py()
             commands.append(f"graceful search {shlex.quote(shortest(source))} --root {place}")
     if serving.previous is not None:
         commands.append(f"graceful rollback --root {place}")

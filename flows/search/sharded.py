@@ -38,14 +38,14 @@ from graceful.flows.search.searcher import IncompleteAnswerError, ServedSnapshot
 from graceful.flows.search.views import target_of
 from graceful.flows.settings.config import ClusterConfig, load_search_config
 from graceful.flows.store.workspace import Workspace, open_workspace
-from graceful.indexing.following import Followed, IndexFollower, Target, snapshot_id_of
+from graceful.indexing.following import Followed, IndexFollower, Target, leased, snapshot_id_of
 from graceful.indexing.index_choice import SearchConfig
 from graceful.indexing.leases import GalleryVersion
+from graceful.indexing.revisions import NUM_BUCKETS
 from graceful.indexing.search import SearchResult
 from graceful.indexing.sidecar import ItemEntry
 from graceful.indexing.snapshots import SHARDS_FOLDER
 
-NUM_BUCKETS = 256
 KEPT_STATES = 2
 # A question waits so long for a shard that is being started again; preparing a state may build an index.
 ANSWER_TIMEOUT_S = 20.0
@@ -206,7 +206,7 @@ class ShardedSearcher:
                 self._heal(served)
                 return False
             # No file of this version goes before every shard has read what it needs.
-            with self._workspace.gallery.lease() as version:
+            with leased(self._workspace.gallery, _log.warning) as version:
                 counts = self._prepared(target, version)
             index = ShardedIndex(self.shards, target, version, counts)
             self._served = ServedSnapshot(generation, encoder, index)

@@ -36,7 +36,7 @@ def claim(root: str, purpose: str, *, wait_s: float = 0.0) -> Iterator[None]:
     Raises:
         UpdateInProgressError: another update holds it.
     """
-    table = VersionedTable(join(root, "registry", "claims"), _SCHEMA)
+    table = VersionedTable(join(root, "registry", "claims"), _SCHEMA, create=True)
     me = {
         "purpose": purpose,
         "host": socket.gethostname(),

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from graceful.errors import GracefulError
 from graceful.files import resolve
+from graceful.indexing.items import Items
 from graceful.training.images import split_source
 from graceful.training.manifest import LabelledImages
 
@@ -76,22 +77,23 @@ def item_table(images: LabelledImages, item_ids: Sequence[str] | None = None) ->
     )
 
 
-def settle_ids(items: pa.Table, latest: pa.Table, *, replace: bool = False) -> pa.Table:
+def settle_ids(items: pa.Table, stored: Items, *, replace: bool = False) -> pa.Table:
     """Items as they may be ingested: a source named twice comes once, a source in the gallery keeps the id it has.
 
-    `latest` are the latest revisions of the gallery's items, tombstones included. `replace` lets an image take over the
-    id of another source.
+    `stored` are the gallery's items. `replace` lets an image take over the id of another source.
 
     Raises: ItemClashError, where one id would belong to two different images.
     """
     items = items.take(pa.array(_first_of_each(items["source"].to_pylist())))
-    live = latest.filter(pc.invert(latest["deleted"]))
-    id_of = dict(zip(live["source"].to_pylist(), live["item_id"].to_pylist(), strict=True))
+    there = stored.with_sources(items["source"].combine_chunks())
+    id_of = dict(zip(there["source"].to_pylist(), there["item_id"].to_pylist(), strict=True))
     sources, ids = items["source"].to_pylist(), items["item_id"].to_pylist()
     ids = [id_of.get(source, item_id) for source, item_id in zip(sources, ids, strict=True)]
     digests = items["content_sha256"].to_pylist()
     _refuse(_clashes_within(ids, sources), "within the batch", "give each collection a name with --prefix")
     if not replace:
+        latest = stored.find(ids)
+        live = latest.filter(pc.fill_null(pc.invert(latest["deleted"]), False))
         known = {
             row["item_id"]: (row["source"], row["content_sha256"])
             for row in live.select(["item_id", "source", "content_sha256"]).to_pylist()

@@ -92,13 +92,13 @@ class Plan(BaseModel):
 class Registry:
     """A handle on the registry below one location."""
 
-    def __init__(self, location: str) -> None:
-        """Open the registry, or create it empty."""
+    def __init__(self, location: str, *, create: bool = False) -> None:
+        """Open the registry; with `create` it is made empty where there is none."""
         self.location = location
-        self._lineage = VersionedTable(join(location, "lineage"), LINEAGE_SCHEMA)
-        self._certificates = VersionedTable(join(location, "certificates"), CERTIFICATES_SCHEMA)
-        self._plans = VersionedTable(join(location, "plans"), PLANS_SCHEMA)
-        self._serving = VersionedTable(join(location, "serving"), SERVING_SCHEMA)
+        self._lineage = VersionedTable(join(location, "lineage"), LINEAGE_SCHEMA, create=create)
+        self._certificates = VersionedTable(join(location, "certificates"), CERTIFICATES_SCHEMA, create=create)
+        self._plans = VersionedTable(join(location, "plans"), PLANS_SCHEMA, create=create)
+        self._serving = VersionedTable(join(location, "serving"), SERVING_SCHEMA, create=create)
 
     # Lineage ----------------------------------------------------------------------------------------------------------
 
@@ -210,7 +210,7 @@ class Registry:
         """Store a plan and its items (PLAN_ITEMS_SCHEMA) in one commit; a plan saved before is left alone."""
         text = plan.model_dump_json()
         # Row -1 carries the plan itself, so that a plan without items exists too.
-        header = pa.table({"wave": [-1], "position": [-1], "item_id": [""]}, schema=PLAN_ITEMS_SCHEMA)
+        header = pa.table({"wave": [-1], "position": [-1], "revision": [-1]}, schema=PLAN_ITEMS_SCHEMA)
         rows = pa.concat_tables([header, items])
         rows = rows.add_column(0, "plan", pa.array([text] + [""] * items.num_rows, pa.string()))
         rows = rows.add_column(0, "plan_id", pa.array([plan.plan_id] * rows.num_rows, pa.string()))

@@ -26,20 +26,27 @@ class WorkspaceMissingError(GracefulError):
 class Workspace:
     """Handles on the gallery and the registry below one root, and how to embed with a generation."""
 
-    def __init__(self, root: str, embed_with: EmbedWith | None = None) -> None:
-        """Open the workspace; its tables are created on first use. Without `embed_with` it is only read."""
+    def __init__(self, root: str, embed_with: EmbedWith | None = None, *, create: bool = False) -> None:
+        """Open the workspace; with `create` its tables are made on first use. Without `embed_with` it is only read."""
         self.root = root
+        self._create = create
         self.embed_with = embed_with or _no_encoder
 
     @cached_property
     def gallery(self) -> Gallery:
         """The gallery."""
-        return Gallery(join(self.root, "gallery"))
+        return Gallery(join(self.root, "gallery"), create=self._create)
 
     @cached_property
     def registry(self) -> Registry:
         """The registry."""
-        return Registry(join(self.root, "registry"))
+        return Registry(join(self.root, "registry"), create=self._create)
+
+    def create(self) -> None:
+        """Make the tables that are not there."""
+        self._create = True
+        self.gallery.version()
+        self.registry.serving()
 
     def cache(self, generation: str) -> EmbeddingCache:
         """The embedding cache of a generation."""

@@ -29,7 +29,7 @@ from graceful.evaluation.outcomes import (
 from graceful.flows.store.evaluation_set import EvaluationSet
 from graceful.indexing.exact import RelevantRanks, rank_states
 from graceful.indexing.gallery import View
-from graceful.indexing.planner import OrderInputs, nearest_mean_distance, num_chosen, rank_items
+from graceful.indexing.planner import OrderInputs, nearest_mean_distance, num_chosen, random_key, rank_items
 
 UNREADABLE = ""
 """Owner of a row that cannot be read: it is left out of the gallery that is searched."""
@@ -182,7 +182,7 @@ class Bench:
 
 def production_owners(evaluation_set: EvaluationSet, view: View, otherwise: str) -> NDArray[np.str_]:
     """Owner (N,) of each evaluation row: that of its production counterpart in the view, else `otherwise`."""
-    hashes = view.items["content_sha256"].combine_chunks()
+    hashes = view.column("content_sha256")
     position = pc.fill_null(pc.index_in(pa.array(evaluation_set.gallery.content_sha256), value_set=hashes), -1)
     place = position.to_numpy()
     names = np.array([*view.readable, UNREADABLE])
@@ -211,9 +211,8 @@ def plan_ranking(
             distance[mine] = nearest_mean_distance(gallery_vectors[owner][mine], classifiers[owner].class_means)
     inputs = OrderInputs(
         # By content, as good as any id, and the same wherever the data lie.
-        np.array(evaluation_set.gallery.content_sha256, object),
+        random_key(evaluation_set.gallery.content_sha256, seed),
         np.array([age.get(str(owner), -1) for owner in owners], np.int64),
         distance,
-        seed,
     )
     return rank_items(order, inputs, owners == UNREADABLE)

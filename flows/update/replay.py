@@ -153,7 +153,7 @@ def line_text(line: GenerationLine, count: int, column: str) -> str:
 def _ingest_gallery(session: Session, gallery: DatasetConfig) -> int:
     """Put the production gallery's images into the gallery; they are embedded when the first generation serves."""
     items = item_table(load_images(gallery))
-    result, _ = ingest(session.workspace, items, unit="replay-gallery", unit_rows=session.config.gallery.unit_rows)
+    result, _ = ingest(session.workspace, items, unit_rows=session.config.gallery.unit_rows)
     return result.added
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from graceful.evaluation.decision import CertificateToIssue, Decision, certificates_to_issue
@@ -19,7 +18,7 @@ from graceful.flows.store.events import PlanCompleted, Promoted
 from graceful.flows.store.registry import Plan, ServingMovedError, ServingState
 from graceful.flows.store.workspace import Workspace
 from graceful.indexing.gallery import View
-from graceful.indexing.planner import OrderInputs, plan_waves, rank_items
+from graceful.indexing.planner import OrderInputs, plan_waves, random_key_of, rank_items
 from graceful.indexing.reindex import ReindexReport, carry_out, embed_missing
 
 if TYPE_CHECKING:
@@ -127,14 +126,13 @@ def prepare(workspace: Workspace, rollout: Rollout, class_distance: ClassDistanc
     view = workspace.view(rollout.generation)
     first = view.owner < 0
     inputs = OrderInputs(
-        view.item_ids,
+        random_key_of(view.revisions, rollout.seed),
         view.owner.astype(np.int64),
         class_distance(view) if class_distance is not None else None,
-        rollout.seed,
     )
     ranking = rank_items(rollout.order, inputs, first)
     num_first = int(first.sum())
-    items = plan_waves(view.item_ids, ranking, num_first, rollout.fraction, rollout.wave_rows)
+    items = plan_waves(view.revisions, ranking, num_first, rollout.fraction, rollout.wave_rows)
     plan = Plan(
         plan_id=plan_id,
         generation=rollout.generation,
@@ -217,13 +215,7 @@ def continue_plan(
         return ReindexReport()
     embed = workspace.embed_with(plan.generation)
     # Unreadable items first: what was ingested while the serving state moved and cannot be read by the new champion.
-    view = workspace.view(plan.generation)
-    unreadable = pa.array(view.item_ids[view.unreadable()], pa.string())
-    report = ReindexReport()
-    if len(unreadable):
-        report = embed_missing(
-            workspace.gallery, plan.generation, embed, item_ids=unreadable, unit_rows=unit_rows, on_rows=on_rows
-        )
+    report = _embed_unreadable(workspace, plan.generation, unit_rows, on_rows)
     report = report.plus(
         carry_out(
             workspace.gallery,
@@ -236,8 +228,24 @@ def continue_plan(
         )
     )
     if not report.superseded:
+        # An image that changed meanwhile has a new revision, which no plan names.
+        report = report.plus(_embed_unreadable(workspace, plan.generation, unit_rows, on_rows))
         _end_plan(workspace, plan)
     return report
+
+
+def _embed_unreadable(
+    workspace: Workspace, generation: str, unit_rows: int, on_rows: Callable[[int], None] | None
+) -> ReindexReport:
+    """Embed what a generation cannot read at all."""
+    view = workspace.view(generation)
+    unreadable = view.revisions[view.unreadable()]
+    if not len(unreadable):
+        return ReindexReport()
+    embed = workspace.embed_with(generation)
+    return embed_missing(
+        workspace.gallery, generation, embed, revisions=unreadable, unit_rows=unit_rows, on_rows=on_rows
+    )
 
 
 def _end_plan(workspace: Workspace, plan: Plan) -> None:

@@ -6,7 +6,6 @@ that would hide items which can be read now is refused unless the operator insis
 
 import getpass
 import socket
-import time
 from collections.abc import Callable, Sequence
 
 import pyarrow as pa
@@ -35,7 +34,7 @@ def num_hidden(workspace: Workspace, generation: str) -> int:
         return 0
     version = workspace.gallery.version()
     now, then = workspace.view(champion, version), workspace.view(generation, version)
-    return len(set(then.item_ids[then.unreadable()].tolist()) - set(now.item_ids[now.unreadable()].tolist()))
+    return int(((now.owner >= 0) & (then.owner < 0)).sum())
 
 
 def _refuse_to_hide(workspace: Workspace, act: str, generation: str, yes: bool) -> None:
@@ -162,7 +161,6 @@ def ingest(
     workspace: Workspace,
     items: pa.Table,
     *,
-    unit: str,
     supported: Sequence[str] = (),
     unit_rows: int = 4_096,
     on_rows: Callable[[int], None] | None = None,
@@ -171,9 +169,8 @@ def ingest(
 
     `on_rows` counts rows of the champion's vectors only.
     """
-    result = workspace.gallery.ingest(items, unit=unit)
+    result = workspace.gallery.ingest(items)
     crash_point("items-ingested")
-    item_ids = items["item_id"].combine_chunks()
     reports = {}
     for place, generation in enumerate(generations_to_write(workspace, supported)):
         embed = workspace.embed_with(generation)
@@ -181,7 +178,7 @@ def ingest(
             workspace.gallery,
             generation,
             embed,
-            item_ids=item_ids,
+            revisions=result.revisions,
             unit_rows=unit_rows,
             on_rows=on_rows if place == 0 else None,
         )
@@ -190,7 +187,7 @@ def ingest(
 
 def delete(workspace: Workspace, item_ids: Sequence[str]) -> int:
     """Write tombstones for items; returns how many were there."""
-    return workspace.gallery.delete(item_ids, unit=f"{time.time_ns()}")
+    return workspace.gallery.delete(item_ids)
 
 
 def operator() -> str:

@@ -15,6 +15,7 @@ from graceful.flows.update.serving import (
     release_previous,
     rollback,
 )
+from graceful.indexing.checked_files import DamagedFileError
 from graceful.indexing.maintenance import LeasedError, collect, forget
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, items
 
@@ -29,8 +30,8 @@ def models():
 @pytest.fixture
 def workspace(tmp_path, models):
     """Twelve items, served by the first generation."""
-    opened = Workspace(str(tmp_path / "workspace"), models)
-    ingest(opened, items(4, 3), unit="first")
+    opened = Workspace(str(tmp_path / "workspace"), models, create=True)
+    ingest(opened, items(4, 3))
     carry_out_whole(opened, rollout(G1, fraction=1.0, before_move="all", certified=[]), champion=None)
     return opened
 
@@ -72,13 +73,13 @@ def test_bootstrap_embeds_everything_before_the_first_generation_serves(workspac
 
 
 def test_ingest_while_a_candidate_trains_is_read_by_the_candidate_through_its_certificate(workspace):
-    ingest(workspace, one_item("late"), unit="late")
+    ingest(workspace, one_item("late"))
     workspace.registry.certify([(G2, G2), (G2, G1)], reason="test")
     assert owners(workspace, G2)["late"] == G1
 
 
 def test_ingest_while_a_candidate_trains_is_unreadable_and_embedded_first_without_a_certificate(workspace):
-    ingest(workspace, one_item("late"), unit="late")
+    ingest(workspace, one_item("late"))
     workspace.registry.certify([(G2, G2)], reason="test")
     assert owners(workspace, G2)["late"] is None
     plan = prepare(workspace, rollout(G2, certified=[]))
@@ -93,7 +94,7 @@ def test_image_changed_while_a_wave_embeds_the_old_bytes_is_dropped_counted_and_
     def change_once(unit):
         if not changed:
             changed.append(unit)
-            workspace.gallery.ingest(one_item("item-000-0", "id003", "other"), unit="change")
+            workspace.gallery.ingest(one_item("item-000-0", "id003", "other"))
 
     models.before_unit = change_once
     report = continue_plan(workspace)
@@ -115,7 +116,7 @@ def test_deleted_item_is_gone_from_every_view_after_a_rollback_too(workspace):
 
 def test_deleted_item_that_comes_back_is_a_new_revision_and_not_served_from_its_old_vector(workspace):
     delete(workspace, ["item-000-0"])
-    workspace.gallery.ingest(one_item("item-000-0", "id001", "back"), unit="back")
+    workspace.gallery.ingest(one_item("item-000-0", "id001", "back"))
     assert owners(workspace, G1)["item-000-0"] is None
 
 
@@ -146,7 +147,7 @@ def test_hold_after_a_wave_leaves_vectors_that_nobody_sees_and_that_are_collecte
     assert workspace.gallery.generations()[G2] == 3
     before = owners(workspace, G1)
     assert set(before.values()) == {G1}
-    collection = collect(workspace.gallery, workspace.protected())
+    collection = collect(workspace.gallery, workspace.protected)
     assert collection.generations == (G2,)
     assert owners(workspace, G1) == before
 
@@ -154,7 +155,7 @@ def test_hold_after_a_wave_leaves_vectors_that_nobody_sees_and_that_are_collecte
 def test_vectors_that_are_an_items_only_readable_ones_are_never_collected(workspace):
     carry_out_whole(workspace, rollout(G2), champion=G1)
     release_previous(workspace)
-    assert collect(workspace.gallery, workspace.protected()).generations == ()
+    assert collect(workspace.gallery, workspace.protected).generations == ()
     assert None not in owners(workspace, G2).values()
 
 
@@ -162,11 +163,11 @@ def test_collection_keeps_the_files_that_a_lease_pins(workspace):
     with workspace.gallery.lease() as version:
         carry_out_whole(workspace, rollout(G2, fraction=1.0), champion=G1)
         release_previous(workspace)
-        assert collect(workspace.gallery, workspace.protected()).generations == (G1,)
+        assert collect(workspace.gallery, workspace.protected).generations == (G1,)
         pinned = workspace.view(G1, version)
         assert pinned.vectors(np.arange(12)).shape == (12, 24)
-    collect(workspace.gallery, workspace.protected())
-    with pytest.raises(OSError, match="No such file"):
+    collect(workspace.gallery, workspace.protected)
+    with pytest.raises(DamagedFileError, match="expected a file, found none"):
         pinned.vectors(np.arange(12))
 
 
@@ -185,7 +186,7 @@ def test_rollback_after_a_part_was_reindexed_moves_one_pointer_and_skips_the_new
 
 def test_items_ingested_since_the_promotion_are_found_after_a_rollback_until_previous_is_released(workspace):
     carry_out_whole(workspace, rollout(G2), champion=G1)
-    ingest(workspace, one_item("in-probation"), unit="a")
+    ingest(workspace, one_item("in-probation"))
     assert generations_to_write(workspace) == [G2, G1]
     release_previous(workspace)
     assert generations_to_write(workspace) == [G2]
@@ -218,7 +219,7 @@ def test_old_client_reads_what_is_certified_for_it_and_is_refused_by_name_otherw
     carry_out_whole(workspace, rollout(G2, fraction=1.0), champion=G1)
     carry_out_whole(workspace, rollout(G3, fraction=1.0, certified=[G1, G2]), champion=G2)
     assert generations_to_write(workspace, supported=[G1]) == [G3, G2, G1]
-    ingest(workspace, one_item("for-old-clients"), unit="old", supported=[G1])
+    ingest(workspace, one_item("for-old-clients"), supported=[G1])
     assert owners(workspace, G1)["for-old-clients"] == G1
     workspace.registry.certify([(G1, G3)], reason="measured")
     assert generations_to_write(workspace, supported=[G1]) == [G3, G2]
@@ -233,7 +234,7 @@ def test_live_generation_that_fails_its_certificate_is_wave_zero_and_embedded_be
     plan = prepare(workspace, third)
     assert plan.num_wave_zero == 0  # those rows still have vectors of g1, which g3 may read
     workspace.registry.revoke([(G3, G1)], reason="test")
-    ingest(workspace, one_item("new"), unit="n")
+    ingest(workspace, one_item("new"))
     plan = prepare(workspace, rollout(G3, fraction=0.5, certified=[G2], key="again"))
     assert plan.num_wave_zero == 9
     move_only(workspace, rollout(G3, fraction=0.5, certified=[G2], key="again"), champion=G2)
@@ -248,7 +249,7 @@ def test_full_backfill_writes_both_generations_from_its_start_and_moves_last(wor
     def arrive_once(unit):
         if not arrived:
             arrived.append(unit)
-            ingest(workspace, one_item("during"), unit="during")
+            ingest(workspace, one_item("during"))
             assert workspace.registry.serving().champion == G1
 
     models.before_unit = arrive_once

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from graceful.flows.cli import app
 from graceful.flows.store.items import ItemClashError, ids_below, item_id_of, item_table, settle_ids
-from graceful.indexing.gallery import ITEMS_SCHEMA, Gallery
+from graceful.indexing.gallery import Gallery
 from graceful.training.images import encode_png
 from graceful.training.manifest import LabelledImages
 from tests.flows import tiny
@@ -28,11 +28,11 @@ def table(*sources: str, place: str = "/data/photos", content: str = ""):
 
 @pytest.fixture
 def gallery(tmp_path):
-    return Gallery(str(tmp_path / "gallery"))
+    return Gallery(str(tmp_path / "gallery"), create=True)
 
 
 def ingest(gallery: Gallery, items, unit: str, **options):
-    return gallery.ingest(settle_ids(items, gallery.latest_items(), **options), unit=unit)
+    return gallery.ingest(settle_ids(items, gallery.items, **options))
 
 
 def test_id_names_the_collection():
@@ -65,7 +65,7 @@ def test_same_names_in_another_folder_are_refused_with_both_names_and_change_not
         ingest(gallery, table("/tuesday/drop/1.png", place="/tuesday/drop"), "two")
     with pytest.raises(ItemClashError, match=r"--prefix, or say --replace"):
         ingest(gallery, table("/tuesday/drop/1.png", place="/tuesday/drop"), "two")
-    assert gallery.latest_items().num_rows == 1
+    assert gallery.view([]).num_items == 1
     replaced = ingest(gallery, table("/tuesday/drop/1.png", place="/tuesday/drop"), "three", replace=True)
     assert (replaced.added, replaced.changed) == (0, 1)
 
@@ -80,24 +80,24 @@ def test_same_photo_from_the_class_folder_and_from_its_parent_is_one_item(galler
     ingest(gallery, table("/data/photos/cats/1.png", place="/data/photos/cats"), "one")
     result = ingest(gallery, table("/data/photos/cats/1.png", "/data/photos/dogs/1.png"), "two")
     assert (result.added, result.unchanged) == (1, 1)
-    assert gallery.latest_items()["item_id"].to_pylist() == ["cats/1.png", "photos/dogs/1.png"]
+    assert sorted(gallery.view([]).item_ids) == ["cats/1.png", "photos/dogs/1.png"]
 
 
-def test_source_named_twice_in_a_batch_comes_once():
-    settled = settle_ids(table("/data/photos/1.png", "/data/photos/1.png"), ITEMS_SCHEMA.empty_table())
+def test_source_named_twice_in_a_batch_comes_once(gallery):
+    settled = settle_ids(table("/data/photos/1.png", "/data/photos/1.png"), gallery.items)
     assert settled["item_id"].to_pylist() == ["photos/1.png"]
 
 
-def test_two_images_of_one_id_in_a_batch_are_refused():
+def test_two_images_of_one_id_in_a_batch_are_refused(gallery):
     batch = item_table(images("/a/t.parquet#0", "/b/t.parquet#0"))
     with pytest.raises(ItemClashError, match=r"within the batch \(t#0 is /a/t.parquet#0 and /b/t.parquet#0\)"):
-        settle_ids(batch, ITEMS_SCHEMA.empty_table(), replace=True)
+        settle_ids(batch, gallery.items, replace=True)
 
 
 def test_moved_but_equal_images_are_no_clash_and_an_id_of_a_deleted_item_is_free(gallery):
     ingest(gallery, table("/old/photos/1.png", place="/old/photos", content="same"), "one")
     assert ingest(gallery, table("/new/photos/1.png", place="/new/photos", content="same"), "two").unchanged == 1
-    gallery.delete(["photos/1.png"], unit="x")
+    gallery.delete(["photos/1.png"])
     assert ingest(gallery, table("/x/photos/1.png", place="/x/photos", content="other"), "three").added == 1
 
 

@@ -128,8 +128,8 @@ def test_whole_updates_run_in_the_store_and_are_searched_and_rolled_back(
 def workspace(bucket, request):
     """Twelve items, served by the first generation."""
     models = SyntheticModels(*[SyntheticGeneration(name) for name in (G1, G2)])
-    opened = Workspace(f"{bucket}/{request.node.name}", models)
-    ingest(opened, items(4, 3), unit="first")
+    opened = Workspace(f"{bucket}/{request.node.name}", models, create=True)
+    ingest(opened, items(4, 3))
     carry_out(opened, rollout(G1, fraction=1.0, before_move="all", certified=[]), champion=None)
     return opened
 
@@ -163,7 +163,7 @@ def test_gallery_is_reindexed_in_part_and_rolled_back(workspace):
     view = reopened.view(G2)
     for name in (G1, G2):
         positions = view.owned_by(name)
-        sources = [view.items["source"][int(position)].as_py() for position in positions]
+        sources = view.column("source", positions).to_pylist()
         np.testing.assert_allclose(view.vectors(positions), SyntheticGeneration(name).encode(sources)[0], atol=1e-6)
     assert rollback(reopened).champion == G1
     assert rows(workspace, G1) == {G1: NUM_ITEMS}
@@ -215,14 +215,14 @@ def test_deleted_item_is_forgotten_and_unread_vectors_are_collected(workspace):
 
     carry_out(workspace, rollout(G2, fraction=1.0), champion=G1)
     release_previous(workspace)
-    assert collect(workspace.gallery, workspace.protected()).generations == (G1,)
+    assert collect(workspace.gallery, workspace.protected).generations == (G1,)
     assert rows(workspace, G2) == {G1: 0, G2: NUM_ITEMS}
     assert delete(workspace, ["item-000-0"]) == 1
     assert forget(workspace.gallery, ["item-000-0"]) == 2
     left = list_files(f"{workspace.root}/gallery")
     assert left
     assert not [file for file in left if b"item-000-0" in read_bytes(file)]
-    ingest(workspace, pa.Table.from_pylist([item_row("late", "id001", "x")]), unit="late")
+    ingest(workspace, pa.Table.from_pylist([item_row("late", "id001", "x")]))
     assert rows(workspace, G2) == {G1: 0, G2: NUM_ITEMS}
     assert not exists(f"{workspace.root}/nothing")
 
@@ -241,11 +241,10 @@ def test_embedding_cache_and_evaluation_files_live_there_too(workspace):
 def test_search_builds_its_index_on_this_machine(workspace, tmp_path, monkeypatch):
     """FAISS reads local files; the index is derived state."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    from graceful.flows.search.searcher import publish_view
-    from graceful.indexing.search import SwappableSearcher
+    from graceful.flows.search.views import open_view
 
-    snapshot = publish_view(workspace, G1, workspace.view(G1))
-    searcher = SwappableSearcher(f"{workspace.index_location()}/{snapshot}")
+    followed = open_view(workspace, G1)
     assert list((tmp_path / "cache").rglob("manifest.json"))
     query = SyntheticGeneration(G1).encode(["synthetic:id002/g1"])[0]
-    assert searcher.search(query, 1).item_ids[0][0] == "item-002-1"
+    found = followed.index.search(query, 1).revisions[0]
+    assert followed.book.entries(found)[int(found[0])][0] == "item-002-1"

@@ -51,7 +51,7 @@ def test_a_missing_record_is_named(evaluation):
 
 
 def test_lineage_keeps_what_happened_with_its_fields_and_its_order(tmp_path):
-    registry = Registry(str(tmp_path))
+    registry = Registry(str(tmp_path), create=True)
     registry.record(Promoted(), update_key="u", generation="g001-aaaaaa")
     registry.record(UpdateCompleted(compute_s=1.5), update_key="u", generation="g001-aaaaaa")
     assert [event.kind for event in registry.history()] == ["promoted", "update_completed"]
@@ -70,7 +70,7 @@ def test_lineage_keeps_what_happened_with_its_fields_and_its_order(tmp_path):
     ],
 )
 def test_an_event_that_is_not_known_is_refused_by_kind_and_place(tmp_path, kind, payload, words):
-    registry = Registry(str(tmp_path))
+    registry = Registry(str(tmp_path), create=True)
     row = {"event_id": "e1", "kind": kind, "update_key": "", "generation": "", "at": 1.0, "payload": payload}
     VersionedTable(f"{tmp_path}/lineage", LINEAGE_SCHEMA).append(pa.Table.from_pylist([row], schema=LINEAGE_SCHEMA))
     with pytest.raises(GracefulError) as refused:

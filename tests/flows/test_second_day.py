@@ -334,7 +334,7 @@ def test_a_move_that_would_hide_items_is_refused_unless_the_operator_insists(hel
     # The previous generation's vectors are gone, as after a collection at the worst moment.
     from graceful.indexing.maintenance import collect
 
-    collect(workspace.gallery, [[candidate]])
+    collect(workspace.gallery, lambda: [[candidate]])
     assert workspace.view(first).rows_by_generation().get(first, 0) == 0
     with pytest.raises(MoveRefusedError, match=r"found 100 that would not be; give --yes"):
         rollback(workspace)
@@ -361,7 +361,7 @@ def test_retired_generation_takes_no_part_in_later_updates(held, digits_file):
 
 
 def test_deleting_what_is_not_there_is_refused_by_name_and_deletes_nothing(workspace_root):
-    item = str(Workspace(str(workspace_root)).gallery.latest_items()["item_id"][0].as_py())
+    item = str(Workspace(str(workspace_root)).gallery.view([]).item_ids[0])
     line = run("delete", item, "no such item", "--root", workspace_root, code=1).stderr
     assert "no such item" in line
     assert Workspace(str(workspace_root)).gallery.view([]).num_items == 100

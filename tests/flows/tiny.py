@@ -98,7 +98,7 @@ def grown(num_classes: int) -> dict[str, Any]:
 def fill_gallery(workspace: Workspace, config: PipelineConfig) -> LabelledImages:
     """Ingest the evaluation's images as the production gallery: 100 items."""
     images = load_images(config.evaluation.queries)
-    ingest(workspace, item_table(images), unit="tiny-gallery")
+    ingest(workspace, item_table(images))
     return images
 
 
@@ -106,6 +106,7 @@ def new_workspace(root: Path, changes: Mapping[str, Any] | None = None) -> Path:
     """A workspace with data and gallery of its own, and no generation yet."""
     write_config(root, root / "digits.parquet", changes)
     config = open_config(root)
+    Workspace(str(root)).create()
     with open_session(str(root), config) as session:
         fill_gallery(session.workspace, config)
     return root

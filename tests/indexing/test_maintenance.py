@@ -6,10 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from graceful.files import list_files
+from graceful.files import list_files, set_crash_hook
+from graceful.indexing.checked_files import DamagedFileError
 from graceful.indexing.embed import embed_units
 from graceful.indexing.gallery import Gallery
-from graceful.indexing.maintenance import LeasedError, collect, forget
+from graceful.indexing.maintenance import Collection, LeasedError, collect, forget
 from graceful.indexing.reindex import embed_missing
 from tests.synthetic import SyntheticGeneration, item_row, open_synthetic
 
@@ -20,18 +21,23 @@ def batch(*numbers, image="a"):
     return pa.Table.from_pylist([item_row(f"item-{number}", f"id{number}", image) for number in numbers])
 
 
+def revision(gallery, *item_ids):
+    return gallery.items.find(list(item_ids))["revision"].to_numpy()
+
+
 def embed(gallery, generation, *item_ids):
     def work(units, on_unit):
         embed_units(units, functools.partial(open_synthetic, SyntheticGeneration(generation)), on_unit=on_unit)
 
-    return embed_missing(gallery, generation, work, item_ids=pa.array(item_ids) if item_ids else None, unit_rows=2)
+    revisions = revision(gallery, *item_ids) if item_ids else None
+    return embed_missing(gallery, generation, work, revisions=revisions, unit_rows=2)
 
 
 @pytest.fixture
 def gallery(tmp_path):
     """Four items with vectors of g1, one of them of g2 too."""
-    opened = Gallery(str(tmp_path / "gallery"))
-    opened.ingest(batch(1, 2, 3, 4), unit="a")
+    opened = Gallery(str(tmp_path / "gallery"), create=True)
+    opened.ingest(batch(1, 2, 3, 4))
     embed(opened, G1)
     embed(opened, G2, "item-1")
     return opened
@@ -52,16 +58,17 @@ def bytes_of(gallery):
 
 def test_generation_that_owns_no_row_of_any_protected_view_is_dropped(gallery):
     embed(gallery, G3)
-    found = collect(gallery, [[G1, G2]])
+    found = collect(gallery, lambda: [[G1, G2]])
     assert found.generations == (G3,)
     assert found.files >= 2
     assert owners(gallery, G1, G2) == {"item-1": G2, "item-2": G1, "item-3": G1, "item-4": G1}
-    assert gallery.generations() == {G1: 4, G2: 1}
+    assert gallery.generations() == {G1: 3, G2: 1}, "the row of g1 that g2 supersedes went as well"
+    assert found.rows == 5
 
 
 def test_single_row_keeps_its_generation(gallery):
     before = owners(gallery, G1, G2)
-    assert collect(gallery, [[G1, G2]]).generations == ()
+    assert collect(gallery, lambda: [[G1, G2]]).generations == ()
     assert owners(gallery, G1, G2) == before
 
 
@@ -69,21 +76,48 @@ def test_every_protected_query_generation_keeps_what_it_sees(gallery):
     embed(gallery, G2)
     embed(gallery, G3)
     before = {readable: owners(gallery, *readable) for readable in ((G1,), (G2, G3))}
-    assert collect(gallery, [[G1], [G2, G3]]).generations == (G2,)
+    assert collect(gallery, lambda: [[G1], [G2, G3]]).generations == (G2,)
     assert {readable: owners(gallery, *readable) for readable in before} == before
 
 
-def test_newest_readable_generation_stays_even_without_a_row(gallery):
-    """A champion that has not embedded anything yet is not collected away under its own re-index."""
-    gallery.ingest(batch(1, image="b"), unit="changed")
+def test_rows_of_replaced_images_and_deleted_items_are_dropped_one_by_one(gallery):
+    gallery.ingest(batch(1, image="b"))
     embed(gallery, G1)
-    assert owners(gallery, G1, G2)["item-1"] == G1
-    assert collect(gallery, [[G1, G2]]).generations == ()
+    gallery.delete(["item-4"])
+    before = owners(gallery, G1, G2)
+    assert before == {"item-1": G1, "item-2": G1, "item-3": G1}
+    assert collect(gallery, lambda: [[G1, G2]]).rows == 3
+    assert owners(gallery, G1, G2) == before
+    assert gallery.generations() == {G1: 3}
+
+
+def test_file_is_not_written_again_for_a_few_dead_rows(gallery):
+    embed(gallery, G1)
+    files = {file.path for file in gallery.vectors_table.snapshot().files}
+    assert collect(gallery, lambda: [[G1, G2]], dead_share=0.5).rows == 0
+    assert {file.path for file in gallery.vectors_table.snapshot().files} == files
+
+
+def test_collection_that_lost_to_a_new_protection_looks_again(gallery, monkeypatch):
+    """Between what a collection found unprotected and its commit somebody protects it."""
+    protected = [[G1]]
+
+    def protect(name):
+        if name == "rewrite-before-commit" and len(protected) == 1:
+            protected.append([G1, G2])
+            Gallery(gallery.location).fence()
+
+    set_crash_hook(protect)
+    try:
+        collect(gallery, lambda: list(protected))
+    finally:
+        set_crash_hook(None)
+    assert owners(gallery, G1, G2)["item-1"] == G2
 
 
 def test_nothing_to_protect_is_a_mistake_and_not_a_reason_to_drop_everything(gallery):
     with pytest.raises(ValueError, match="expected at least one protected query generation, found none"):
-        collect(gallery, [])
+        collect(gallery, list)
     assert gallery.generations() == {G1: 4, G2: 1}
 
 
@@ -92,34 +126,34 @@ def test_collection_spares_files_that_workers_have_not_committed_yet(gallery):
     from graceful.indexing.embedding_files import write_embedding_file
 
     write_embedding_file(
-        staged, pa.table({"item_id": ["item-1"], "revision": pa.array([1], pa.int64())}),
+        staged, pa.table({"revision": revision(gallery, "item-1")}),
         SyntheticGeneration(G3).encode(["synthetic:id1/a"])[0],
     )  # fmt: skip
-    collect(gallery, [[G1, G2]])
+    collect(gallery, lambda: [[G1, G2]])
     assert gallery.commit_vectors(G3, "unit").committed == 1
 
 
 def test_collection_again_finds_nothing(gallery):
     embed(gallery, G3)
-    collect(gallery, [[G1, G2]])
-    assert collect(gallery, [[G1, G2]]).generations == ()
+    collect(gallery, lambda: [[G1, G2]])
+    assert collect(gallery, lambda: [[G1, G2]]) == Collection((), 0, 0)
 
 
 def test_pinned_version_survives_a_collection_and_goes_with_its_lease(gallery):
     embed(gallery, G3)
     with gallery.lease() as version:
         pinned = gallery.view([G3], version)
-        collect(gallery, [[G1, G2]])
+        collect(gallery, lambda: [[G1, G2]])
         assert pinned.vectors(np.arange(4)).shape[0] == 4
-    collect(gallery, [[G1, G2]])
-    with pytest.raises(OSError, match="No such file"):
+    collect(gallery, lambda: [[G1, G2]])
+    with pytest.raises(DamagedFileError, match="expected a file, found none"):
         pinned.vectors(np.arange(4))
 
 
 def test_forgotten_item_leaves_no_trace_and_the_others_stay(gallery):
-    gallery.ingest(batch(2, image="b"), unit="b")
+    gallery.ingest(batch(2, image="b"))
     embed(gallery, G1)
-    gallery.delete(["item-2"], unit="d")
+    gallery.delete(["item-2"])
     others = {item: owner for item, owner in owners(gallery, G1, G2).items() if item != "item-2"}
     vectors = gallery.view([G1]).vectors(np.arange(3))
     assert forget(gallery, ["item-2"]) == 3
@@ -129,7 +163,7 @@ def test_forgotten_item_leaves_no_trace_and_the_others_stay(gallery):
 
 
 def test_forgotten_item_is_in_no_log_entry_either(gallery):
-    gallery.delete(["item-2"], unit="d")
+    gallery.delete(["item-2"])
     forget(gallery, ["item-2"])
     from graceful.files import read_bytes
 
@@ -137,16 +171,18 @@ def test_forgotten_item_is_in_no_log_entry_either(gallery):
 
 
 def test_forgotten_item_may_come_back_as_a_new_one(gallery):
-    gallery.delete(["item-2"], unit="d")
+    before = revision(gallery, "item-2")[0]
+    gallery.delete(["item-2"])
     forget(gallery, ["item-2"])
-    again = gallery.ingest(batch(2), unit="again")
-    assert (again.added, again.rows["revision"].to_pylist()) == (1, [1])
+    again = gallery.ingest(batch(2))
+    assert again.added == 1
+    assert again.revisions[0] == before + 2  # the number after the tombstone's: none is given twice
     embed(gallery, G1)
     assert owners(gallery, G1)["item-2"] == G1
 
 
 def test_forgetting_twice_and_forgetting_nobody_changes_nothing(gallery):
-    gallery.delete(["item-2"], unit="d")
+    gallery.delete(["item-2"])
     assert forget(gallery, ["item-2"]) == 2
     assert forget(gallery, ["item-2"]) == 0
     assert forget(gallery, ["never-there"]) == 0
@@ -160,7 +196,7 @@ def test_live_item_is_not_forgotten(gallery):
 
 
 def test_open_lease_is_a_reason_to_refuse(gallery):
-    gallery.delete(["item-2"], unit="d")
+    gallery.delete(["item-2"])
     with gallery.lease(), pytest.raises(LeasedError, match="expected no open lease, found 1; wait"):
         forget(gallery, ["item-2"])
     assert forget(gallery, ["item-2"]) == 2

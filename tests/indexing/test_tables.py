@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from graceful.errors import UnknownFormatError
-from graceful.files import join, resolve, set_crash_hook, size_bytes
-from graceful.indexing import tables
-from graceful.indexing.tables import DataFile, TableConflictError, VersionedTable
+from graceful.files import join, set_crash_hook
+from graceful.indexing.checked_files import DamagedFileError
+from graceful.indexing.tables import MERGE_FILES, TableConflictError, VersionedTable
 
 SCHEMA = pa.schema([("name", pa.string()), ("number", pa.int64())])
 BY_GENERATION = pa.schema([("name", pa.string()), ("generation", pa.string())])
@@ -32,7 +32,7 @@ def uri(tmp_path):
 
 
 def test_appended_rows_are_read_by_another_handle(uri):
-    first, second = VersionedTable(uri, SCHEMA), VersionedTable(uri, SCHEMA)
+    first, second = VersionedTable(uri, SCHEMA, create=True), VersionedTable(uri, SCHEMA)
     assert first.append(rows(1, 2))
     assert numbers(second) == [1, 2]
     assert second.append(rows(3))
@@ -41,7 +41,7 @@ def test_appended_rows_are_read_by_another_handle(uri):
 
 
 def test_every_past_version_stays_readable(uri):
-    table = VersionedTable(uri, SCHEMA)
+    table = VersionedTable(uri, SCHEMA, create=True)
     versions = {table.version(): []}
     for number in range(25):  # past two checkpoints of the log
         table.append(rows(number))
@@ -53,7 +53,7 @@ def test_every_past_version_stays_readable(uri):
 
 
 def test_unit_commits_once_however_often_it_is_tried(uri):
-    first, second = VersionedTable(uri, SCHEMA), VersionedTable(uri, SCHEMA)
+    first, second = VersionedTable(uri, SCHEMA, create=True), VersionedTable(uri, SCHEMA)
     assert not first.committed("wave-1")
     assert first.append(rows(1), unit="wave-1") is True
     assert second.committed("wave-1")
@@ -63,7 +63,7 @@ def test_unit_commits_once_however_often_it_is_tried(uri):
 
 
 def test_unit_survives_checkpoints_and_compaction_of_the_log(uri):
-    table = VersionedTable(uri, SCHEMA)
+    table = VersionedTable(uri, SCHEMA, create=True)
     table.append(rows(1), unit="early")
     for number in range(2, 70):
         table.append(rows(number), unit=f"unit-{number}")
@@ -73,7 +73,7 @@ def test_unit_survives_checkpoints_and_compaction_of_the_log(uri):
 
 
 def test_serial_writer_that_did_not_see_the_newest_commit_is_refused(uri):
-    first, second = VersionedTable(uri, SCHEMA), VersionedTable(uri, SCHEMA)
+    first, second = VersionedTable(uri, SCHEMA, create=True), VersionedTable(uri, SCHEMA)
     version = first.version()
     assert second.version() == version
     assert first.append(rows(1), expected_version=version)
@@ -86,19 +86,19 @@ def test_serial_writer_that_did_not_see_the_newest_commit_is_refused(uri):
 
 def test_serial_writer_is_not_refused_because_of_a_compaction(uri):
     """Compacting changes no row: whoever read the table before it may still write."""
-    table = VersionedTable(uri, SCHEMA)
-    for number in range(tables._COMPACT_AFTER_FILES):
+    table = VersionedTable(uri, SCHEMA, create=True)
+    for number in range(MERGE_FILES):
         table.append(rows(number), expected_version=table.version())
     reader = VersionedTable(uri, SCHEMA)
     version = reader.version()
     assert table.compact()
     assert reader.append(rows(1000), expected_version=version)
-    assert len(numbers(table)) == tables._COMPACT_AFTER_FILES + 1
+    assert len(numbers(table)) == MERGE_FILES + 1
 
 
 def test_compaction_keeps_the_rows_merges_the_files_and_waits_until_it_pays(uri):
-    table = VersionedTable(uri, SCHEMA)
-    for number in range(tables._COMPACT_AFTER_FILES - 1):
+    table = VersionedTable(uri, SCHEMA, create=True)
+    for number in range(MERGE_FILES - 1):
         table.append(rows(number))
     assert not table.compact()
     table.append(rows(1000))
@@ -111,8 +111,8 @@ def test_compaction_keeps_the_rows_merges_the_files_and_waits_until_it_pays(uri)
 
 def test_two_compactions_at_once_keep_the_rows_and_raise_nothing(uri, monkeypatch):
     """Both handles see the same small files; the slower one finds them merged already."""
-    first, second = VersionedTable(uri, SCHEMA), VersionedTable(uri, SCHEMA)
-    for number in range(tables._COMPACT_AFTER_FILES):
+    first, second = VersionedTable(uri, SCHEMA, create=True), VersionedTable(uri, SCHEMA)
+    for number in range(MERGE_FILES):
         first.append(rows(number))
     both_have_looked = threading.Barrier(2)
     look = VersionedTable.snapshot
@@ -139,26 +139,11 @@ def test_two_compactions_at_once_keep_the_rows_and_raise_nothing(uri, monkeypatc
     monkeypatch.undo()
     assert [outcome for outcome in outcomes if isinstance(outcome, Exception)] == []
     assert True in outcomes
-    assert numbers(VersionedTable(uri, SCHEMA)) == list(range(tables._COMPACT_AFTER_FILES))
-
-
-def test_partition_is_dropped_without_rewriting_the_others(uri):
-    table = VersionedTable(uri, BY_GENERATION, partition_by="generation")
-    for generation in ("g1", "g2"):
-        path = f"generation={generation}/{generation}.parquet"
-        filesystem, target = resolve(join(uri, path))
-        filesystem.create_dir(os.path.dirname(target))
-        pq.write_table(pa.table({"name": ["a", "b"]}), target)
-        table.commit_files([DataFile(path, 2, size_bytes(join(uri, path)), (("generation", generation),))])
-    kept = {file.path for file in table.snapshot().files if dict(file.partition) == {"generation": "g1"}}
-    before = table.version()
-    assert table.drop_partition("g2") == 1
-    assert {file.path for file in table.snapshot().files} == kept
-    assert len(table.snapshot(before).files) == 2
+    assert numbers(VersionedTable(uri, SCHEMA)) == list(range(MERGE_FILES))
 
 
 def test_vacuum_spares_kept_versions_and_files_of_workers(uri):
-    table = VersionedTable(uri, SCHEMA)
+    table = VersionedTable(uri, SCHEMA, create=True)
     for number in range(3):
         table.append(rows(number))
     pinned = table.version()
@@ -171,13 +156,16 @@ def test_vacuum_spares_kept_versions_and_files_of_workers(uri):
     assert numbers(table, pinned) == [0, 1, 2]
     table.vacuum()
     assert numbers(table) == [0, 2]
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DamagedFileError, match="expected a file, found none"):
         numbers(table, pinned)
     assert os.path.exists(staged)
+    table.vacuum(orphan_age_s=0)
+    assert not os.path.exists(staged)
+    assert numbers(table) == [0, 2]
 
 
 def test_quotes_in_a_value_do_not_change_what_is_deleted(uri):
-    table = VersionedTable(uri, SCHEMA)
+    table = VersionedTable(uri, SCHEMA, create=True)
     odd = "it's' OR name IN ('row-1"
     table.append(pa.table({"name": [odd, "row-1", "row-2"], "number": [0, 1, 2]}, schema=SCHEMA))
     table.delete_rows("name", [odd])
@@ -185,7 +173,7 @@ def test_quotes_in_a_value_do_not_change_what_is_deleted(uri):
 
 
 def test_table_of_an_unknown_format_is_refused(uri):
-    VersionedTable(uri, SCHEMA)
+    VersionedTable(uri, SCHEMA, create=True)
     log = os.path.join(uri, "_delta_log", f"{0:020d}.json")
     with open(log) as stream:
         lines = [json.loads(line) for line in stream]
@@ -194,7 +182,7 @@ def test_table_of_an_unknown_format_is_refused(uri):
             line["metaData"]["configuration"]["graceful.format_version"] = "99"
     with open(log, "w") as stream:
         stream.writelines(json.dumps(line) + "\n" for line in lines)
-    with pytest.raises(UnknownFormatError, match=r"expected format version 1, found 99 .*upgrade graceful"):
+    with pytest.raises(UnknownFormatError, match=r"expected format version 2, found 99 .*use the version of"):
         VersionedTable(uri, SCHEMA)
 
 
@@ -207,7 +195,7 @@ def test_crash_around_a_commit_leaves_all_of_it_or_nothing(uri, point):
         if name == point:
             raise CrashError
 
-    table = VersionedTable(uri, SCHEMA)
+    table = VersionedTable(uri, SCHEMA, create=True)
     set_crash_hook(crash)
     try:
         with pytest.raises(CrashError):
@@ -222,7 +210,7 @@ def test_crash_around_a_commit_leaves_all_of_it_or_nothing(uri, point):
 
 def create_and_append(uri, worker, start):
     start.wait(60)
-    table = VersionedTable(uri, SCHEMA)
+    table = VersionedTable(uri, SCHEMA, create=True)
     for step in range(5):
         for _ in range(50):
             try:
@@ -253,5 +241,5 @@ def test_units_of_four_processes_commit_once_and_serial_writes_never_overwrite(u
     for process in processes:
         process.join(120)
     assert [process.exitcode for process in processes] == [0] * 4
-    table = VersionedTable(uri, SCHEMA)
+    table = VersionedTable(uri, SCHEMA, create=True)
     assert numbers(table) == [0, 1, 2, 3, 4, 100, 101, 102, 103]

@@ -1,0 +1,224 @@
+"""Parquet files that say what they should be: written with checksums, and read so that a flipped byte is found.
+
+The name of a file ends in two digests (XXH3, 64 bits each): one of the whole file, one of its footer. Where a few
+columns are read, the footer is compared and every page has its own CRC-32; where vectors are read, the whole file is
+compared, once a process. Files whose names carry no digest (written by workers and not committed yet) have the pages'
+checksums only.
+"""
+
+import re
+import threading
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import xxhash
+from numpy.typing import NDArray
+
+from graceful.errors import GracefulError
+from graceful.files import is_remote, read_bytes, resolve, writing
+
+ROW_GROUP_ROWS = 16_384
+_NAME = re.compile(r"-([0-9a-f]{16})([0-9a-f]{16})\.parquet$")
+_TRAILER_BYTES = 8
+_verified: set[tuple[str, str]] = set()
+_verified_lock = threading.Lock()
+
+
+class DamagedFileError(GracefulError):
+    """A stored file is not what was written, or is gone."""
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file that was written: its name, rows, bytes, and the range of its key column (0, -1 where it has none)."""
+
+    name: str
+    num_rows: int
+    size_bytes: int
+    lowest: int = 0
+    highest: int = -1
+
+
+def digest_of(content: bytes | memoryview | pa.Buffer) -> str:
+    """XXH3 of some bytes, 16 hexadecimal digits."""
+    return xxhash.xxh3_64_hexdigest(content)
+
+
+def named(stem: str, content: bytes | memoryview | pa.Buffer) -> str:
+    """Name of a Parquet file with this content: `stem`, then its two digests."""
+    view = memoryview(content)
+    return f"{stem}-{digest_of(view)}{digest_of(view[_footer_start(view) :])}.parquet"
+
+
+def write_checked(
+    folder: str, table: pa.Table, *, key: str | None = None, statistics: Sequence[str] = ()
+) -> WrittenFile:
+    """Write a table as one new file of a folder; it appears whole or not at all, under a name of its own."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=ROW_GROUP_ROWS,
+        use_dictionary=False,
+        compression="none",
+        write_statistics=sorted({*statistics, *([key] if key else [])}) or False,
+        write_page_checksum=True,
+    )
+    content = sink.getvalue()
+    name = named(uuid.uuid4().hex[:12], content)
+    with writing(f"{folder}/{name}") as stream:
+        stream.write(content)
+    return WrittenFile(name, table.num_rows, len(content), *key_range(table, key))
+
+
+def key_range(table: pa.Table, key: str | None) -> tuple[int, int]:
+    """Lowest and highest value of the key column; (0, -1) without a key or rows."""
+    if key is None or not table.num_rows:
+        return 0, -1
+    found = pc.min_max(table[key]).as_py()
+    return int(found["min"]), int(found["max"])
+
+
+class CheckedFile:
+    """A Parquet file opened for reading; its footer has been compared with the name."""
+
+    def __init__(self, location: str, *, pages: bool = True) -> None:
+        """Open a file; `pages` compares every page that is read. Raises DamagedFileError, saying what to do."""
+        self.location = location
+        self._content: pa.Buffer | None = None
+        filesystem, path = resolve(location)
+        try:
+            if is_remote(location):
+                self._file = pq.ParquetFile(path, filesystem=filesystem, page_checksum_verification=pages)
+            else:
+                source = pa.memory_map(path)
+                self._content = source.read_buffer()
+                self._file = pq.ParquetFile(source, page_checksum_verification=pages)
+        except FileNotFoundError as error:
+            raise damaged(location, "a file", "none") from error
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise damaged(location, "a Parquet file", first_line(error)) from error
+        self._verify_footer()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Its columns."""
+        return self._file.schema_arrow
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return int(self._file.metadata.num_rows)
+
+    def group_ranges(self, key: str) -> NDArray[np.int64]:
+        """First row, number of rows, lowest and highest key of every row group, (R, 4)."""
+        metadata, start, found = self._file.metadata, 0, []
+        column = self._file.schema_arrow.get_field_index(key)
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            statistics = group.column(column).statistics
+            lowest, highest = (statistics.min, statistics.max) if statistics and statistics.has_min_max else (0, -1)
+            found.append((start, group.num_rows, lowest, highest))
+            start += group.num_rows
+        return np.array(found, np.int64).reshape(-1, 4)
+
+    def group_starts(self) -> NDArray[np.int64]:
+        """First row of every row group, (R,)."""
+        metadata = self._file.metadata
+        sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        return np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64) if sizes else np.empty(0, np.int64)
+
+    def read(self, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None) -> pa.Table:
+        """Read columns of all row groups or of some; every page is compared with its checksum."""
+        names = None if columns is None else list(columns)
+        try:
+            if groups is None:
+                return self._file.read(columns=names)
+            return self._file.read_row_groups(list(groups), columns=names)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise damaged(self.location, "what was written", first_line(error)) from error
+
+    def verify(self) -> None:
+        """Compare the whole file with the digest in its name, once a process. Raises DamagedFileError."""
+        verify(self.location, self._content)
+
+    def _verify_footer(self) -> None:
+        found = _NAME.search(self.location)
+        if found is None or _seen(self.location, "footer"):
+            return
+        if self._content is None:
+            # Remote: one read of the end. The footer's own length was needed to open the file.
+            footer = _remote_footer(self.location)
+        else:
+            view = memoryview(self._content)
+            footer = bytes(view[_footer_start(view) :])
+        if digest_of(footer) != found[2]:
+            raise damaged(self.location, f"a footer with digest {found[2]}", digest_of(footer))
+        _remember(self.location, "footer")
+
+
+def has_digest(location: str) -> bool:
+    """Tell whether the name of a file says what is in it."""
+    return _NAME.search(location) is not None
+
+
+def verify(location: str, content: pa.Buffer | bytes | None = None, *, again: bool = False) -> None:
+    """Compare a whole file with the digest in its name, once a process (or `again`). Raises DamagedFileError."""
+    found = _NAME.search(location)
+    if found is None or (not again and _seen(location, "whole")):
+        return
+    try:
+        digest = digest_of(read_bytes(location) if content is None else content)
+    except FileNotFoundError as error:
+        raise damaged(location, "a file", "none") from error
+    if digest != found[1]:
+        raise damaged(location, f"digest {found[1]}", digest)
+    _remember(location, "whole")
+
+
+def damaged(location: str, expected: str, found: str) -> DamagedFileError:
+    """The error that names a damaged file."""
+    return DamagedFileError(
+        f"reading a stored file: expected {expected}, found {found} ({location}); "
+        "restore it from a backup, or run 'graceful doctor'"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What a library said, on one line."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def _footer_start(content: memoryview) -> int:
+    """Where the footer begins; the last eight bytes of a Parquet file are its length and a mark."""
+    if len(content) < _TRAILER_BYTES:
+        return 0
+    length = int.from_bytes(content[-_TRAILER_BYTES:-4], "little")
+    return max(0, len(content) - length - _TRAILER_BYTES)
+
+
+def _remote_footer(location: str) -> bytes:
+    filesystem, path = resolve(location)
+    with filesystem.open_input_file(path) as stream:
+        size: int = stream.size()
+        trailer: Any = stream.read_at(_TRAILER_BYTES, size - _TRAILER_BYTES)
+        length = int.from_bytes(trailer[:4], "little") + _TRAILER_BYTES
+        return bytes(stream.read_at(min(length, size), max(0, size - length)))
+
+
+def _seen(location: str, part: str) -> bool:
+    with _verified_lock:
+        return (location, part) in _verified
+
+
+def _remember(location: str, part: str) -> None:
+    with _verified_lock:
+        if len(_verified) > 100_000:
+            _verified.clear()
+        _verified.add((location, part))

@@ -1,0 +1,78 @@
+"""Revisions: the numbers by which items and vectors are known, never given twice in a gallery.
+
+A revision is an int64, `bucket << 40 | number`. An item id belongs to one of 256 buckets for ever (by its hash), and
+every bucket counts for itself, so that a later revision of an item has a higher number, and writers into different
+buckets do not wait for each other. A new revision of an item, a delete and an item that comes back after it was
+forgotten all take the next number: a vector of a revision can never be read as that of another image.
+
+Sorted by revision, rows lie bucket by bucket; a range of buckets is a range of numbers.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+NUM_BUCKETS = 256
+NUMBER_BITS = 40
+
+
+def hash_of(value: str) -> int:
+    """XXH3 of a text as a signed 64-bit number."""
+    return int.from_bytes(xxhash.xxh3_64_digest(value.encode()), "big", signed=True)
+
+
+def hashes_of(values: Sequence[str] | pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+    """`hash_of` every value, (n,) int64."""
+    texts = values.to_pylist() if isinstance(values, pa.Array | pa.ChunkedArray) else values
+    digest = xxhash.xxh3_64_digest
+    joined = b"".join([digest(text.encode()) for text in texts])
+    return np.frombuffer(joined, ">i8").astype(np.int64)
+
+
+def buckets_of(item_ids: Sequence[str] | pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
+    """Bucket of each item id, (n,) in [0, 256).
+
+    >>> buckets_of(["cat.jpg", "dog.jpg", "cat.jpg"]).tolist()
+    [175, 223, 175]
+    """
+    return (hashes_of(item_ids) >> 56) & (NUM_BUCKETS - 1)
+
+
+def bucket_of_revision(revisions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Bucket of each revision."""
+    return revisions >> NUMBER_BITS
+
+
+def first_revision(bucket: int) -> int:
+    """The lowest number that a revision in a bucket may have.
+
+    >>> first_revision(2) == 2 << 40
+    True
+    """
+    return bucket << NUMBER_BITS
+
+
+def number_revisions(buckets: NDArray[np.int64], counters: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Give each row of a bucket the numbers that follow its counter; (n,) buckets, (256,) numbers given so far.
+
+    >>> number_revisions(np.array([1, 0, 1]), np.array([7, 0])).tolist() == [(1 << 40) + 1, 8, (1 << 40) + 2]
+    True
+    """
+    order = np.argsort(buckets, kind="stable")
+    ordered = buckets[order]
+    starts = np.searchsorted(ordered, ordered)
+    revisions = np.empty(len(buckets), np.int64)
+    revisions[order] = (ordered << NUMBER_BITS) + counters[ordered] + 1 + np.arange(len(buckets)) - starts
+    return revisions
+
+
+def is_member(values: NDArray[np.int64], ordered: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Tell which of `values` occur in `ordered` (ascending)."""
+    if not len(ordered):
+        return np.zeros(len(values), bool)
+    place = np.searchsorted(ordered, values)
+    place[place == len(ordered)] = 0
+    return np.asarray(ordered[place] == values)
