@@ -29,7 +29,7 @@ class IndexCorruptedError(GracefulError):
 
 def checksum(content: bytes | memoryview | NDArray[Any]) -> str:
     """Checksum of bytes in memory, the same as that of a file that holds them."""
-    view = memoryview(content).cast("B")
+    view = _bytes_of(content)
     starts = range(0, len(view), BLOCK_BYTES)
     return _whole([xxhash.xxh3_128_digest(view[start : start + BLOCK_BYTES]) for start in starts], len(view))
 
@@ -44,7 +44,7 @@ def write_checked(path: Path, chunks: Iterable[bytes | memoryview | NDArray[Any]
     def write(part: str) -> None:
         with open(part, "wb", buffering=0) as file:
             for chunk in chunks:
-                view = memoryview(chunk).cast("B")
+                view = _bytes_of(chunk)
                 while len(view):
                     view = view[file.write(view) :]
 
@@ -85,7 +85,7 @@ def verify(path: Path, expected: str) -> None:
 
 def read_checked(path: Path, out: NDArray[Any], expected: str) -> None:
     """Fill an array with a file of exactly its size and compare the checksum. Raises IndexCorruptedError."""
-    view = memoryview(out).cast("B")
+    view = _bytes_of(out)
     try:
         size = path.stat().st_size
         if size != len(view):
@@ -143,3 +143,9 @@ def _read_blocks(path: Path, size: int, block: Callable[[int, int], memoryview])
 
 def _whole(digests: list[bytes], size: int) -> str:
     return xxhash.xxh3_128_hexdigest(b"".join(digests) + size.to_bytes(8, "little"))
+
+
+def _bytes_of(content: Any) -> memoryview:
+    """View the memory of bytes or of a contiguous array; an empty array cannot be cast as it is."""
+    view = memoryview(content)
+    return view.cast("B") if view.nbytes else memoryview(b"")

@@ -93,7 +93,7 @@ def snapshot_id_of(query_generation: str, version: GalleryVersion, readable: Seq
 
 @contextmanager
 def leased(gallery: Gallery, warn: Callable[[str], object]) -> Iterator[GalleryVersion]:
-    """Keep the files of the newest version while the block runs; a gallery that is read-only is read without a lease."""
+    """Keep the files of the newest version while the block runs; what is read-only is read without a lease."""
     with ExitStack() as lease:
         try:
             pinned = lease.enter_context(gallery.lease())

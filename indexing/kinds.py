@@ -27,6 +27,8 @@ from graceful.indexing.exact import TIE_TOLERANCE
 from graceful.indexing.index_choice import IndexKind, IndexReport, MeasuredRecall
 
 _log = logging.getLogger("graceful.search")
+# The types that come with FAISS do not know the constructors that Python has.
+_faiss: Any = faiss
 
 NUM_QUERIES = 1_000
 MEASURED_K = (10, 100)
@@ -59,9 +61,9 @@ def build_index(
     """
     num_rows, width = vectors.shape
     if kind == "hnsw":
-        graph = faiss.IndexHNSWFlat(width, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+        graph: Any = faiss.IndexHNSWFlat(width, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
         graph.hnsw.efConstruction = HNSW_BUILD_BREADTH
-        index = faiss.IndexIDMap(graph)
+        index: Any = faiss.IndexIDMap(graph)
         index.own_fields = True
         graph.this.disown()
         _add(index, vectors, np.setdiff1d(np.arange(num_rows), held_out, assume_unique=True))
@@ -69,7 +71,7 @@ def build_index(
     num_lists = num_lists_for(num_rows)
     if num_rows < 2 * num_lists or num_lists < 2:
         raise ValueError(f"building {kind}: expected more rows, found {num_rows}; use a flat index")
-    quantizer = faiss.IndexFlatIP(width)
+    quantizer: Any = faiss.IndexFlatIP(width)
     parameters = {"lists": num_lists, "rounds": CLUSTERING_ROUNDS}
     inner = faiss.METRIC_INNER_PRODUCT
     if kind == "ivf":
@@ -136,11 +138,16 @@ def complete_index(kind: IndexKind, index: Any, vectors: NDArray[np.float32], he
         _add(index, vectors, held_out)
 
 
+def selector_of(live: NDArray[np.uint8]) -> Any:
+    """FAISS's selector of the rows whose bit is set, low bit first; the bitmap must outlive it."""
+    return _faiss.IDSelectorBitmap(live)
+
+
 def search_parameters(kind: IndexKind, breadth: int, selector: Any | None = None) -> Any:
     """FAISS's parameters for a search of this breadth among the rows that the selector lets through."""
     if kind == "hnsw":
-        return faiss.SearchParametersHNSW(efSearch=breadth, **({"sel": selector} if selector else {}))
-    return faiss.SearchParametersIVF(nprobe=breadth, **({"sel": selector} if selector else {}))
+        return _faiss.SearchParametersHNSW(efSearch=breadth, **({"sel": selector} if selector else {}))
+    return _faiss.SearchParametersIVF(nprobe=breadth, **({"sel": selector} if selector else {}))
 
 
 def proposals(kind: IndexKind, k: int) -> int:
@@ -168,7 +175,7 @@ def measure(
     breadths = _breadths(kind, index)
     shown = np.ones(num_rows, bool)
     shown[held_out] = False
-    selector = None if kind == "hnsw" else faiss.IDSelectorBitmap(np.packbits(shown, bitorder="little"))
+    selector = None if kind == "hnsw" else selector_of(np.packbits(shown, bitorder="little"))
     for k in MEASURED_K:
         if k > num_rows - len(held_out):
             continue

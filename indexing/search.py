@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from graceful.indexing.derived_files import IndexCorruptedError
 from graceful.indexing.exact import TIE_TOLERANCE, check_finite, comparable_queries
 from graceful.indexing.index_choice import IndexReport, SearchConfig
-from graceful.indexing.kinds import choose_index, proposals, search_parameters
+from graceful.indexing.kinds import choose_index, proposals, search_parameters, selector_of
 from graceful.indexing.snapshots import (
     Manifest,
     SegmentRows,
@@ -433,7 +433,7 @@ class _Part:
         if breadth is None:
             return self._exact(queries, k)
         assert self.index is not None
-        selector = None if self.num_live == len(self) else faiss.IDSelectorBitmap(self.live)
+        selector = None if self.num_live == len(self) else selector_of(self.live)
         asked = min(proposals(self.index.report.kind, k + 1), len(self))
         parameters = search_parameters(self.index.report.kind, breadth, selector)
         _, rows = self.index.index.search(queries, asked, params=parameters)
@@ -504,7 +504,11 @@ class _Part:
 def _ordered(scores: NDArray[np.float32], revisions: NDArray[np.int64], codes: NDArray[np.int16], k: int) -> _Best:
     """Sort each row of (Q, M) by score, ties by the lower revision, and keep K."""
     order = np.lexsort((revisions, -scores), axis=-1)[:, :k]
-    return _Best(*(np.take_along_axis(values, order, axis=1) for values in (scores, revisions, codes)))
+    return _Best(
+        np.take_along_axis(scores, order, axis=1),
+        np.take_along_axis(revisions, order, axis=1),
+        np.take_along_axis(codes, order, axis=1),
+    )
 
 
 def _merged(found: Sequence[_Best], k: int) -> _Best:

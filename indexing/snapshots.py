@@ -24,6 +24,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -424,6 +425,6 @@ def _indexes_for(
         index, report = chosen
         index_id = f"{report.kind}-{uuid.uuid4().hex[:12]}"
         path = Path(folder, f"{index_id}.faiss")
-        digest = publish_file(path, lambda part, index=index: faiss.write_index(index, part))
+        digest = publish_file(path, partial(faiss.write_index, index))
         result.append(StoredIndex(index_id=index_id, width=width, segment_ids=names, checksum=digest, report=report))
     return tuple(result)

@@ -181,7 +181,7 @@ class ShardedSearcher:
         config = load_search_config(workspace.root)
         # As many questions at a time as a shard has threads; one more prepares the next state meanwhile.
         options = {"max_restarts": -1, "max_concurrency": 9, "num_cpus": 0, "scheduling_strategy": "SPREAD"}
-        actor = ray.remote(**options)(Shard)
+        actor: Any = ray.remote(Shard).options(**options)
         self.shards = [actor.remote(workspace.root, buckets, config) for buckets in shard_buckets(num_shards)]
         self.refresh()
 
