@@ -6,6 +6,7 @@ from pathlib import Path
 
 from benchmarks.gallery_cost import evaluate_matrix, reindex_proportional
 from benchmarks.orchestration import orchestration
+from benchmarks.search_cost import change_visible, open_gallery, search_approximate, search_changed, search_mixed
 from benchmarks.training_cost import step_cost_predecessors, train_overhead
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -14,6 +15,11 @@ BENCHMARKS = {
     "evaluate_matrix": evaluate_matrix,
     "step_cost_predecessors": step_cost_predecessors,
     "train_overhead": train_overhead,
+    "open_gallery": open_gallery,
+    "change_visible": change_visible,
+    "search_mixed": search_mixed,
+    "search_changed": search_changed,
+    "search_approximate": search_approximate,
     "orchestration": orchestration,
 }
 
