@@ -1,6 +1,7 @@
 """A steady rate of searches over HTTP while the gallery changes under it.
 
-Waves, a promotion, a rollback, an ingest stream and a collection. Every answer is checked; the ratio is the 99th percentile of the latency to that when idle.
+Waves, a promotion, a rollback, an ingest stream and a collection. Every answer is checked; the ratio is the 99th
+percentile of the latency to that when idle.
 
 The encoder is free: queries are vectors, and the vector of a stored image is a function of its name and generation, so
 that the score of every hit can be computed again by whoever asked.
@@ -70,8 +71,8 @@ def search_service() -> Ratio:
         baseline_s=round(before, 4),
         candidate_s=round(during, 4),
         note=f"{NUM_ITEMS:,} x {WIDTH}, {RATE} searches a second, client, writer and service on the same two cores; "
-        f"{len(busy):,} answers of {len(seen)} snapshots, {failed} failed, {len(problems) - failed} inconsistent; median "
-        f"{np.median(busy) * 1e3:.1f} ms against {np.median(idle) * 1e3:.1f} ms",
+        f"{len(busy):,} answers of {len(seen)} snapshots, {failed} failed, {len(problems) - failed} inconsistent; "
+        f"median {np.median(busy) * 1e3:.1f} ms against {np.median(idle) * 1e3:.1f} ms",
     )
 
 
