@@ -29,9 +29,9 @@ from graceful.files import crash_point, exists, join, list_files, move, remove
 from graceful.indexing.checked_files import CheckedFile, DamagedFileError
 from graceful.indexing.columns import ColumnCache
 from graceful.indexing.embedding_files import read_embeddings, read_rows, write_embedding_file
-from graceful.indexing.items import ITEMS_SCHEMA, NEW_ITEM_COLUMNS, NOTHING, IngestResult, Items
+from graceful.indexing.items import ITEMS_SCHEMA, NEW_ITEM_COLUMNS, NOTHING, REPEATED_COLUMNS, IngestResult, Items
 from graceful.indexing.leases import GalleryVersion, Leases
-from graceful.indexing.revisions import first_revision, is_member
+from graceful.indexing.revisions import Positions, first_revision, is_member
 from graceful.indexing.tables import STAGING, DataFile, TableConflictError, TableSnapshot, VersionedTable, attempts
 from graceful.indexing.view import Changes, VectorRows, View, check_norms
 
@@ -61,7 +61,9 @@ class Gallery:
             MissingTableError: there is none, or a part of it is gone.
         """
         self.location = location
-        self.items_table = VersionedTable(join(location, "items"), ITEMS_SCHEMA, key="revision", create=create)
+        self.items_table = VersionedTable(
+            join(location, "items"), ITEMS_SCHEMA, key="revision", repeated=REPEATED_COLUMNS, create=create
+        )
         self.vectors_table = VersionedTable(
             join(location, "vectors"), VECTORS_SCHEMA, partition_by="generation", key="revision", create=create
         )
@@ -202,22 +204,22 @@ class Gallery:
         if buckets is not None:
             low, high = np.searchsorted(live, [first_revision(bucket) for bucket in buckets])
             live = live[low:high]
-        owner = np.full(len(live), -1, np.int16)
-        file_of = np.full(len(live), -1, np.int32)
-        row_of = np.full(len(live), -1, np.int32)
+        # File and row in one number: one scatter a file instead of three.
+        place = np.full(len(live), -1, np.int64)
         snapshot = self.vectors_table.snapshot(pinned.vectors)
         files: list[str] = []
+        codes: list[int] = []
+        positions = Positions(live)
         for code in reversed(range(len(readable))):
-            for file in _meeting(snapshot, readable[code], live):
-                location = snapshot.location(file)
-                (revisions,) = self._columns.read(location, "revision")
+            locations = [snapshot.location(file) for file in _meeting(snapshot, readable[code], live)]
+            for location, (revisions,) in zip(locations, self._columns.read_all(locations, "revision"), strict=True):
+                position = positions.of(revisions)
+                row = np.flatnonzero((position >= 0) & (place[position] < 0))
+                place[position[row]] = row + (len(files) << 32)
                 files.append(location)
-                position = np.searchsorted(live, revisions)
-                position[position == len(live)] = 0
-                right = (live[position] == revisions) & (owner[position] < 0)
-                row = np.flatnonzero(right)
-                position = position[row]
-                owner[position], file_of[position], row_of[position] = code, len(files) - 1, row
+                codes.append(code)
+        file_of, row_of = (place >> 32).astype(np.int32), place.astype(np.int32)
+        owner = np.array([*codes, -1], np.int16)[file_of]
 
         def read_items(revisions: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
             return self.items.take(revisions, columns, pinned.items)

@@ -45,6 +45,7 @@ ITEMS_SCHEMA = pa.schema(
         ("source_key", pa.int64()),
     ]
 )
+REPEATED_COLUMNS = ("label", "attributes", "replaces")
 NEW_ITEM_COLUMNS = ("item_id", "source", "content_sha256", "label", "attributes")
 NOTHING = -1
 """What a row `replaces` that takes nobody's place."""
@@ -286,11 +287,11 @@ class Items:
 
     def _live_of(self, snapshot: TableSnapshot) -> NDArray[np.int64]:
         names = ("revision", "replaces", "deleted")
-        parts = [self.columns.read(snapshot.location(file), *names) for file in snapshot.files]
+        parts = self.columns.read_all([snapshot.location(file) for file in snapshot.files], *names)
         if not parts:
             return np.empty(0, np.int64)
         revisions, replaces, deleted = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return _without(np.sort(revisions[deleted == 0]), replaces)
+        return _without(np.sort(revisions[deleted == 0], kind="stable"), replaces)
 
     def _live_from(self, known: tuple[int, NDArray[np.int64]], version: int) -> NDArray[np.int64] | None:
         rows = self.rows_added(known[0], version, ["revision", "replaces", "deleted"])

@@ -146,11 +146,12 @@ class VersionedTable:
         *,
         partition_by: str | None = None,
         key: str | None = None,
+        repeated: Sequence[str] = (),
         create: bool = False,
     ) -> None:
         """Open the table at `uri`; with `create` it is made empty where there is none.
 
-        `key` is an int64 column whose range is kept for every file.
+        `key` is an int64 column whose range is kept for every file; `repeated` columns have few different values.
 
         Raises:
             MissingTableError: there is none.
@@ -160,6 +161,7 @@ class VersionedTable:
         self.uri = uri
         self.schema = schema
         self.key = key
+        self.repeated = tuple(repeated)
         self.partition_by = partition_by
         self._delta_schema = Schema.from_arrow(schema)
         self._pinned: TableSnapshot | None = None
@@ -250,7 +252,8 @@ class VersionedTable:
             rows = rows.sort_by(self.key)
         names = [name for name in self.schema.names if name != self.partition_by]
         schema = pa.schema([_stored_field(self.schema.field(name), rows) for name in names])
-        written = write_checked(join(self.uri, folder), rows.select(names).cast(schema), key=self.key)
+        place = join(self.uri, folder) if folder else self.uri
+        written = write_checked(place, rows.select(names).cast(schema), key=self.key, repeated=self.repeated)
         path = join(folder, written.name) if folder else written.name
         return DataFile(path, written.num_rows, written.size_bytes, partition, written.lowest, written.highest)
 

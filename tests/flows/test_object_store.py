@@ -90,6 +90,7 @@ def test_whole_updates_run_in_the_store_and_are_searched_and_rolled_back(
 
     write_bytes(f"{root}/graceful.toml", tiny.config_text(digits_file).encode())
     config = load_workspace_config(root)
+    Workspace(root).create()
     with open_session(root, config) as session:
         tiny.fill_gallery(session.workspace, config)
     assert not running.update(root).repeated
