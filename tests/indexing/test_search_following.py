@@ -149,6 +149,15 @@ class TestFollowing:
         shop.embed("g2", ["i0003", "i0004"])
         check(shop, follower.follow(G2))
 
+    def test_a_late_vector_of_an_older_generation_takes_no_row_from_a_newer_one(self, shop: Shop) -> None:
+        follower = shop.follower()
+        shop.ingest(["x"])
+        shop.embed("g2", ["x"])
+        check(shop, follower.follow(G2))
+        shop.embed("g1", ["x"])
+        check(shop, follower.follow(G2))
+        assert follower.current.index.rows_by_generation()["g2"] == 1
+
     def test_a_feed_that_no_longer_tells_is_replaced_by_a_comparison(
         self, shop: Shop, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -208,6 +217,7 @@ class TestFollowing:
         go_on.set()
         follower.wait_for_rebase(20)
         check(shop, follower.current)
+        assert (follower.current.target, follower.current.version) == (G2, shop.gallery.version())
         assert len(follower.current.index.widths[0].base) == 90
         assert len(first.index.widths[0].base) == 60
         check(shop, follower.follow(G2))
