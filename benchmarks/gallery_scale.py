@@ -1,16 +1,20 @@
 """What the gallery's bookkeeping costs at 10,000, 100,000 and 1,000,000 items: with an encoder that costs nothing.
 
 Every gallery has two owning generations (the second owns a tenth) and at least a hundred committed units. Handles are
-opened anew for each measurement, as a command does.
+opened anew for each measurement, as a command does. `python -m benchmarks.gallery_scale` measures every step's seconds
+for docs/scale.md; the ratios are run by `python -m benchmarks`.
 """
 
+import datetime
 import functools
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +24,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from benchmarks.harness import Ratio, paired
+from benchmarks.harness import Ratio, paired, processor
 from graceful.files import join
 from graceful.indexing.embed import EmbeddedUnit, EmbedUnit, embed_units
 from graceful.indexing.embedding_files import write_embedding_file
 from graceful.indexing.gallery import Gallery
+from graceful.indexing.maintenance import collect
 from graceful.indexing.planner import OrderInputs, plan_waves, random_key_of, rank_items
 from graceful.indexing.reindex import carry_out, embed_missing
 
@@ -189,8 +194,6 @@ class _Committer:
         self._rows = iter(np.random.default_rng(0).permutation(missing)[:9_000].reshape(-1, 1_000))
 
     def time(self) -> float:
-        import time
-
         revisions = np.sort(next(self._rows))
         unit = f"unit-{revisions[0]}"
         staged = self._gallery.staging_file(THIRD, unit)
@@ -225,8 +228,79 @@ def _peak(size: int) -> Ratio:
     )
 
 
-def main(size: int) -> None:
-    """Ingest in batches as a loader would, embed twice, and print the peak."""
+def steps(size: int) -> dict[str, float]:
+    """Seconds of every step at one size, and what lies on the disk."""
+    folder = tempfile.mkdtemp(prefix="graceful-scale-")
+    found: dict[str, float] = {}
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        found[name] = round(time.perf_counter() - started, 4)
+
+    try:
+        gallery = Gallery(f"{folder}/gallery", create=True)
+        everything, rows = items(0, size), unit_rows_of(size)
+        with timed("ingest everything, without vectors"):
+            gallery.ingest(everything)
+        with timed("plan everything"):
+            whole = plan(gallery, 1.0, rows)
+        with timed("embed everything, free encoder"):
+            carry_out(gallery, FIRST, whole, embed, unit_rows=rows)
+        with timed("embed 10 % with the next generation, plan included"):
+            carry_out(gallery, SECOND, plan(gallery, 0.1, rows), embed, unit_rows=rows)
+        gallery = Gallery(gallery.location)
+        with timed("view, nothing remembered"):
+            gallery.view([FIRST, SECOND])
+        with timed("view again after one photo"):
+            since = gallery.version()
+            result = gallery.ingest(items(size, size + 1))
+            embed_missing(gallery, SECOND, embed, revisions=result.revisions)
+            before = time.perf_counter()
+            gallery.view([FIRST, SECOND])
+        found["view again after one photo"] = round(time.perf_counter() - before, 4)
+        with timed("feed of changes after one photo"):
+            gallery.changes(since, gallery.version())
+        with timed("ingest one photo and its vector"):
+            result = gallery.ingest(items(size + 1, size + 2))
+            embed_missing(gallery, SECOND, embed, revisions=result.revisions)
+        with timed("delete one item"):
+            gallery.delete([items(0, 1)["item_id"][0].as_py()])
+        with timed("find an item by its source"):
+            gallery.items.with_sources(items(5, 6)["source"].combine_chunks())
+        with timed("collect: nothing to drop"):
+            collect(gallery, lambda: [[FIRST], [FIRST, SECOND]])
+        with timed("collect: a tenth of the first generation's rows"):
+            collect(gallery, lambda: [[FIRST, SECOND]], dead_share=0.05)
+        files = [file for table in (gallery.items_table, gallery.vectors_table) for file in table.snapshot().files]
+        found["files"] = len(files)
+        found["bytes on disk"] = sum(file.size_bytes for file in files)
+        found["peak MiB"] = peak_mib()
+        return found
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process. Not getrusage: its maximum includes what the parent held before."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return round(int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) * 1024 / _MIB, 1)
+
+
+def measure_steps() -> None:
+    """Measure every step at every size, each in a process of its own, and store it."""
+    found = {}
+    for size in SIZES:
+        command = [sys.executable, "-m", "benchmarks.gallery_scale", str(size), "steps"]
+        found[str(size)] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    stored = {"hardware": f"{os.cpu_count()} x {processor()}", "date": date, "width": WIDTH, "sizes": found}
+    Path(__file__).with_name("results-scale.json").write_text(json.dumps(stored, indent=2) + "\n")
+
+
+def ingest_and_reindex(size: int) -> float:
+    """Ingest in batches as a loader would, embed twice; the peak of this process in MiB."""
     folder = tempfile.mkdtemp(prefix="graceful-scale-")
     try:
         gallery = Gallery(f"{folder}/gallery", create=True)
@@ -234,13 +308,15 @@ def main(size: int) -> None:
             gallery.ingest(items(start, min(size, start + 250_000)))
         for generation in (FIRST, SECOND):
             carry_out(gallery, generation, plan(gallery, 1.0, 4_096), embed)
-        # Not getrusage: its maximum includes what the parent held before this program was loaded.
-        status = Path("/proc/self/status").read_text().splitlines()
-        peak_kib = next(line.split()[1] for line in status if line.startswith("VmHWM"))
-        print(json.dumps({"peak_mib": int(peak_kib) * 1024 / _MIB}))
+        return peak_mib()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    if len(sys.argv) == 1:
+        measure_steps()
+    elif sys.argv[2:] == ["steps"]:
+        print(json.dumps(steps(int(sys.argv[1]))))
+    else:
+        print(json.dumps({"peak_mib": ingest_and_reindex(int(sys.argv[1]))}))

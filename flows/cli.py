@@ -437,6 +437,24 @@ def retire(
 
 
 @app.command()
+def revoke(
+    query: CandidateArgument,
+    gallery: Annotated[str, typer.Argument(help="Generation whose rows it may not be scored against any more.")],
+    reason: ReasonOption,
+    root: RootOption = ".",
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Revoke the certificate of one generation for the rows of another. What only it lets queries read is hidden."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.status import revoke_certificate
+
+        found = revoke_certificate(_place(root), query, gallery, reason, yes=yes)
+        line = f"{found['revoked'][0]} may not read {found['revoked'][1]} any more; items hidden: {found['hidden']}."
+        _print(as_json, found, lambda console: console.print(line, highlight=False))
+
+
+@app.command()
 def history(root: RootOption = ".", as_json: JsonOption = False) -> None:
     """List the generations with what was decided about them and who decided, and every move of what serves."""
     with reported_errors(as_json):

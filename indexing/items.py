@@ -92,6 +92,19 @@ class Items:
             self._live = (version, live)
         return live
 
+    def live_in(self, first: int, last: int, version: int) -> NDArray[np.int64]:
+        """Live revisions of the buckets [first, last), ascending; of the files only what holds these is read."""
+        if self._live is not None and self._live[0] == version:
+            live = self._live[1]
+            return live[slice(*np.searchsorted(live, [first << NUMBER_BITS, last << NUMBER_BITS]))]
+        snapshot, buckets = self.table.snapshot(version), np.arange(first, last)
+        names = ("revision", "replaces", "deleted")
+        parts = [self._of_buckets(snapshot.location(file), buckets, names) for file in snapshot.files]
+        rows = pa.concat_tables([pa.schema([ITEMS_SCHEMA.field(name) for name in names]).empty_table(), *parts])
+        there = np.sort(rows["revision"].to_numpy()[~as_mask(rows["deleted"])], kind="stable")
+        low, high = np.searchsorted(there, [first << NUMBER_BITS, last << NUMBER_BITS])
+        return _without(there[low:high], rows["replaces"].to_numpy())
+
     def are_live(self, revisions: NDArray[np.int64], version: int) -> NDArray[np.bool_]:
         """Tell which revisions (n,) are live; of few of them, only their buckets are read."""
         known = self._live

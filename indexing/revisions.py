@@ -48,15 +48,6 @@ def bucket_of_revision(revisions: NDArray[np.int64]) -> NDArray[np.int64]:
     return revisions >> NUMBER_BITS
 
 
-def first_revision(bucket: int) -> int:
-    """The lowest number that a revision in a bucket may have.
-
-    >>> first_revision(2) == 2 << 40
-    True
-    """
-    return bucket << NUMBER_BITS
-
-
 def number_revisions(buckets: NDArray[np.int64], counters: NDArray[np.int64]) -> NDArray[np.int64]:
     """Give each row of a bucket the numbers that follow its counter; (n,) buckets, (256,) numbers given so far.
 

@@ -399,20 +399,23 @@ class VersionedTable:
             return True
         return False
 
-    def vacuum(self, keep_versions: Sequence[int] = (), *, orphan_age_s: float = ORPHAN_AGE_S) -> list[str]:
-        """Delete files that neither the newest version nor a kept one names, and what was never committed.
+    def vacuum(
+        self, keep_versions: Sequence[int] = (), *, at: int | None = None, orphan_age_s: float = ORPHAN_AGE_S
+    ) -> list[str]:
+        """Delete files that neither version `at` (the newest), a later nor a kept one names, and what never committed.
 
-        Orphans of killed writers, staged files among them, go once they are `orphan_age_s` old.
+        Whoever keeps versions of its readers takes `at` first and asks for them then: a reader that comes later pins
+        `at` or a later version. Orphans of killed writers, staged files among them, go once they are old enough.
         """
-        self._update()
         there = file_ages(self.uri)
-        named_before = self._table.vacuum(
+        version = self.version() if at is None else at
+        named_before = self._at(version).vacuum(
             retention_hours=0, dry_run=False, enforce_retention_duration=False, keep_versions=list(keep_versions)
         )
         gone = [path for path in named_before if path in there]
         self._update()
         self._pinned = None
-        orphans = self.orphans(keep_versions, older_than_s=orphan_age_s)
+        orphans = self.orphans([version, *keep_versions], older_than_s=orphan_age_s)
         for location in orphans:
             remove(location)
         return gone + orphans

@@ -38,7 +38,7 @@ ORDER = {
         "evaluation.report",
     ),
     "flows": (
-        "flows", "flows.store", "flows.store.processes", "flows.store.items", "flows.store.evaluation_set",
+        "flows", "flows.store", "flows.store.items", "flows.store.evaluation_set",
         "flows.store.events", "flows.store.registry", "flows.store.workspace", "flows.store.claim",
         "flows.store.evaluations", "flows.store.leaks",
         "flows.settings", "flows.settings.template", "flows.settings.cron", "flows.settings.config",
@@ -46,9 +46,8 @@ ORDER = {
         "flows.runtime", "flows.runtime.environment", "flows.runtime.server", "flows.runtime.progress",
         "flows.runtime.cluster", "flows.runtime.jobs", "flows.runtime.encoders", "flows.runtime.session",
         "flows.runtime.flow_ui",
-        "flows.update", "flows.update.bench", "flows.update.assess", "flows.update.serving", "flows.update.rollout",
-        "flows.update.act",
-        "flows.update.freeze",
+        "flows.update", "flows.update.bench", "flows.update.assess", "flows.update.gate", "flows.update.serving",
+        "flows.update.rollout", "flows.update.act", "flows.update.freeze",
         "flows.update.train", "flows.update.judge", "flows.update.conclude", "flows.update.diagnosis",
         "flows.update.publish", "flows.update.order", "flows.update.replay", "flows.update.flow",
         "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.sharded", "flows.search.http",
@@ -62,7 +61,7 @@ ORDER = {
 }  # fmt: skip
 
 # What lies below the stages: bytes, locations and errors, with no noun of the domain in it.
-LEAF = ("errors", "files")
+LEAF = ("errors", "files", "processes")
 EVERYWHERE = ("numpy", "pydantic", "pydantic_core", *LEAF)
 # Library -> modules that may import it; a package stands for all its modules.
 ALLOWED = {

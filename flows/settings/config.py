@@ -64,6 +64,9 @@ class GalleryConfig(BaseModel):
     max_mix_drift: float = Field(
         default=0.02, ge=0, le=1, description="Share of the gallery that may change owner between evidence and move."
     )
+    max_hidden_items: int = Field(
+        default=0, ge=0, description="Items that can be read now and may be unreadable after a promotion."
+    )
 
 
 class ClusterConfig(BaseModel):

@@ -23,7 +23,7 @@ from graceful.flows.update.rollout import (
     prepare,
     promote,
 )
-from graceful.flows.update.serving import operator
+from graceful.flows.update.serving import abandon, operator
 from graceful.indexing.reindex import ReindexReport
 
 T = TypeVar("T")
@@ -100,6 +100,8 @@ def decide_and_act(
     if rollout is not None:
         report = do("embed before the move", lambda: _embed_before_move(case, rollout))
         do("move serving state", lambda: _move(case, rollout))
+    else:
+        abandon(case.workspace)  # what was prepared before and never moved: this decision takes its place
     settled()
     report = report.plus(do("re-index", lambda: carry_on(case.workspace, case.gallery, case.progress)))
     do("conclude", lambda: case.conclude(evaluation.decision))
