@@ -54,6 +54,8 @@ BLOCK_QUERIES = 1024
 # The proposed rows of a block of queries are copied to be scored again: 64 MiB at most.
 BLOCK_VALUES = 16 * 2**20
 OPEN_THREADS = 4
+# Kinds that are chosen to save memory: the vectors themselves stay on disk.
+MAPPED_KINDS = ("ivf_sq8", "ivf_pq")
 NOT_HERE = np.int16(-1)
 
 
@@ -236,7 +238,7 @@ def open_snapshot(
 ) -> IndexState:
     """Load a snapshot for search; every file is compared with its checksum.
 
-    Vectors under an approximate index are mapped, others are read.
+    Vectors under a compressed index are mapped, to save memory: their file must not be cut meanwhile. Others are read.
 
     Raises:
         UnknownFormatError: written in a format that this version does not know.
@@ -551,7 +553,7 @@ def _read_part(
     codes = np.empty(num_rows, np.int16)
     live = np.zeros(num_rows, bool)
     jobs = []
-    mapped = index is not None and len(members) == 1
+    mapped = index is not None and index.report.kind in MAPPED_KINDS and len(members) == 1
     vectors = map_vectors(root, members[0].segment) if mapped else np.empty((num_rows, width), np.float32)
     for served, start, stop in zip(members, starts[:-1], starts[1:], strict=True):
         codes[start:stop] = generations.index(served.segment.generation)

@@ -1,6 +1,7 @@
-"""Items by revision, looked up for the few rows that a search finds: one Arrow file, mapped into memory.
+"""Items by revision, looked up for the few rows that a search finds: one Arrow file, read into memory.
 
-Derived from the gallery, written once, never changed; no Python object per item. What came later is in an overlay of
+Derived from the gallery, written once, never changed; no Python object per item. It is read and not mapped:
+a mapped file that somebody cuts kills the process (SIGBUS). What came later is in an overlay of
 the book that reads it. A revision says the same for ever, so an entry of a deleted item harms nobody: who is live is
 said elsewhere.
 """
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from graceful.indexing.derived_files import corrupted, verify
+from graceful.indexing.derived_files import corrupted, read_checked
 
 SIDECAR_SCHEMA = pa.schema(
     [
@@ -46,11 +47,11 @@ def as_sidecar(items: pa.Table) -> pa.Table:
 
 
 def open_sidecar(path: Path, num_items: int, expected: str) -> pa.Table:
-    """Map a sidecar into memory once its checksum is compared. Raises IndexCorruptedError."""
-    verify(path, expected)
+    """Read a sidecar into memory and compare its checksum. Raises IndexCorruptedError."""
     try:
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_file(source).read_all()
+        content = np.empty(path.stat().st_size, np.uint8)
+        read_checked(path, content, expected)
+        table = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(content))).read_all()
     except (OSError, pa.ArrowException) as error:
         raise corrupted(path, f"an Arrow file, found {error}") from error
     if table.num_rows != num_items or table.schema != SIDECAR_SCHEMA:
