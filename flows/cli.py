@@ -330,6 +330,12 @@ def serve(
     http: Annotated[bool, typer.Option(help="Answer searches over HTTP instead of scheduling updates.")] = False,
     host: Annotated[str, typer.Option(help="Address that the HTTP endpoint listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the HTTP endpoint.")] = 8080,
+    shards: Annotated[
+        int, typer.Option(min=0, max=256, help="Spread the index over so many processes of a Ray cluster; 0: here.")
+    ] = 0,
+    ray_address: Annotated[
+        str, typer.Option(help="Cluster of the shards: local (this machine alone), auto, or host:port.")
+    ] = "local",
     ui_host: Annotated[str, typer.Option(help="Address that the flow UI listens on.")] = "127.0.0.1",
     ui_port: Annotated[int, typer.Option(help="Port of the flow UI.")] = 4200,
 ) -> None:
@@ -338,7 +344,7 @@ def serve(
         if http:
             from graceful.flows.search.http import serve_searches
 
-            serve_searches(_place(root), host, port)
+            serve_searches(_place(root), host, port, shards, ray_address)
         else:
             from graceful.flows.runtime.environment import prepare_environment
 

@@ -22,6 +22,7 @@ from graceful.files import is_remote, join, read_bytes
 from graceful.flows.settings.cron import check_cron, check_timezone
 from graceful.flows.settings.template import TEMPLATE
 from graceful.flows.store.evaluation_set import EvaluationConfig
+from graceful.indexing.index_choice import SearchConfig
 from graceful.indexing.planner import ORDERS
 from graceful.training.datasets import DatasetConfig
 from graceful.training.job import TrainingConfig
@@ -152,6 +153,7 @@ class PipelineConfig(BaseModel):
     )
     policy: RolloutPolicy = Field(default=RolloutPolicy(), description="Limits of the decision.")
     gallery: GalleryConfig = Field(default=GalleryConfig(), description="Gallery and re-index.")
+    search: SearchConfig = Field(default=SearchConfig(), description="How searches are answered.")
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="Ray.")
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="Scheduled retraining.")
     prices: PricesConfig = Field(default=PricesConfig(), description="Prices, where they are known.")
@@ -159,7 +161,7 @@ class PipelineConfig(BaseModel):
 
     def digest(self) -> str:
         """Digest of what shapes a generation and its decision; where it runs does not."""
-        shaping = self.model_dump(mode="json", exclude={"cluster", "schedule", "replay", "name"})
+        shaping = self.model_dump(mode="json", exclude={"cluster", "schedule", "search", "replay", "name"})
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -195,6 +197,30 @@ def load_workspace_config(root: str, overrides: dict[str, Any] | None = None) ->
             f"{join(root, CONFIG_FILE)}); run 'graceful init {root} --from <pictures>', or edit it"
         )
     return load_config(join(root, CONFIG_FILE), root, overrides)
+
+
+def load_search_config(root: str) -> SearchConfig:
+    """Read how a workspace's searches are answered, whatever else its configuration says; defaults where it has none.
+
+    Raises:
+        ConfigError: the file cannot be read, or its table `search` is wrong.
+    """
+    path = join(root, CONFIG_FILE)
+    try:
+        raw = tomllib.loads(read_bytes(path).decode())
+    except FileNotFoundError:
+        return SearchConfig()
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"reading the configuration: {error} ({path})") from None
+    try:
+        return SearchConfig.model_validate(raw.get("search", {}))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(["search", *(str(part) for part in problem["loc"])])
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ConfigError(
+            f"reading the configuration: {place}: {message}, found {problem.get('input')!r} ({path})"
+        ) from None
 
 
 def is_unedited(root: str) -> bool:
