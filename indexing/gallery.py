@@ -76,6 +76,10 @@ class Gallery:
         vectors = self.vectors_table.version()
         return GalleryVersion(self.items_table.version(), vectors)
 
+    def identity(self) -> str:
+        """What tells this gallery from every other, one made later at the same place too."""
+        return self.items_table.identity()[:12]
+
     # Items ------------------------------------------------------------------------------------------------------------
 
     def ingest(self, items: pa.Table) -> IngestResult:

@@ -201,6 +201,10 @@ class VersionedTable:
         self._update()
         return int(self._table.version())
 
+    def identity(self) -> str:
+        """The identifier that the table was given when it was made."""
+        return str(self._table.metadata().id)
+
     def committed(self, unit: str) -> bool:
         """Tell whether a unit of work has committed."""
         self._update()

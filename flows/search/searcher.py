@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from graceful.errors import GracefulError
 from graceful.flows.search.views import open_follower, target_of
+from graceful.flows.settings.config import load_supported_clients
 from graceful.flows.store.workspace import Workspace
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
 from graceful.indexing.following import Followed
@@ -246,8 +247,15 @@ class GallerySearcher:
 def serving_encoder(
     workspace: Workspace, pinned: str | None, served: ServedSnapshot | None
 ) -> tuple[str, SourceEncoder]:
-    """The generation that is to serve and its encoder, which is opened unless it serves already."""
+    """The generation that is to serve and its encoder, which is opened unless it serves already.
+
+    Raises:
+        NothingServedError: no generation serves yet.
+        UnsupportedGenerationError: one was asked for by name whose items are no longer kept.
+    """
     generation = pinned or workspace.registry.serving().champion
+    if pinned is not None:
+        workspace.may_query(pinned, load_supported_clients(workspace.root))
     if generation is None:
         raise NothingServedError("searching: expected a serving generation, found none; run 'graceful update' first")
     if served is not None and served.generation == generation:

@@ -35,7 +35,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from graceful.files import join
 from graceful.flows.runtime.cluster import RaySession
 from graceful.flows.search.searcher import IncompleteAnswerError, ServedSnapshot, serving_encoder
-from graceful.flows.search.views import target_of
+from graceful.flows.search.views import index_folder, target_of
 from graceful.flows.settings.config import ClusterConfig, load_search_config
 from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.indexing.following import Followed, IndexFollower, Target, leased, snapshot_id_of
@@ -68,7 +68,7 @@ class Shard:
 
     def __init__(self, root: str, buckets: tuple[int, int], config: SearchConfig) -> None:
         workspace = open_workspace(root)
-        place = join(workspace.index_location(), SHARDS_FOLDER, f"{buckets[0]:03d}-{buckets[1]:03d}")
+        place = join(index_folder(workspace), SHARDS_FOLDER, f"{buckets[0]:03d}-{buckets[1]:03d}")
         self._follower = IndexFollower(workspace.gallery, place, config, buckets)
         self._states: dict[str, Followed] = {}
         self._one_writer = threading.Lock()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from graceful.files import join
 from graceful.flows.settings.config import load_search_config
 from graceful.flows.store.workspace import Workspace
 from graceful.indexing.following import Followed, IndexFollower, Target
@@ -10,7 +11,12 @@ from graceful.indexing.index_choice import SearchConfig
 
 def open_follower(workspace: Workspace, config: SearchConfig | None = None) -> IndexFollower:
     """A follower of the workspace's gallery, as its configuration says."""
-    return IndexFollower(workspace.gallery, workspace.index_location(), config or load_search_config(workspace.root))
+    return IndexFollower(workspace.gallery, index_folder(workspace), config or load_search_config(workspace.root))
+
+
+def index_folder(workspace: Workspace) -> str:
+    """Where the index of this very gallery lies: one made anew under the same name has another."""
+    return join(workspace.index_location(), workspace.gallery.identity())
 
 
 def target_of(workspace: Workspace, query_generation: str, prefix_widths: Sequence[int] = ()) -> Target:

@@ -199,19 +199,29 @@ def load_workspace_config(root: str, overrides: dict[str, Any] | None = None) ->
     return load_config(join(root, CONFIG_FILE), root, overrides)
 
 
+def load_supported_clients(root: str) -> tuple[str, ...]:
+    """Old generations that a workspace's configuration lets query, whatever else it says. Raises ConfigError."""
+    named = _raw_config(root).get("gallery", {}).get("supported_query_generations", ())
+    return tuple(str(name) for name in named)
+
+
+def _raw_config(root: str) -> dict[str, Any]:
+    path = join(root, CONFIG_FILE)
+    try:
+        return tomllib.loads(read_bytes(path).decode())
+    except FileNotFoundError:
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"reading the configuration: {error} ({path})") from None
+
+
 def load_search_config(root: str) -> SearchConfig:
     """Read how a workspace's searches are answered, whatever else its configuration says; defaults where it has none.
 
     Raises:
         ConfigError: the file cannot be read, or its table `search` is wrong.
     """
-    path = join(root, CONFIG_FILE)
-    try:
-        raw = tomllib.loads(read_bytes(path).decode())
-    except FileNotFoundError:
-        return SearchConfig()
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"reading the configuration: {error} ({path})") from None
+    path, raw = join(root, CONFIG_FILE), _raw_config(root)
     try:
         return SearchConfig.model_validate(raw.get("search", {}))
     except ValidationError as error:
