@@ -529,7 +529,7 @@ def reported_errors(as_json: bool = False) -> Iterator[None]:
     One line: every `GracefulError`, and what the machine refuses (a full disk, a missing permission). GRACEFUL_DEBUG=1
     shows the traceback of these too.
     """
-    from graceful.errors import GracefulError
+    from graceful.errors import GracefulError, in_one_line, is_disk_full
 
     try:
         yield
@@ -542,8 +542,11 @@ def reported_errors(as_json: bool = False) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("GRACEFUL_DEBUG"):
             raise
-        expected = isinstance(error, GracefulError | OSError)
-        line = " ".join(str(error).split()) or type(error).__name__
+        is_full = is_disk_full(error)
+        expected = isinstance(error, GracefulError | OSError) or is_full
+        line = in_one_line(error, limit=2_000)
+        if is_full and "free space" not in line:
+            line = f"disk full: free space and run again ({line})"
         if as_json:
             print(json.dumps({"error": line, "kind": type(error).__name__, "bug": not expected}))
         if expected:

@@ -32,7 +32,15 @@ from graceful.indexing.embedding_files import read_embeddings, read_rows, write_
 from graceful.indexing.items import ITEMS_SCHEMA, NEW_ITEM_COLUMNS, NOTHING, IngestResult, Items
 from graceful.indexing.leases import GalleryVersion, Leases
 from graceful.indexing.revisions import first_revision, is_member
-from graceful.indexing.tables import STAGING, DataFile, TableConflictError, TableSnapshot, VersionedTable, attempts
+from graceful.indexing.tables import (
+    STAGING,
+    DataFile,
+    TableConflictError,
+    TableSnapshot,
+    VersionedTable,
+    attempts,
+    in_use,
+)
 from graceful.indexing.view import Changes, VectorRows, View, check_norms
 
 __all__ = ["ITEMS_SCHEMA", "NEW_ITEM_COLUMNS", "Gallery", "GalleryVersion", "IngestResult", "VectorCommit", "View"]
@@ -58,9 +66,10 @@ class Gallery:
         """Open the gallery; with `create` it is made empty where there is none.
 
         Raises:
-            MissingTableError: there is none, or a part of it is gone.
+            MissingTableError: there is none, or a part of it is gone: an empty table does not take its place.
         """
         self.location = location
+        create = create and not in_use(location, ("items", "vectors", "leases"))
         self.items_table = VersionedTable(join(location, "items"), ITEMS_SCHEMA, key="revision", create=create)
         self.vectors_table = VersionedTable(
             join(location, "vectors"), VECTORS_SCHEMA, partition_by="generation", key="revision", create=create
