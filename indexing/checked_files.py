@@ -68,6 +68,8 @@ def write_checked(
     """
     sink = pa.BufferOutputStream()
     numbers = [field.name for field in table.schema if _is_number(field.type)]
+    # Without nulls there are no definition levels, whose coding stands in a page's header too.
+    table = table.cast(pa.schema([field.with_nullable(table[field.name].null_count > 0) for field in table.schema]))
     pq.write_table(
         table,
         sink,
@@ -200,6 +202,11 @@ class CheckedFile:
         if digest_of(footer) != found[2]:
             raise damaged(self.location, f"a footer with digest {found[2]}", digest_of(footer))
         _remember(self.location, "footer")
+
+
+def nullable(table: pa.Table) -> pa.Table:
+    """A table as others of its kind: no metadata, and every column may have nulls, whatever one file says."""
+    return table.cast(pa.schema([field.with_nullable(True) for field in table.schema]))
 
 
 def has_digest(location: str) -> bool:

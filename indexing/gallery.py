@@ -111,6 +111,10 @@ class Gallery:
         """The folder of files written by workers and not committed yet."""
         return join(self.vectors_table.uri, STAGING)
 
+    def column_of(self, location: str, name: str) -> NDArray[np.int64]:
+        """A column of numbers of one of the files, (n,)."""
+        return self._columns.read(location, name)[0]
+
     def forget_cached(self) -> None:
         """Drop what this handle remembers of files (after some were removed physically)."""
         self._columns.clear()

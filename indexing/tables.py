@@ -28,7 +28,7 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from graceful.errors import GracefulError, StorageError, UnknownFormatError, is_disk_full
 from graceful.files import crash_point, exists, file_ages, join, move, read_bytes, read_json, remove, write_json
-from graceful.indexing.checked_files import CheckedFile, digest_of, first_line, key_range, named, write_checked
+from graceful.indexing.checked_files import CheckedFile, digest_of, first_line, key_range, named, nullable, write_checked
 
 FORMAT_VERSION = "2"
 _CONFIGURATION = {
@@ -423,6 +423,11 @@ class VersionedTable:
             remove(location)
         return gone + orphans
 
+    def superseded(self) -> list[str]:
+        """Files that older versions name and the newest does not: a vacuum deletes them. Paths relative to the table."""
+        self._update()
+        return list(self._table.vacuum(retention_hours=0, dry_run=True, enforce_retention_duration=False))
+
     def orphans(self, keep_versions: Sequence[int] = (), *, older_than_s: float = ORPHAN_AGE_S) -> list[str]:
         """Files below the table that neither the newest version nor a kept one names, and that are old enough."""
         ages = file_ages(self.uri)
@@ -580,7 +585,7 @@ def _alike(files: Sequence[DataFile], at_least: int) -> list[list[DataFile]]:
 
 
 def _concat(tables: Sequence[pa.Table]) -> pa.Table:
-    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    return pa.concat_tables([nullable(table) for table in tables])
 
 
 def _stored_field(field: pa.Field, rows: pa.Table) -> pa.Field:

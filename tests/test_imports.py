@@ -27,7 +27,7 @@ ORDER = {
         "indexing", "indexing.checked_files", "indexing.columns", "indexing.embedding_files", "indexing.tables",
         "indexing.revisions", "indexing.matching", "indexing.exact", "indexing.leases", "indexing.view",
         "indexing.items", "indexing.gallery", "indexing.planner", "indexing.embed",
-        "indexing.embedding_pool", "indexing.reindex", "indexing.maintenance", "indexing.cache", "indexing.snapshots",
+        "indexing.embedding_pool", "indexing.reindex", "indexing.maintenance", "indexing.doctor", "indexing.cache", "indexing.snapshots",
         "indexing.search",
     ),
     "evaluation": (
@@ -52,7 +52,7 @@ ORDER = {
         "flows.update.publish", "flows.update.order", "flows.update.replay", "flows.update.flow",
         "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.http",
         "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
-        "flows.commands.status", "flows.commands.evaluations",
+        "flows.commands.status", "flows.commands.doctor", "flows.commands.selftest", "flows.commands.evaluations",
         "flows.commands.history", "flows.commands.adopt", "flows.commands.accept",
         "flows.commands.images", "flows.commands.updates", "flows.commands.suggestions",
         "flows.commands.demo_world", "flows.commands.demo", "flows.api", "flows.terminal", "flows.cli",
