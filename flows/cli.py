@@ -233,13 +233,52 @@ def delete(
 
 
 @app.command()
-def collect(root: RootOption = ".", as_json: JsonOption = False) -> None:
-    """Drop vectors that nobody can read any more: not the champion, its predecessor, a supported client or a reader."""
+def collect(
+    root: RootOption = ".",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Drop vectors that nobody can read any more: not the champion, its predecessor, a supported client or a reader.
+
+    Row by row: of replaced and deleted images too. Small files are merged, and what killed writers left is removed.
+    """
     with reported_errors(as_json):
         from graceful.flows.commands.status import collect_garbage
 
-        found = collect_garbage(_place(root))
+        found = collect_garbage(_place(root), dry_run=dry_run)
         _print(as_json, found, lambda console: _print_counts(console, found))
+
+
+@app.command()
+def doctor(
+    root: RootOption = ".",
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every byte of every file and look at every vector.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Mend what is derived, and remove what killed writers left.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="With --repair: also where all vectors must be embedded again.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Look for what is damaged, missing, doubled, dead or unfinished in a workspace, and say what to do.
+
+    Changes nothing without --repair. Exit code 1: something loses data or answers.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.doctor import examine_workspace, repair_workspace
+
+        found = examine_workspace(_place(root), deep=deep)
+        done: list[str] = []
+        if repair:
+            done = repair_workspace(_place(root), found, yes=yes)
+            found = examine_workspace(_place(root), deep=deep)
+        num_errors = sum(finding.severity == "error" for finding in found)
+        document = {"errors": num_errors, "findings": [asdict(finding) for finding in found], "repaired": done}
+        _print(as_json, document, lambda console: _print_examined(console, found, done))
+        raise typer.Exit(FAILED if num_errors else 0)
 
 
 @app.command()
@@ -687,6 +726,20 @@ def _print_findings(console: Console, found: list[Any]) -> None:
     counts = {level: sum(finding.level == level for finding in found) for level in styles}
     said = "An update can start." if not counts["error"] else "An update would fail."
     console.print(f"{counts['error']} errors, {counts['warning']} warnings. {said}", highlight=False)
+
+
+def _print_examined(console: Console, found: list[Any], done: list[str]) -> None:
+    styles = {"error": "bold red", "warning": "yellow", "note": "dim"}
+    for line in done:
+        console.print(f"repaired {line}", highlight=False, soft_wrap=True, markup=False)
+    for finding in found:
+        console.print(f"{finding.severity:8}", style=styles[finding.severity], end="")
+        console.print(f"{finding.what}; {finding.remedy}", highlight=False, soft_wrap=True, markup=False)
+        for example in finding.examples:
+            console.print(f"          {example}", highlight=False, soft_wrap=True, markup=False)
+    counts = {severity: sum(finding.severity == severity for finding in found) for severity in styles}
+    healthy = "Something loses data or answers." if counts["error"] else "Nothing is lost."
+    console.print(f"{counts['error']} errors, {counts['warning']} warnings. {healthy}", highlight=False)
 
 
 def _print_hits(console: Console, found: dict[str, Any]) -> None:

@@ -178,7 +178,9 @@ def examine_rows(
         if protected and generation in readable:
             num_dead += int((~is_member(held, needed.get(str(generation), np.empty(0, np.int64)))).sum())
     if num_dead:
-        found.append(_finding("note", f"{num_dead:,} vectors that nobody reads", "run 'graceful collect'", count=num_dead))
+        found.append(
+            _finding("note", f"{num_dead:,} vectors that nobody reads", "run 'graceful collect'", count=num_dead)
+        )
     return found
 
 
@@ -321,8 +323,12 @@ def _damaged_log(name: str, location: str, error: GracefulError) -> Finding:
         lines = in_one_line(error, 400)
         if "Json" not in lines and "digest" not in lines and "lost its newest" not in lines:
             remedy = "every entry of the log is there: 'graceful doctor --repair' makes it readable without checkpoints"
-            return _finding("error", f"table {name}: a checkpoint of its log is damaged", remedy, "checkpoints", location)
-    return _finding("error", f"table {name}: {in_one_line(error, 600)}", "its commits cannot be made again", "", location)
+            return _finding(
+                "error", f"table {name}: a checkpoint of its log is damaged", remedy, "checkpoints", location
+            )
+    return _finding(
+        "error", f"table {name}: {in_one_line(error, 600)}", "its commits cannot be made again", "", location
+    )
 
 
 def _column(gallery: Gallery, files: Sequence[DataFile], snapshot: TableSnapshot, name: str) -> NDArray[np.int64]:
@@ -342,4 +348,3 @@ def _finding(
 ) -> Finding:
     shown = tuple(str(example) for example in list(examples)[:NUM_EXAMPLES])
     return Finding(severity, what, remedy, count, shown, repair, place)
-

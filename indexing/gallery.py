@@ -269,6 +269,10 @@ class Gallery:
         """Versions that an open lease pins now."""
         return self._leases.open_versions()
 
+    def drop_expired_leases(self) -> int:
+        """Remove the leases that are over; returns how many rows went."""
+        return self._leases.drop_expired()
+
     # Inside -----------------------------------------------------------------------------------------------------------
 
     def _look(

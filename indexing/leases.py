@@ -61,6 +61,13 @@ class Leases:
             if row["lease_id"] not in released and row["expires_at"] > now
         ]
 
+    def drop_expired(self) -> int:
+        """Remove leases that ran out or were given back; returns how many rows went."""
+        rows = self._table.snapshot().rows().to_pylist()
+        now = time.time()
+        over = {row["lease_id"] for row in rows if row["released"] or row["expires_at"] <= now}
+        return self._table.delete_rows("lease_id", sorted(over)) if over else 0
+
     def _write(self, lease_id: str, version: GalleryVersion, expires_at: float, *, released: bool) -> None:
         row = {
             "lease_id": lease_id,

@@ -28,7 +28,15 @@ from deltalake.transaction import AddAction, RemoveAction
 
 from graceful.errors import GracefulError, StorageError, UnknownFormatError, is_disk_full
 from graceful.files import crash_point, exists, file_ages, join, move, read_bytes, read_json, remove, write_json
-from graceful.indexing.checked_files import CheckedFile, digest_of, first_line, key_range, named, nullable, write_checked
+from graceful.indexing.checked_files import (
+    CheckedFile,
+    digest_of,
+    first_line,
+    key_range,
+    named,
+    nullable,
+    write_checked,
+)
 
 FORMAT_VERSION = "2"
 _CONFIGURATION = {

@@ -52,7 +52,7 @@ ORDER = {
         "flows.update.publish", "flows.update.order", "flows.update.replay", "flows.update.flow",
         "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.http",
         "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
-        "flows.commands.status", "flows.commands.doctor", "flows.commands.selftest", "flows.commands.evaluations",
+        "flows.commands.status", "flows.commands.doctor", "flows.commands.evaluations",
         "flows.commands.history", "flows.commands.adopt", "flows.commands.accept",
         "flows.commands.images", "flows.commands.updates", "flows.commands.suggestions",
         "flows.commands.demo_world", "flows.commands.demo", "flows.api", "flows.terminal", "flows.cli",
@@ -207,7 +207,7 @@ def test_the_package_is_imported_in_a_fraction_of_a_second():
     assert float(done.stdout) < 0.3, "seconds of this processor"
 
 
-@pytest.mark.parametrize("module", ["status", "history", "setup", "check", "evaluations", "suggestions"])
+@pytest.mark.parametrize("module", ["status", "doctor", "history", "setup", "check", "evaluations", "suggestions"])
 def test_light_command_loads_no_framework(module):
     """status, rollback, delete, collect, history, check, init: they must answer within a second."""
     heavy = ("torch", "ray", "faiss", "prefect", "matplotlib", "torchvision")

@@ -15,7 +15,7 @@ from graceful.flows.cli import app, reported_errors
 from tests.flows import tiny
 
 COMMANDS = [
-    "accept", "adopt", "check", "collect", "decide", "delete", "demo", "flips", "history",
+    "accept", "adopt", "check", "collect", "decide", "delete", "demo", "doctor", "flips", "history",
     "ingest", "init", "promote", "reject", "replay", "report", "retire", "rollback",
     "search", "serve", "status", "update",
 ]  # fmt: skip
