@@ -282,6 +282,25 @@ def doctor(
 
 
 @app.command()
+def selftest(
+    root: RootOption = ".",
+    rounds: Annotated[int, typer.Option(min=0, help="Histories whose writers are killed at random moments.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Try the storage below a root out: kill writers, clash, tear files, and compare with what must be there.
+
+    Works in a folder of its own, <root>/selftest-<id>, which is removed unless something failed. Touches nothing else.
+    Exit code 1: the storage, or this program on it, does not keep what it must.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.selftest import try_storage
+
+        found = try_storage(_place(root), rounds=rounds)
+        _print(as_json, found, lambda console: _print_trials(console, found))
+        raise typer.Exit(0 if found["passed"] else FAILED)
+
+
+@app.command()
 def search(
     image: Annotated[Path, typer.Argument(help="Image to search with.")],
     root: RootOption = ".",
@@ -740,6 +759,20 @@ def _print_examined(console: Console, found: list[Any], done: list[str]) -> None
     counts = {severity: sum(finding.severity == severity for finding in found) for severity in styles}
     healthy = "Something loses data or answers." if counts["error"] else "Nothing is lost."
     console.print(f"{counts['error']} errors, {counts['warning']} warnings. {healthy}", highlight=False)
+
+
+def _print_trials(console: Console, found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("tried", "times", "seen", "", box=None, padding=(0, 2, 0, 0))
+    for trial in found["trials"]:
+        table.add_row(trial["name"], f"{trial['times']:,}", trial["seen"], "FAILED" if trial["failures"] else "ok")
+    console.print(table, highlight=False)
+    for trial in found["trials"]:
+        for failure in trial["failures"][:5]:
+            console.print(f"{trial['name']}: {failure}", highlight=False, soft_wrap=True, markup=False)
+    kept = "" if found["passed"] else f" What was written is kept in {found['kept']}."
+    console.print(f"{found['storage']}, {found['seconds']:.0f} s.{kept}", highlight=False, soft_wrap=True)
 
 
 def _print_hits(console: Console, found: dict[str, Any]) -> None:

@@ -228,6 +228,12 @@ def verify(location: str, content: pa.Buffer | bytes | None = None, *, again: bo
     _remember(location, "whole")
 
 
+def forget_verified() -> None:
+    """Compare every file anew, as a process does that has just started."""
+    with _verified_lock:
+        _verified.clear()
+
+
 def damaged(location: str, expected: str, found: str) -> DamagedFileError:
     """The error that names a damaged file."""
     return DamagedFileError(

@@ -185,7 +185,7 @@ def examine_rows(
 
 
 def unreadable_items(gallery: Gallery, readable: Sequence[str]) -> tuple[NDArray[np.int64], dict[str, int]]:
-    """Revisions (n,) that a query generation cannot read, and how many of them each other generation has a vector of."""
+    """Revisions (n,) that a query generation cannot read, and of how many each other generation has a vector."""
     version = gallery.version()
     view = gallery.view(readable, version)
     blind = view.revisions[view.unreadable()]

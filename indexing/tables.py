@@ -57,8 +57,8 @@ ORPHAN_AGE_S = 3600.0
 """A file that no version names is left alone until it is this old: its writer may be about to commit it."""
 # What object stores and file systems say when they cannot be read at all, which is no damage.
 _NOT_REACHED = (
-    "generic s3 error", "generic gcs error", "generic microsoftazure error", "permission denied", "error sending request",
-    "timed out", "input/output error", "stale file handle",
+    "generic s3 error", "generic gcs error", "generic microsoftazure error", "permission denied",
+    "error sending request", "timed out", "input/output error", "stale file handle",
 )  # fmt: skip
 STAGING = "_staging"
 _HEAD = "_head.json"
@@ -432,7 +432,7 @@ class VersionedTable:
         return gone + orphans
 
     def superseded(self) -> list[str]:
-        """Files that older versions name and the newest does not: a vacuum deletes them. Paths relative to the table."""
+        """Paths, in the table, of files that older versions name and the newest does not: a vacuum deletes them."""
         self._update()
         return list(self._table.vacuum(retention_hours=0, dry_run=True, enforce_retention_duration=False))
 

@@ -5,6 +5,7 @@ Loads no torch, no Ray and no Prefect, and opens what it looks at without creati
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -47,7 +48,9 @@ def examine_workspace(root: str, *, deep: bool = False, orphan_age_s: float = OR
         if name == "claims" and not exists(join(root, "registry", name)):
             continue  # made by the first update
         place = join(root, "registry", name)
-        found += examine_table(place, schema, deep=deep, orphan_age_s=orphan_age_s, derived=derived)
+        findings = examine_table(place, schema, deep=deep, orphan_age_s=orphan_age_s, derived=derived)
+        # Beside the table of plans lie files of their own, which its log does not name.
+        found += [one for one in findings if not (name == "plans" and one.repair == "orphans")]
     registry_is_whole = not any(finding.severity == "error" for finding in found)
     workspace = Workspace(root)
     protected, known = (_protected(workspace), workspace.registry.generations()) if registry_is_whole else ([], None)
@@ -127,10 +130,8 @@ def _tidy(root: str, findings: Sequence[Finding]) -> Iterator[str]:
 
 def _protected(workspace: Workspace) -> list[list[str]]:
     supported: Sequence[str] = ()
-    try:
+    with suppress(GracefulError):  # a configuration that is wrong protects nobody; `graceful check` says so
         supported = load_workspace_config(workspace.root).gallery.supported_query_generations
-    except GracefulError:
-        pass  # a configuration that is wrong protects nobody; `graceful check` says so
     pending = pending_generation(workspace)
     return workspace.protected(supported, [pending] if pending else [])
 

@@ -168,6 +168,6 @@ def collect_garbage(root: str, *, dry_run: bool = False, orphan_age_s: float = O
 
 
 def _caches(workspace: Workspace) -> list[str]:
-    """Generations that have a cache, known to the lineage or not: a killed update leaves one before its candidate is."""
+    """Generations that have a cache, whether the lineage knows them or not."""
     folder = join(workspace.root, "caches")
     return sorted({path.removeprefix(folder).strip("/").split("/")[0] for path in list_files(folder)})

@@ -17,7 +17,7 @@ from tests.flows import tiny
 COMMANDS = [
     "accept", "adopt", "check", "collect", "decide", "delete", "demo", "doctor", "flips", "history",
     "ingest", "init", "promote", "reject", "replay", "report", "retire", "rollback",
-    "search", "serve", "status", "update",
+    "search", "selftest", "serve", "status", "update",
 ]  # fmt: skip
 
 
