@@ -1,4 +1,4 @@
-"""Tries a storage out: writes a small gallery to it, kills the writers, tears its files, and compares with a dictionary.
+"""Tries a storage out: writes a small gallery, kills the writers, tears its files, and compares with a dictionary.
 
 Vectors are drawn from names, so that a wrong one is known. Every step may be tried again: a child process that was
 killed in the middle of one is started once more from that step, and what anybody can read in between must be the state
@@ -74,7 +74,7 @@ def run_selftest(location: str, *, rounds: int = 3, seed: int = 0) -> list[Trial
 
 
 def draw_history(seed: int, num_steps: int = 14) -> list[Step]:
-    """Steps that meet every crash point: ingests, changes, deletes, waves of two generations, collections, forgetting."""
+    """Steps that meet every crash point: ingests, changes, deletes, waves of two generations, collections, forgets."""
     draw = random.Random(seed)
     steps = [Step("ingest", ((f"item-{number}", "a"),)) for number in range(8)] + [Step("embed")]
     live = {f"item-{number}": "a" for number in range(8)}

@@ -62,7 +62,7 @@ class GalleryConfig(BaseModel):
     )
     collect_after_update: bool = Field(
         default=True,
-        description="Drop vectors that nobody can read at the end of an update, as 'graceful collect' does.",
+        description="After an update drop vectors that nobody can read, as 'graceful collect'.",
     )
     max_mix_drift: float = Field(
         default=0.02, ge=0, le=1, description="Share of the gallery that may change owner between evidence and move."
