@@ -62,7 +62,7 @@ def test_doctor_names_what_is_gone_and_repairs_only_what_is_derived(root):
     assert "is gone" not in said(repaired)
     shutil.rmtree(Path(root, "gallery", "vectors"))
     code, refused = run("doctor", "--root", root, "--repair")
-    assert code == 2
+    assert code == 1
     assert "every image must be embedded again" in refused["error"]
     assert not Path(root, "gallery", "vectors").exists()
     run("doctor", "--root", root, "--repair", "--yes")
@@ -92,11 +92,12 @@ def test_gallery_that_is_gone_is_not_made_anew(root):
 
 
 def test_collection_counts_first_and_then_does_it(root):
-    Workspace(root).gallery.delete(["item-000-0"])
+    Workspace(root).gallery.delete([f"item-000-{number}" for number in range(3)])
     _, expected = run("collect", "--root", root, "--dry-run")
     _, found = run("collect", "--root", root)
     assert (expected["rows"], expected["dry_run"]) == (found["rows"], True)
-    assert found["rows"] == 1 + (Workspace(root).gallery.generations()[G2] < 6)
+    assert found["rows"] >= 3
+    assert Workspace(root).gallery.generations()[G1] == 9
     assert found["size_bytes"] > 0
 
 
