@@ -5,15 +5,29 @@ import sys
 from pathlib import Path
 
 from benchmarks.gallery_cost import evaluate_matrix, reindex_proportional
+from benchmarks.gallery_scale import commit_unit, ingest_one, peak_memory, reindex_scale, view_scale
 from benchmarks.orchestration import orchestration
+from benchmarks.search_cost import change_visible, open_gallery, search_approximate, search_changed, search_mixed
+from benchmarks.search_service import search_service
 from benchmarks.training_cost import step_cost_predecessors, train_overhead
 
 RESULTS = Path(__file__).parent / "results.json"
 BENCHMARKS = {
     "reindex_proportional": reindex_proportional,
     "evaluate_matrix": evaluate_matrix,
+    "ingest_one": ingest_one,
+    "view_scale": view_scale,
+    "reindex_scale": reindex_scale,
+    "commit_unit": commit_unit,
+    "peak_memory": peak_memory,
     "step_cost_predecessors": step_cost_predecessors,
     "train_overhead": train_overhead,
+    "open_gallery": open_gallery,
+    "change_visible": change_visible,
+    "search_mixed": search_mixed,
+    "search_changed": search_changed,
+    "search_approximate": search_approximate,
+    "search_service": search_service,
     "orchestration": orchestration,
 }
 
@@ -26,10 +40,12 @@ def main(names: list[str]) -> int:
         return 2
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in names or BENCHMARKS:
-        found = BENCHMARKS[name]()
-        stored[name] = found.as_dict()
-        verdict = "meets" if found.meets_target else "misses"
-        print(f"{name}: {found.ratio} ({found.lowest} to {found.highest}), {verdict} {found.target}; {found.note}")
+        measured = BENCHMARKS[name]()
+        for found in measured if isinstance(measured, list) else [measured]:
+            stored[found.name] = found.as_dict()
+            verdict = "meets" if found.meets_target else "misses"
+            spread = f"({found.lowest} to {found.highest})"
+            print(f"{found.name}: {found.ratio} {spread}, {verdict} {found.target}; {found.note}", flush=True)
         RESULTS.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n")
     return 0
 

@@ -18,7 +18,7 @@ from graceful.evaluation.outcomes import Outcomes, metric_values, outcome_from_r
 from graceful.indexing.embed import EmbeddedUnit, EmbedUnit, embed_units
 from graceful.indexing.exact import rank_states
 from graceful.indexing.gallery import Gallery
-from graceful.indexing.planner import OrderInputs, plan_waves, rank_items
+from graceful.indexing.planner import OrderInputs, plan_waves, random_key_of, rank_items
 from graceful.indexing.reindex import carry_out
 
 _WIDTH = 128
@@ -28,19 +28,19 @@ def reindex_proportional() -> Ratio:
     """Re-index 10 % / re-index everything: 40,000 items already embedded by a predecessor, in process."""
     with tempfile.TemporaryDirectory() as folder:
         rows = 40_000
-        gallery = Gallery(f"{folder}/gallery")
+        gallery = Gallery(f"{folder}/gallery", create=True)
         ids = [f"item-{number:07d}" for number in range(rows)]
         digests = [hashlib.sha256(item.encode()).hexdigest() for item in ids]
         columns = {"item_id": ids, "source": ids, "content_sha256": digests}
-        gallery.ingest(pa.table({**columns, "label": [""] * rows, "attributes": ["{}"] * rows}), unit="all")
+        gallery.ingest(pa.table({**columns, "label": [""] * rows, "attributes": ["{}"] * rows}))
         numbers = iter(range(1, 1000))
-        item_ids = np.array(ids, object)
-        ranking = rank_items("random", OrderInputs(item_ids, np.zeros(rows, np.int64)))
-        carry_out(gallery, "g001-000000", plan_waves(item_ids, ranking, 0, 1.0, 8192), _embed)
+        revisions = gallery.view([]).revisions
+        ranking = rank_items("random", OrderInputs(random_key_of(revisions, 0), np.zeros(rows, np.int64)))
+        carry_out(gallery, "g001-000000", plan_waves(revisions, ranking, 0, 1.0, 8192), _embed)
 
         def reindex(fraction: float) -> None:
             generation = f"g{next(numbers):03d}-ffffff"
-            carry_out(gallery, generation, plan_waves(item_ids, ranking, 0, fraction, 8192), _embed)
+            carry_out(gallery, generation, plan_waves(revisions, ranking, 0, fraction, 8192), _embed)
 
         return paired(
             "reindex_proportional",

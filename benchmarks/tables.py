@@ -1,7 +1,8 @@
-"""Writes the measured tables of docs/results.md from stored results: `python -m benchmarks.tables`.
+"""Writes the tables of docs/results.md and docs/scale.md from stored results: `python -m benchmarks.tables`.
 
 docs/results/<example>.json is the `replay.json` of a workspace; benchmarks/results.json what `python -m benchmarks`
-wrote. Each table stands there between two comments with its name. Nothing is typed in by hand.
+wrote, benchmarks/results-scale.json what `python -m benchmarks.gallery_scale` wrote. Each table stands there between
+two comments with its name. Nothing is typed in by hand.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("results.md", "scale.md")
 EXAMPLES = ("digits", "omniglot", "cifar100")
 
 
@@ -58,6 +60,20 @@ def benchmarks(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def scale(stored: dict[str, Any]) -> str:
+    """Seconds of every step at every size, and per million rows at the largest."""
+    sizes = sorted(stored["sizes"], key=int)
+    lines = ["| step | " + " | ".join(f"{int(size):,}" for size in sizes) + " |", "|---|" + "---|" * len(sizes)]
+    for name in stored["sizes"][sizes[0]]:
+        values = [stored["sizes"][size][name] for size in sizes]
+        whole = name in ("files", "bytes on disk", "peak MiB")
+        lines.append(f"| {name} | " + " | ".join(f"{v:,.0f}" if whole else f"{v:.3g} s" for v in values) + " |")
+    told = (
+        f"{stored['width']}-d, {stored['hardware']}, {stored['date']}; one run, `python -m benchmarks.gallery_scale`."
+    )
+    return "\n".join([*lines, "", told])
+
+
 def _controls(result: dict[str, Any], generations: Sequence[str]) -> list[str]:
     lines = ["| control without constraints | AC | NFR between neighbours | self-tests | last on earlier galleries |"]
     lines.append("|---|---|---|---|---|")
@@ -87,6 +103,7 @@ def with_tables(text: str) -> str:
         name: history(name, json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())) for name in EXAMPLES
     }
     tables["benchmarks"] = benchmarks(json.loads((ROOT / "benchmarks" / "results.json").read_text()))
+    tables["scale"] = scale(json.loads((ROOT / "benchmarks" / "results-scale.json").read_text()))
     for name, table in tables.items():
         opening, closing = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         block = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
@@ -95,5 +112,6 @@ def with_tables(text: str) -> str:
 
 
 if __name__ == "__main__":
-    RESULTS = ROOT / "docs" / "results.md"
-    RESULTS.write_text(with_tables(RESULTS.read_text()))
+    for name in PAGES:
+        page = ROOT / "docs" / name
+        page.write_text(with_tables(page.read_text()))

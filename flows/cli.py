@@ -388,6 +388,12 @@ def serve(
     http: Annotated[bool, typer.Option(help="Answer searches over HTTP instead of scheduling updates.")] = False,
     host: Annotated[str, typer.Option(help="Address that the HTTP endpoint listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the HTTP endpoint.")] = 8080,
+    shards: Annotated[
+        int, typer.Option(min=0, max=256, help="Spread the index over so many processes of a Ray cluster; 0: here.")
+    ] = 0,
+    ray_address: Annotated[
+        str, typer.Option(help="Cluster of the shards: local (this machine alone), auto, or host:port.")
+    ] = "local",
     ui_host: Annotated[str, typer.Option(help="Address that the flow UI listens on.")] = "127.0.0.1",
     ui_port: Annotated[int, typer.Option(help="Port of the flow UI.")] = 4200,
 ) -> None:
@@ -396,7 +402,7 @@ def serve(
         if http:
             from graceful.flows.search.http import serve_searches
 
-            serve_searches(_place(root), host, port)
+            serve_searches(_place(root), host, port, shards, ray_address)
         else:
             from graceful.flows.runtime.environment import prepare_environment
 
@@ -486,6 +492,24 @@ def retire(
 
         found = retire_generation(_place(root), generation, reason)
         _print(as_json, found, lambda console: console.print(f"{found['retired']} is retired.", highlight=False))
+
+
+@app.command()
+def revoke(
+    query: CandidateArgument,
+    gallery: Annotated[str, typer.Argument(help="Generation whose rows it may not be scored against any more.")],
+    reason: ReasonOption,
+    root: RootOption = ".",
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Revoke the certificate of one generation for the rows of another. What only it lets queries read is hidden."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.status import revoke_certificate
+
+        found = revoke_certificate(_place(root), query, gallery, reason, yes=yes)
+        line = f"{found['revoked'][0]} may not read {found['revoked'][1]} any more; items hidden: {found['hidden']}."
+        _print(as_json, found, lambda console: console.print(line, highlight=False))
 
 
 @app.command()

@@ -146,7 +146,8 @@ def _happened(event: dict[str, Any]) -> str:
         "promoted": f"{name} serves",
         "rolled_back": f"rolled back from {name} to {event.get('to')}",
         "forwarded": f"went forward to {name}",
-        "previous_released": f"{name} released: a rollback to it is no longer possible",
+        "certificate_revoked": f"operator revoked the certificate of {name} for {event.get('gallery_generation')}",
+        "previous_released": f"{name} released: its items are not kept for it any more",
         "retired": f"{name} retired" + ("" if event.get("reason") else ": it owns no readable row"),
     }[event["what"]]
     reason = f": {event['reason']}" if event.get("reason") else ""

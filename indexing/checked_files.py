@@ -22,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from graceful.errors import GracefulError, in_one_line
-from graceful.files import is_remote, read_bytes, resolve, writing
+from graceful.files import is_remote, join, read_bytes, resolve, writing
 
 ROW_GROUP_ROWS = 16_384
 SMALL_BYTES = 2**20
@@ -59,12 +59,11 @@ def named(stem: str, content: bytes | memoryview | pa.Buffer) -> str:
     return f"{stem}-{digest_of(view)}{digest_of(view[_footer_start(view) :])}.parquet"
 
 
-def write_checked(
-    folder: str, table: pa.Table, *, key: str | None = None, statistics: Sequence[str] = ()
-) -> WrittenFile:
+def write_checked(folder: str, table: pa.Table, *, key: str | None = None, repeated: Sequence[str] = ()) -> WrittenFile:
     """Write a table as one new file of a folder; it appears whole or not at all, under a name of its own.
 
-    The range of every column of numbers stands in the footer, and of those in `statistics`.
+    `repeated` columns, which have few different values, are stored as a dictionary. The range of every
+    column of numbers stands in the footer.
     """
     sink = pa.BufferOutputStream()
     numbers = [field.name for field in table.schema if _is_number(field.type)]
@@ -74,14 +73,14 @@ def write_checked(
         table,
         sink,
         row_group_size=ROW_GROUP_ROWS,
-        use_dictionary=False,
+        use_dictionary=list(repeated) or False,
         compression="none",
-        write_statistics=sorted({*statistics, *numbers}) or False,
+        write_statistics=numbers or False,
         write_page_checksum=True,
     )
     content = sink.getvalue()
     name = named(uuid.uuid4().hex[:12], content)
-    with writing(f"{folder}/{name}") as stream:
+    with writing(join(folder, name)) as stream:
         stream.write(content)
     return WrittenFile(name, table.num_rows, len(content), *key_range(table, key))
 

@@ -2,6 +2,8 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 from graceful.indexing.checked_files import CheckedFile
 
 BUDGET_BYTES = 256 * 2**20
+_THREADS = 4
 
 
 class ColumnCache:
@@ -38,6 +41,13 @@ class ColumnCache:
                 found[name] = values
                 self._keep((location, name), values)
         return tuple(found[name] for name in columns)
+
+    def read_all(self, locations: Sequence[str], *columns: str) -> list[tuple[NDArray[np.int64], ...]]:
+        """`read` of several files, a few at a time."""
+        if len(locations) < 2:
+            return [self.read(location, *columns) for location in locations]
+        with ThreadPoolExecutor(_THREADS) as threads:
+            return list(threads.map(lambda location: self.read(location, *columns), locations))
 
     def clear(self) -> None:
         """Forget everything."""

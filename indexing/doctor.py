@@ -15,12 +15,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from graceful.errors import GracefulError, in_one_line
-from graceful.files import file_stats, join, list_files, read_bytes
+from graceful.files import file_stats, join, list_files, read_bytes, read_json
 from graceful.indexing.checked_files import CheckedFile, DamagedFileError, verify
 from graceful.indexing.embedding_files import read_rows
 from graceful.indexing.gallery import VECTORS_SCHEMA, Gallery
 from graceful.indexing.items import ITEMS_SCHEMA
-from graceful.indexing.leases import LEASES_SCHEMA
 from graceful.indexing.maintenance import needed_vectors
 from graceful.indexing.revisions import is_member
 from graceful.indexing.tables import (
@@ -101,7 +100,6 @@ def examine_gallery(
     shape: Mapping[str, tuple[pa.Schema, str | None, str | None, bool]] = {
         "items": (ITEMS_SCHEMA, None, "revision", False),
         "vectors": (VECTORS_SCHEMA, "generation", "revision", False),
-        "leases": (LEASES_SCHEMA, None, None, True),
     }
     found: list[Finding] = []
     for name, (schema, partition_by, key, derived) in shape.items():
@@ -201,27 +199,22 @@ def unreadable_items(gallery: Gallery, readable: Sequence[str]) -> tuple[NDArray
 
 
 def examine_leases(gallery: Gallery) -> list[Finding]:
-    """Tell which versions readers pin, and which leases ran out."""
-    rows = VersionedTable(join(gallery.location, "leases"), LEASES_SCHEMA).snapshot().rows().to_pylist()
-    released = {row["lease_id"] for row in rows if row["released"]}
-    taken = [row for row in rows if not row["released"] and row["lease_id"] not in released]
-    now = time.time()
-    open_, expired = (
-        [row for row in taken if row["expires_at"] > now],
-        [row for row in taken if row["expires_at"] <= now],
-    )
+    """Tell how many readers pin versions, and how many leases ran out."""
+    now, num_open, num_over = time.time(), 0, 0
+    for path in list_files(join(gallery.location, "leases")):
+        if path.endswith(".json"):
+            try:
+                ends = float(read_json(path).get("expires_at", 0))
+            except (FileNotFoundError, ValueError):
+                continue
+            num_open, num_over = num_open + (ends > now), num_over + (ends <= now)
     found = []
-    if open_:
-        ends = max(row["expires_at"] for row in open_) - now
-        found.append(
-            _finding("note", f"{len(open_):,} open leases, the last ends in {ends:,.0f} s",
-                     "readers are at work; what they pin is not collected", count=len(open_))
-        )  # fmt: skip
-    if expired:
-        found.append(
-            _finding("note", f"{len(expired):,} leases of readers that ended without a word", "they protect nothing",
-                     "leases", count=len(expired))
-        )  # fmt: skip
+    if num_open:
+        what = f"{num_open:,} open leases"
+        found.append(_finding("note", what, "what open readers pin is not collected", count=num_open))
+    if num_over:
+        what = f"{num_over:,} leases of readers that ended without a word"
+        found.append(_finding("note", what, "run 'graceful collect'", "leases", count=num_over))
     return found
 
 

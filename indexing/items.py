@@ -45,6 +45,7 @@ ITEMS_SCHEMA = pa.schema(
         ("source_key", pa.int64()),
     ]
 )
+REPEATED_COLUMNS = ("label", "attributes", "replaces")
 NEW_ITEM_COLUMNS = ("item_id", "source", "content_sha256", "label", "attributes")
 NOTHING = -1
 """What a row `replaces` that takes nobody's place."""
@@ -90,6 +91,19 @@ class Items:
         if known is None or known[0] < version:
             self._live = (version, live)
         return live
+
+    def live_in(self, first: int, last: int, version: int) -> NDArray[np.int64]:
+        """Live revisions of the buckets [first, last), ascending; of the files only what holds these is read."""
+        if self._live is not None and self._live[0] == version:
+            live = self._live[1]
+            return live[slice(*np.searchsorted(live, [first << NUMBER_BITS, last << NUMBER_BITS]))]
+        snapshot, buckets = self.table.snapshot(version), np.arange(first, last)
+        names = ("revision", "replaces", "deleted")
+        parts = [self._of_buckets(snapshot.location(file), buckets, names) for file in snapshot.files]
+        rows = pa.concat_tables([pa.schema([ITEMS_SCHEMA.field(name) for name in names]).empty_table(), *parts])
+        there = np.sort(rows["revision"].to_numpy()[~as_mask(rows["deleted"])], kind="stable")
+        low, high = np.searchsorted(there, [first << NUMBER_BITS, last << NUMBER_BITS])
+        return _without(there[low:high], rows["replaces"].to_numpy())
 
     def are_live(self, revisions: NDArray[np.int64], version: int) -> NDArray[np.bool_]:
         """Tell which revisions (n,) are live; of few of them, only their buckets are read."""
@@ -291,11 +305,11 @@ class Items:
 
     def _live_of(self, snapshot: TableSnapshot) -> NDArray[np.int64]:
         names = ("revision", "replaces", "deleted")
-        parts = [self.columns.read(snapshot.location(file), *names) for file in snapshot.files]
+        parts = self.columns.read_all([snapshot.location(file) for file in snapshot.files], *names)
         if not parts:
             return np.empty(0, np.int64)
         revisions, replaces, deleted = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return _without(np.sort(revisions[deleted == 0]), replaces)
+        return _without(np.sort(revisions[deleted == 0], kind="stable"), replaces)
 
     def _live_from(self, known: tuple[int, NDArray[np.int64]], version: int) -> NDArray[np.int64] | None:
         rows = self.rows_added(known[0], version, ["revision", "replaces", "deleted"])

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from graceful.errors import GracefulError, UsageError
-from graceful.files import file_stats, join, list_files, remove
+from graceful.files import crash_point, file_stats, join, list_files, remove
 from graceful.indexing.gallery import PROTECTION, Gallery, GalleryVersion
 from graceful.indexing.revisions import is_member
 from graceful.indexing.tables import ORPHAN_AGE_S, DataFile, TableSnapshot
@@ -64,9 +64,15 @@ def collect(
         keep, keys=["revision"], serial=(PROTECTION,), least_share=dead_share, prepare=look
     )
     gallery.merge_small_files()
+    # The version first, the leases then: a reader that takes its lease later pins this version or a later one.
+    now = gallery.version()
+    crash_point("collect-before-leases")
     leased = gallery.leased_versions()
-    files = gallery.vectors_table.vacuum([version.vectors for version in leased], orphan_age_s=orphan_age_s)
-    files += gallery.items_table.vacuum([version.items for version in leased], orphan_age_s=orphan_age_s)
+    crash_point("collect-after-leases")
+    files = gallery.vectors_table.vacuum(
+        [version.vectors for version in leased], at=now.vectors, orphan_age_s=orphan_age_s
+    )
+    files += gallery.items_table.vacuum([version.items for version in leased], at=now.items, orphan_age_s=orphan_age_s)
     freed = max(0, size_before - _size_bytes(gallery)) if files else 0
     return Collection(tuple(sorted(before - set(gallery.generations()))), rows, len(files), freed)
 

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 NUM_BUCKETS = 256
 NUMBER_BITS = 40
+_NUMBERS = (1 << NUMBER_BITS) - 1
+_MOST_NUMBERS = 8
 
 
 def hash_of(value: str) -> int:
@@ -46,15 +48,6 @@ def bucket_of_revision(revisions: NDArray[np.int64]) -> NDArray[np.int64]:
     return revisions >> NUMBER_BITS
 
 
-def first_revision(bucket: int) -> int:
-    """The lowest number that a revision in a bucket may have.
-
-    >>> first_revision(2) == 2 << 40
-    True
-    """
-    return bucket << NUMBER_BITS
-
-
 def number_revisions(buckets: NDArray[np.int64], counters: NDArray[np.int64]) -> NDArray[np.int64]:
     """Give each row of a bucket the numbers that follow its counter; (n,) buckets, (256,) numbers given so far.
 
@@ -67,6 +60,37 @@ def number_revisions(buckets: NDArray[np.int64], counters: NDArray[np.int64]) ->
     revisions = np.empty(len(buckets), np.int64)
     revisions[order] = (ordered << NUMBER_BITS) + counters[ordered] + 1 + np.arange(len(buckets)) - starts
     return revisions
+
+
+class Positions:
+    """Where each of some revisions (N,), ascending, stands: a table over the numbers that its buckets have given."""
+
+    def __init__(self, revisions: NDArray[np.int64]) -> None:
+        self._revisions = revisions
+        ends = np.searchsorted(revisions, np.arange(1, NUM_BUCKETS + 1) << NUMBER_BITS)
+        starts = np.concatenate([[0], ends[:-1]])
+        highest = np.where(ends > starts, revisions[np.maximum(ends - 1, 0)] & _NUMBERS, -1) if len(revisions) else None
+        self._table: NDArray[np.int32] | None = None
+        # Where most numbers were given to what is gone by now, searching is cheaper than a table of them all.
+        if highest is None or int((highest + 1).sum()) > _MOST_NUMBERS * len(revisions):
+            return
+        self._highest = highest
+        self._base = np.concatenate([[0], np.cumsum(highest + 1)])
+        self._table = np.full(int(self._base[-1]) + 1, -1, np.int32)
+        slots = (revisions & _NUMBERS) + np.repeat(self._base[:-1], ends - starts)
+        self._table[slots] = np.arange(len(revisions), dtype=np.int32)
+
+    def of(self, revisions: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Position of each revision (n,), -1 for one that is not among them."""
+        if self._table is None:
+            if not len(self._revisions):
+                return np.full(len(revisions), -1, np.int32)
+            place = np.searchsorted(self._revisions, revisions)
+            place[place == len(self._revisions)] = 0
+            return np.where(self._revisions[place] == revisions, place, -1).astype(np.int32)
+        buckets, numbers = revisions >> NUMBER_BITS, revisions & _NUMBERS
+        slots = np.where(numbers <= self._highest[buckets], self._base[buckets] + numbers, self._base[-1])
+        return self._table[slots]
 
 
 def is_member(values: NDArray[np.int64], ordered: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -159,11 +159,12 @@ class VersionedTable:
         *,
         partition_by: str | None = None,
         key: str | None = None,
+        repeated: Sequence[str] = (),
         create: bool = False,
     ) -> None:
         """Open the table at `uri`; with `create` it is made empty where there is none.
 
-        `key` is an int64 column whose range is kept for every file.
+        `key` is an int64 column whose range is kept for every file; `repeated` columns have few different values.
 
         Raises:
             MissingTableError: there is none.
@@ -173,6 +174,7 @@ class VersionedTable:
         self.uri = uri
         self.schema = schema
         self.key = key
+        self.repeated = tuple(repeated)
         self.partition_by = partition_by
         self._delta_schema = Schema.from_arrow(schema)
         self._pinned: TableSnapshot | None = None
@@ -213,6 +215,10 @@ class VersionedTable:
         """Number of the newest version."""
         self._update()
         return int(self._table.version())
+
+    def identity(self) -> str:
+        """The identifier that the table was given when it was made."""
+        return str(self._table.metadata().id)
 
     def committed(self, unit: str) -> bool:
         """Tell whether a unit of work has committed."""
@@ -265,7 +271,8 @@ class VersionedTable:
             rows = rows.sort_by(self.key)
         names = [name for name in self.schema.names if name != self.partition_by]
         schema = pa.schema([_stored_field(self.schema.field(name), rows) for name in names])
-        written = write_checked(join(self.uri, folder), rows.select(names).cast(schema), key=self.key)
+        place = join(self.uri, folder) if folder else self.uri
+        written = write_checked(place, rows.select(names).cast(schema), key=self.key, repeated=self.repeated)
         path = join(folder, written.name) if folder else written.name
         return DataFile(path, written.num_rows, written.size_bytes, partition, written.lowest, written.highest)
 
@@ -413,20 +420,23 @@ class VersionedTable:
             return True
         return False
 
-    def vacuum(self, keep_versions: Sequence[int] = (), *, orphan_age_s: float = ORPHAN_AGE_S) -> list[str]:
-        """Delete files that neither the newest version nor a kept one names, and what was never committed.
+    def vacuum(
+        self, keep_versions: Sequence[int] = (), *, at: int | None = None, orphan_age_s: float = ORPHAN_AGE_S
+    ) -> list[str]:
+        """Delete files that neither version `at` (the newest), a later nor a kept one names, and what never committed.
 
-        Orphans of killed writers, staged files among them, go once they are `orphan_age_s` old.
+        Whoever keeps versions of its readers takes `at` first and asks for them then: a reader that comes later pins
+        `at` or a later version. Orphans of killed writers, staged files among them, go once they are old enough.
         """
-        self._update()
         there = file_ages(self.uri)
-        named_before = self._table.vacuum(
+        version = self.version() if at is None else at
+        named_before = self._at(version).vacuum(
             retention_hours=0, dry_run=False, enforce_retention_duration=False, keep_versions=list(keep_versions)
         )
         gone = [path for path in named_before if path in there]
         self._update()
         self._pinned = None
-        orphans = self.orphans(keep_versions, older_than_s=orphan_age_s)
+        orphans = self.orphans([version, *keep_versions], older_than_s=orphan_age_s)
         for location in orphans:
             remove(location)
         return gone + orphans

@@ -203,9 +203,10 @@ def test_quickstart_shows_what_a_run_prints():
 def test_measured_tables_are_those_of_the_stored_results():
     from benchmarks.tables import with_tables
 
-    text = (ROOT / "docs" / "results.md").read_text()
-    assert text.count("<!-- end of") == 4
-    assert with_tables(text) == text, "run 'python -m benchmarks.tables'"
+    for page, num_tables in (("results.md", 4), ("scale.md", 1)):
+        text = (ROOT / "docs" / page).read_text()
+        assert text.count("<!-- end of") == num_tables
+        assert with_tables(text) == text, "run 'python -m benchmarks.tables'"
 
 
 def test_readme_is_short():

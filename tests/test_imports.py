@@ -28,8 +28,9 @@ ORDER = {
         "indexing.revisions", "indexing.matching", "indexing.exact", "indexing.leases", "indexing.view",
         "indexing.items", "indexing.gallery", "indexing.planner", "indexing.embed",
         "indexing.embedding_pool", "indexing.reindex", "indexing.maintenance", "indexing.doctor",
-        "indexing.selftest", "indexing.cache", "indexing.snapshots",
-        "indexing.search",
+        "indexing.selftest", "indexing.cache",
+        "indexing.derived_files", "indexing.index_choice", "indexing.kinds", "indexing.sidecar",
+        "indexing.snapshots", "indexing.search", "indexing.following",
     ),
     "evaluation": (
         "evaluation", "evaluation.outcomes", "evaluation.retrieval", "evaluation.flips", "evaluation.matrix",
@@ -38,7 +39,7 @@ ORDER = {
         "evaluation.report",
     ),
     "flows": (
-        "flows", "flows.store", "flows.store.processes", "flows.store.items", "flows.store.evaluation_set",
+        "flows", "flows.store", "flows.store.items", "flows.store.evaluation_set",
         "flows.store.events", "flows.store.registry", "flows.store.workspace", "flows.store.claim",
         "flows.store.evaluations", "flows.store.leaks",
         "flows.settings", "flows.settings.template", "flows.settings.cron", "flows.settings.config",
@@ -46,12 +47,11 @@ ORDER = {
         "flows.runtime", "flows.runtime.environment", "flows.runtime.server", "flows.runtime.progress",
         "flows.runtime.cluster", "flows.runtime.jobs", "flows.runtime.encoders", "flows.runtime.session",
         "flows.runtime.flow_ui",
-        "flows.update", "flows.update.bench", "flows.update.assess", "flows.update.serving", "flows.update.rollout",
-        "flows.update.act",
-        "flows.update.freeze",
+        "flows.update", "flows.update.bench", "flows.update.assess", "flows.update.gate", "flows.update.serving",
+        "flows.update.rollout", "flows.update.act", "flows.update.freeze",
         "flows.update.train", "flows.update.judge", "flows.update.conclude", "flows.update.diagnosis",
         "flows.update.publish", "flows.update.order", "flows.update.replay", "flows.update.flow",
-        "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.http",
+        "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.sharded", "flows.search.http",
         "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
         "flows.commands.status", "flows.commands.doctor",
         "flows.commands.selftest", "flows.commands.evaluations",
@@ -63,12 +63,18 @@ ORDER = {
 }  # fmt: skip
 
 # What lies below the stages: bytes, locations and errors, with no noun of the domain in it.
-LEAF = ("errors", "files")
+LEAF = ("errors", "files", "processes")
 EVERYWHERE = ("numpy", "pydantic", "pydantic_core", *LEAF)
 # Library -> modules that may import it; a package stands for all its modules.
 ALLOWED = {
     "prefect": ("flows.runtime.flow_ui", "flows.schedule", "flows.update.flow"),
-    "ray": ("training.launch", "indexing.embedding_pool", "flows.runtime.cluster", "flows.runtime.jobs"),
+    "ray": (
+        "training.launch",
+        "indexing.embedding_pool",
+        "flows.runtime.cluster",
+        "flows.runtime.jobs",
+        "flows.search.sharded",
+    ),
     "torch": ("training",),
     "torchvision": ("training",),
     "safetensors": ("training",),
@@ -76,9 +82,9 @@ ALLOWED = {
     "sklearn": ("training.materialise",),
     "PIL": ("training.images", "training.measure"),
     "cachetools": ("training.images",),
-    "faiss": ("indexing.search", "indexing.snapshots"),
+    "faiss": ("indexing.kinds", "indexing.search", "indexing.snapshots"),
     "deltalake": ("indexing.tables",),
-    "xxhash": ("indexing.checked_files", "indexing.revisions"),
+    "xxhash": ("indexing.checked_files", "indexing.derived_files", "indexing.revisions"),
     "pyarrow": ("indexing", "training", "flows"),
     "scipy": ("evaluation",),
     "matplotlib": ("evaluation.report",),

@@ -13,7 +13,6 @@ import pyarrow as pa
 
 from graceful.errors import GracefulError, UsageError, in_one_line
 from graceful.files import exists, is_remote, join, list_files, read_json, remove
-from graceful.flows.commands.status import pending_generation
 from graceful.flows.settings.config import load_workspace_config
 from graceful.flows.store.claim import CLAIM_SCHEMA, holder
 from graceful.flows.store.registry import (
@@ -25,7 +24,6 @@ from graceful.flows.store.registry import (
 from graceful.flows.store.workspace import Workspace, require_workspace
 from graceful.indexing.doctor import Finding, examine_gallery, examine_table, unreadable_items
 from graceful.indexing.gallery import VECTORS_SCHEMA, Gallery
-from graceful.indexing.leases import LEASES_SCHEMA
 from graceful.indexing.tables import ORPHAN_AGE_S, VersionedTable
 
 _MIB = 2**20
@@ -85,8 +83,7 @@ def repair_workspace(root: str, findings: Sequence[Finding], *, yes: bool = Fals
             VersionedTable(finding.place, VECTORS_SCHEMA, partition_by="generation", key="revision", create=True)
             done.append("made an empty table gallery/vectors: run 'graceful update' or ingest again to embed")
         elif finding.repair == "create":
-            schema = LEASES_SCHEMA if finding.place.endswith("/leases") else CLAIM_SCHEMA
-            VersionedTable(finding.place, schema, create=True)
+            VersionedTable(finding.place, CLAIM_SCHEMA, create=True)
             done.append(f"made {finding.place} anew")
         elif finding.repair == "checkpoints":
             for path in list_files(join(finding.place, "_delta_log")):
@@ -104,12 +101,11 @@ def _tidy(root: str, findings: Sequence[Finding]) -> Iterator[str]:
     """Remove orphans, merge small files, and write the leases down without those that are over."""
     shapes = {
         **{join(root, "registry", name): (schema, None, None) for name, (schema, _) in _REGISTRY.items()},
-        join(root, "gallery", "leases"): (LEASES_SCHEMA, None, None),
     }
     for finding in findings:
         if finding.repair == "leases":
-            num = Gallery(join(root, "gallery")).drop_expired_leases()
-            yield f"removed {num:,} leases that are over"
+            Gallery(join(root, "gallery")).leased_versions()
+            yield "removed leases that are over"
             continue
         if finding.place in shapes:
             table = VersionedTable(finding.place, shapes[finding.place][0])
@@ -132,8 +128,7 @@ def _protected(workspace: Workspace) -> list[list[str]]:
     supported: Sequence[str] = ()
     with suppress(GracefulError):  # a configuration that is wrong protects nobody; `graceful check` says so
         supported = load_workspace_config(workspace.root).gallery.supported_query_generations
-    pending = pending_generation(workspace)
-    return workspace.protected(supported, [pending] if pending else [])
+    return workspace.protected(supported)
 
 
 def _examine_serving(workspace: Workspace) -> Iterator[Finding]:
@@ -195,7 +190,7 @@ def _examine_work(workspace: Workspace) -> Iterator[Finding]:
             "warning", f"the re-index with {plan.generation} is not finished ({len(missing):,} of {plan.num_items:,} "
             "items to go)", "unless one runs, run 'graceful update' to go on", len(missing),
         )  # fmt: skip
-    pending = pending_generation(workspace)
+    pending = workspace.registry.pending_generation()
     if pending is not None:
         yield Finding("note", f"{pending} waits for more evidence or your word", "see 'graceful status'")
 

@@ -7,6 +7,7 @@ from typing import Any
 from graceful.errors import GracefulError
 from graceful.flows.store.events import (
     Adopted,
+    CertificateRevoked,
     Decided,
     Event,
     Forwarded,
@@ -22,10 +23,11 @@ from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.training.generation import ordinal_of
 
 TOLD = (
-    Trained, Adopted, Decided, Overridden, Rejected, Promoted, RolledBack, Forwarded, PreviousReleased, Retired,
+    Trained, Adopted, Decided, Overridden, Rejected, Promoted, RolledBack, Forwarded, CertificateRevoked,
+    PreviousReleased, Retired,
 )  # fmt: skip
 """Kinds of events that a history tells; the others are the machine's own bookkeeping."""
-_FIELDS = ("outcome", "to", "ordered", "name", "factory", "reason", "by")
+_FIELDS = ("outcome", "to", "ordered", "name", "factory", "gallery_generation", "reason", "by")
 
 
 class NothingDecidedError(GracefulError):
@@ -143,7 +145,7 @@ def _generation(name: str, events: list[Event[Any]], champion: str | None) -> di
     said = words[-1] if words and not isinstance(words[-1], Decided) else None
     adopted = next((event.payload for event in events if isinstance(event.payload, Adopted)), None)
     retired = [event.payload for event in events if isinstance(event.payload, Retired)]
-    made = min(event.at for event in events if isinstance(event.payload, Trained | Adopted))
+    made = next(event.at for event in events if isinstance(event.payload, Trained | Adopted))
     return {
         "generation": name,
         "ordinal": ordinal_of(name),

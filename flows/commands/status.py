@@ -9,9 +9,9 @@ import pyarrow.compute as pc
 from graceful.errors import GracefulError
 from graceful.files import crash_point, join, list_files, remove
 from graceful.flows.store.evaluation_set import evaluation_set_uri, named_in_set
-from graceful.flows.store.events import Decided, Promoted, Rejected, Retired, Trained, UpdateStarted
+from graceful.flows.store.events import Decided, Trained, UpdateStarted
 from graceful.flows.store.workspace import Workspace, open_workspace
-from graceful.flows.update.serving import delete, go_forward, reject, retire, rollback
+from graceful.flows.update.serving import delete, go_forward, reject, retire, revoke, rollback
 from graceful.indexing.maintenance import collect, forget, survey
 from graceful.indexing.tables import ORPHAN_AGE_S
 from graceful.training.manifest import read_manifest
@@ -37,7 +37,7 @@ def workspace_status(root: str) -> dict[str, Any]:
         "unreadable": None,
         "rows_by_generation": {},
         "newest_decision": decided[-1].payload.outcome if decided else None,
-        "pending": pending_generation(workspace),
+        "pending": registry.pending_generation(),
     }
     if serving.champion is not None:
         view = workspace.view(serving.champion)
@@ -51,24 +51,6 @@ def workspace_status(root: str) -> dict[str, Any]:
         plan = registry.plan(serving.active_plan)[0]
         found["plan"] = {"generation": plan.generation, "fraction": plan.fraction, "items": plan.num_items}
     return found
-
-
-def pending_generation(workspace: Workspace) -> str | None:
-    """The candidate that waits for more evidence or for the operator's word; the next candidate supersedes it."""
-    registry = workspace.registry
-    newest = registry.generations()[-1:]
-    open_key = None
-    for event in registry.history():
-        happened = event.payload
-        if event.generation not in newest:
-            continue
-        if isinstance(happened, Decided):
-            open_key = event.update_key if happened.outcome == "INCONCLUSIVE" else None
-        elif isinstance(happened, Rejected | Retired) or (
-            isinstance(happened, Promoted) and event.update_key == open_key
-        ):
-            open_key = None
-    return newest[0] if open_key is not None else None
 
 
 def delete_items(root: str, item_ids: list[str], *, forget: bool) -> dict[str, Any]:
@@ -149,6 +131,13 @@ def retire_generation(root: str, generation: str, reason: str) -> dict[str, Any]
     return {"retired": name, "serving": workspace.registry.serving().champion}
 
 
+def revoke_certificate(root: str, query: str, gallery: str, reason: str, *, yes: bool = False) -> dict[str, Any]:
+    """Revoke a certificate by the names of its two generations."""
+    workspace = open_workspace(root)
+    pair = workspace.registry.resolve(query), workspace.registry.resolve(gallery)
+    return {"revoked": list(pair), "hidden": revoke(workspace, *pair, reason=reason, yes=yes)}
+
+
 def collect_garbage(root: str, *, dry_run: bool = False, orphan_age_s: float = ORPHAN_AGE_S) -> dict[str, Any]:
     """Drop vectors that nobody can read, and files that nothing names; `dry_run` only counts them."""
     from graceful.flows.settings.config import load_workspace_config
@@ -157,8 +146,7 @@ def collect_garbage(root: str, *, dry_run: bool = False, orphan_age_s: float = O
     supported = load_workspace_config(root).gallery.supported_query_generations
 
     def protected() -> list[list[str]]:
-        pending = pending_generation(workspace)
-        return workspace.protected(supported, [pending] if pending else [])
+        return workspace.protected(supported)
 
     if dry_run:
         return {"dry_run": True, **asdict(survey(workspace.gallery, protected(), orphan_age_s=orphan_age_s))}

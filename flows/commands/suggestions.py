@@ -37,8 +37,8 @@ def settling_commands(root: str) -> list[str]:
     if not decided or decided[-1].payload.outcome not in ("HOLD", "INCONCLUSIVE"):
         return []
     last, candidate = decided[-1], decided[-1].generation
-    turned_down = [(event.generation, event.at) for kind in (Rejected, Retired) for event in registry.events(kind)]
-    settled = {generation for generation, at in turned_down if at > last.at}
+    turned_down = [event for kind in (Rejected, Retired) for event in registry.events(kind)]
+    settled = {event.generation for event in turned_down if event.sequence > last.sequence}
     settled |= {event.generation for event in registry.events(Promoted, last.update_key)}
     if candidate in settled or registry.serving().champion == candidate:
         return []

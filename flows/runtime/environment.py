@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from graceful.flows.store.processes import process_start
+from graceful.processes import process_start
 
 SERVER_FILE = "server.json"
 

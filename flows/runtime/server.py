@@ -21,7 +21,7 @@ from pathlib import Path
 
 from graceful.errors import GracefulError
 from graceful.flows.runtime.environment import SERVER_FILE, running_server
-from graceful.flows.store.processes import process_start
+from graceful.processes import process_start
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 20.0

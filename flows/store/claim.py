@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from graceful.errors import GracefulError
 from graceful.files import exists, join
-from graceful.flows.store.processes import process_start
 from graceful.indexing.tables import TableConflictError, VersionedTable
+from graceful.processes import process_start
 
 LIFETIME_S = 120.0
 _RENEW_S = 30.0

@@ -115,6 +115,15 @@ class Forwarded(_Happened):
     by: str = ""
 
 
+class CertificateRevoked(_Happened):
+    """The operator revoked a certificate: the generation may be scored against those rows no longer."""
+
+    kind: Literal["certificate_revoked"] = "certificate_revoked"
+    gallery_generation: str
+    reason: str
+    by: str = ""
+
+
 class PlanCompleted(_Happened):
     """A re-index reached its end."""
 
@@ -145,7 +154,7 @@ class UpdateCompleted(_Happened):
 
 Happened = Annotated[
     UpdateStarted | Trained | Adopted | Decided | Promoted | Held | Pending | Overridden | Rejected | RolledBack
-    | Forwarded | PlanCompleted | PreviousReleased | Retired | UpdateCompleted,
+    | Forwarded | CertificateRevoked | PlanCompleted | PreviousReleased | Retired | UpdateCompleted,
     Field(discriminator="kind"),
 ]  # fmt: skip
 KINDS = tuple(model.model_fields["kind"].default for model in get_args(get_args(Happened)[0]))
@@ -156,13 +165,14 @@ H = TypeVar("H", bound=_Happened)
 
 @dataclass(frozen=True)
 class Event(Generic[H]):
-    """One thing that happened, in the order of the lineage table."""
+    """One thing that happened. `sequence` rises with every commit of the lineage; `at` is what a clock said."""
 
     event_id: str
     update_key: str
     generation: str
     at: float
     payload: H
+    sequence: int = 0
 
     @property
     def kind(self) -> str:
@@ -185,4 +195,4 @@ def from_row(row: dict[str, Any], location: str) -> Event[Any]:
             f"reading the lineage: expected one of {', '.join(KINDS)} in its known form, found {row['kind']!r} "
             f"({found}; event {row['event_id']} in {location}); use the program version that wrote it"
         ) from None
-    return Event(row["event_id"], row["update_key"], row["generation"], row["at"], payload)
+    return Event(row["event_id"], row["update_key"], row["generation"], row["at"], payload, row["sequence"])

@@ -3,20 +3,36 @@
 Four versioned tables below `registry/`, all append-only; the newest row of `serving` is the serving state, and its
 rows are the promotion history. The serving state moves only by compare-and-swap and always names the decision (or the
 operator) that moved it. `readable` turns certificates into the list that the gallery's reading rule takes.
+
+Order is the order of commits, in the column `sequence`; `at` is what some host's clock said, and decides nothing.
 """
 
+import hashlib
+import random
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from graceful.errors import GracefulError
-from graceful.files import crash_point, join
-from graceful.flows.store.events import Adopted, Event, H, Retired, Trained, from_row, to_text
+from graceful.files import crash_point, join, read_bytes, write_bytes
+from graceful.flows.store.events import (
+    Adopted,
+    Decided,
+    Event,
+    H,
+    Promoted,
+    Rejected,
+    Retired,
+    Trained,
+    from_row,
+    to_text,
+)
 from graceful.indexing.planner import PLAN_ITEMS_SCHEMA
 from graceful.indexing.tables import TableConflictError, VersionedTable, in_use
 from graceful.training.generation import ordinal_of
@@ -24,6 +40,7 @@ from graceful.training.generation import ordinal_of
 LINEAGE_SCHEMA = pa.schema(
     [
         ("event_id", pa.string()),
+        ("sequence", pa.int64()),
         ("kind", pa.string()),
         ("update_key", pa.string()),
         ("generation", pa.string()),
@@ -35,13 +52,16 @@ CERTIFICATES_SCHEMA = pa.schema(
     [
         ("query_generation", pa.string()),
         ("gallery_generation", pa.string()),
+        ("sequence", pa.int64()),
         ("in_force", pa.bool_()),
         ("reason", pa.string()),
         ("at", pa.float64()),
     ]
 )
-PLANS_SCHEMA = pa.schema([("plan_id", pa.string()), ("plan", pa.string()), *PLAN_ITEMS_SCHEMA])
+PLANS_SCHEMA = pa.schema([("plan_id", pa.string()), ("plan", pa.string()), ("items_sha256", pa.string())])
 SERVING_SCHEMA = pa.schema([("sequence", pa.int64()), ("at", pa.float64()), ("state", pa.string())])
+_ATTEMPTS = 40
+_BACK_OFF_S = 0.02
 
 
 class UncertifiedGenerationError(GracefulError):
@@ -56,8 +76,16 @@ class ServingMovedError(GracefulError):
     """Another update moved the serving state first; nothing was changed."""
 
 
+class DamagedPlanError(GracefulError):
+    """The items of a plan are not those that were stored."""
+
+
 class ServingState(BaseModel):
-    """Who answers queries now. `sequence` numbers the moves; 0 is the empty workspace."""
+    """Who answers queries now, and whose vectors are kept. `sequence` numbers the moves; 0 is the empty workspace.
+
+    `prepared`: the generation of a plan that is prepared and has not moved yet. `left`: the one that the last rollback
+    left, to which it is possible to go forward again.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -65,11 +93,13 @@ class ServingState(BaseModel):
     champion: str | None = None
     previous: str | None = None
     active_plan: str | None = None
+    prepared: str | None = None
+    left: str | None = None
     moved_by: str = ""
 
 
 class Plan(BaseModel):
-    """An ordered list of items to re-embed with one generation; its items stand in the plans table.
+    """An ordered list of items to re-embed with one generation; its items stand in a file of their own.
 
     `decision` names the evaluation that it carries out; `ordered`: by the operator, against what was decided.
     """
@@ -115,10 +145,10 @@ class Registry:
             "at": time.time(),
             "payload": to_text(happened),
         }
-        return _append(self._lineage, [row], unit=event_id)
+        return _append_in_order(self._lineage, [row], unit=event_id)
 
     def events(self, kind: type[H], update_key: str | None = None) -> list[Event[H]]:
-        """Events of one kind in the order in which they happened, of one update or of all.
+        """Events of one kind in the order in which they were recorded, of one update or of all.
 
         Raises:
             UnknownFormatError: a record of a form that this program does not know.
@@ -135,7 +165,7 @@ class Registry:
         return [from_row(row, self.location) for row in self._lineage_rows()]
 
     def _lineage_rows(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = self._lineage.snapshot().rows().sort_by("at").to_pylist()
+        rows: list[dict[str, Any]] = self._lineage.snapshot().rows().sort_by("sequence").to_pylist()
         return rows
 
     def generations(self) -> list[str]:
@@ -158,6 +188,22 @@ class Registry:
             )
         return found[0]
 
+    def pending_generation(self) -> str | None:
+        """The candidate that waits for more evidence or for the operator's word; the next candidate supersedes it."""
+        newest = self.generations()[-1:]
+        open_key = None
+        for event in self.history():
+            happened = event.payload
+            if event.generation not in newest:
+                continue
+            if isinstance(happened, Decided):
+                open_key = event.update_key if happened.outcome == "INCONCLUSIVE" else None
+            elif isinstance(happened, Rejected | Retired) or (
+                isinstance(happened, Promoted) and event.update_key == open_key
+            ):
+                open_key = None
+        return newest[0] if open_key is not None else None
+
     def served_generations(self) -> list[str]:
         """Every generation that has ever been champion, by ordinal: the predecessors of the next one."""
         ids = {state.champion for state in self.serving_history() if state.champion}
@@ -177,7 +223,7 @@ class Registry:
 
     def certificates(self) -> set[tuple[str, str]]:
         """Pairs (query generation, gallery generation) in force."""
-        rows = self._certificates.snapshot().rows().sort_by("at").to_pylist()
+        rows = self._certificates.snapshot().rows().sort_by("sequence").to_pylist()
         latest = {(row["query_generation"], row["gallery_generation"]): row["in_force"] for row in rows}
         return {pair for pair, in_force in latest.items() if in_force}
 
@@ -203,27 +249,58 @@ class Registry:
             for query, gallery in pairs
         ]
         if rows:
-            _append(self._certificates, rows)
+            _append_in_order(self._certificates, rows)
 
     # Plans ------------------------------------------------------------------------------------------------------------
 
     def save_plan(self, plan: Plan, items: pa.Table) -> None:
-        """Store a plan and its items (PLAN_ITEMS_SCHEMA) in one commit; a plan saved before is left alone."""
-        text = plan.model_dump_json()
-        # Row -1 carries the plan itself, so that a plan without items exists too.
-        header = pa.table({"wave": [-1], "position": [-1], "revision": [-1]}, schema=PLAN_ITEMS_SCHEMA)
-        rows = pa.concat_tables([header, items])
-        rows = rows.add_column(0, "plan", pa.array([text] + [""] * items.num_rows, pa.string()))
-        rows = rows.add_column(0, "plan_id", pa.array([plan.plan_id] * rows.num_rows, pa.string()))
-        self._plans.append(rows, unit=plan.plan_id)
+        """Store a plan and its items (PLAN_ITEMS_SCHEMA); a plan saved before is left alone.
+
+        The items lie in one file that is named by its content and never changed; it is written before the plan that
+        names it.
+        """
+        sink = pa.BufferOutputStream()
+        pq.write_table(items.cast(PLAN_ITEMS_SCHEMA), sink)
+        content = sink.getvalue().to_pybytes()
+        digest = hashlib.sha256(content).hexdigest()
+        write_bytes(self._plan_items_uri(digest), content)
+        row = {"plan_id": plan.plan_id, "plan": plan.model_dump_json(), "items_sha256": digest}
+        _append(self._plans, [row], unit=plan.plan_id)
 
     def plan(self, plan_id: str) -> tuple[Plan, pa.Table]:
-        """Read a plan and its items in plan order."""
+        """Read a plan and its items in plan order.
+
+        Raises:
+            DamagedPlanError: the items are missing, or are not those that were stored.
+        """
+        row = self._plan_row(plan_id)
+        location, found = self._plan_items_uri(row["items_sha256"]), "no file"
+        try:
+            content = read_bytes(location)
+            found = f"other content, {len(content)} bytes"
+        except FileNotFoundError:
+            content = b""
+        if hashlib.sha256(content).hexdigest() != row["items_sha256"]:
+            raise DamagedPlanError(
+                f"reading plan {plan_id}: expected the items that were stored, found {found} ({location}); restore "
+                "the file, or judge the candidate again with 'graceful update --again'"
+            )
+        return Plan.model_validate_json(row["plan"]), pq.read_table(pa.BufferReader(content)).cast(PLAN_ITEMS_SCHEMA)
+
+    def plan_generation(self, plan_id: str) -> str:
+        """Whose vectors a plan writes; reads no items."""
+        return Plan.model_validate_json(self._plan_row(plan_id)["plan"]).generation
+
+    def _plan_row(self, plan_id: str) -> dict[str, Any]:
         rows = self._plans.snapshot().rows()
-        rows = rows.filter(pc.equal(rows["plan_id"], plan_id)).sort_by("position")
-        if not rows.num_rows:
+        rows = rows.filter(pc.equal(rows["plan_id"], plan_id)).to_pylist()
+        if not rows:
             raise KeyError(f"reading plan {plan_id}: it is not in the registry")
-        return Plan.model_validate_json(rows["plan"][0].as_py()), rows.slice(1).select(PLAN_ITEMS_SCHEMA.names)
+        row: dict[str, Any] = rows[0]
+        return row
+
+    def _plan_items_uri(self, digest: str) -> str:
+        return join(self.location, "plan_items", f"{digest}.parquet")
 
     # Serving ----------------------------------------------------------------------------------------------------------
 
@@ -273,6 +350,28 @@ class Registry:
         crash_point("after-serving-moved")
         return state
 
+    def change_serving(self, change: Callable[[ServingState], dict[str, Any] | None]) -> ServingState:
+        """Apply a change to whatever the serving state is then, again and again while other moves come first.
+
+        For bookkeeping and for moves that hold whatever else has moved: `change` looks at the state and gives the
+        fields to set, or None to give way.
+
+        Raises:
+            ServingMovedError: others moved it first again and again.
+        """
+        for attempt in range(_ATTEMPTS):
+            serving = self.serving()
+            changes = change(serving)
+            if changes is None:
+                return serving
+            try:
+                return self.move_serving(serving, **changes)
+            except ServingMovedError:
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                _back_off(attempt)
+        raise AssertionError("the last attempt returns or raises")
+
     def _serving_history_at(self, version: int | None) -> list[ServingState]:
         rows = self._serving.snapshot(version).rows().sort_by("sequence").to_pylist()
         return [ServingState.model_validate_json(row["state"]) for row in rows]
@@ -287,6 +386,28 @@ def _append(
     if expected_version is None:
         table.compact()
     return written
+
+
+def _append_in_order(table: VersionedTable, rows: list[dict[str, Any]], *, unit: str | None = None) -> bool:
+    """Append rows numbered after every row that has committed: a commit that comes between is seen, and tried again."""
+    for attempt in range(_ATTEMPTS):
+        version = table.version()
+        # The version that this commit will be, or one before it if a compaction comes between: rising either way.
+        numbered = [{**row, "sequence": version + 1} for row in rows]
+        try:
+            written = _append(table, numbered, unit=unit, expected_version=version)
+        except TableConflictError:
+            if attempt == _ATTEMPTS - 1:
+                raise
+            _back_off(attempt)
+            continue
+        table.compact()
+        return written
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _back_off(attempt: int) -> None:
+    time.sleep(random.uniform(0, _BACK_OFF_S * min(attempt + 1, 10)))
 
 
 def _moved(expected: ServingState, found: ServingState) -> ServingMovedError:

@@ -14,6 +14,7 @@ from graceful.flows.store.registry import Registry
 from graceful.indexing.cache import EmbeddingCache
 from graceful.indexing.gallery import Gallery, GalleryVersion, View
 from graceful.indexing.reindex import EmbedFunction
+from graceful.training.generation import ordinal_of
 
 EmbedWith = Callable[[str], EmbedFunction]
 """Generation id -> function that embeds units with that generation's encoder."""
@@ -21,6 +22,10 @@ EmbedWith = Callable[[str], EmbedFunction]
 
 class WorkspaceMissingError(GracefulError):
     """There is no workspace at this location."""
+
+
+class UnsupportedGenerationError(GracefulError):
+    """Queries of this generation are no longer answered: its items are not kept."""
 
 
 class Workspace:
@@ -86,15 +91,50 @@ class Workspace:
         """What a query generation sees: the reading rule applied to its certificates."""
         return self.gallery.view(self.registry.readable(query_generation), version)
 
-    def protected(self, supported: Sequence[str] = (), pending: Sequence[str] = ()) -> list[list[str]]:
-        """Readable lists of every query generation that must keep seeing what it sees."""
+    def kept(self, supported: Sequence[str] = ()) -> list[str]:
+        """Generations that must keep seeing what they see, the champion first: the one rule of what is protected.
+
+        The champion; the previous one, to which a rollback returns, or the one that a rollback left; those whose plan
+        is prepared or under way; the clients that are supported; and the candidate that waits for the operator's word.
+        """
         serving = self.registry.serving()
-        plan = self.registry.plan(serving.active_plan)[0].generation if serving.active_plan else None
-        names = [serving.champion, serving.previous, plan, *supported, *pending]
-        certified = {query for query, gallery in self.registry.certificates() if query == gallery}
-        lists = [self.registry.readable(name) for name in dict.fromkeys(names) if name in certified]
+        plan = self.registry.plan_generation(serving.active_plan) if serving.active_plan else None
+        names = [serving.champion, serving.previous, serving.left, serving.prepared, plan, *supported]
+        names.append(self.registry.pending_generation())
+        return list(dict.fromkeys(name for name in names if name is not None))
+
+    def protected(self, supported: Sequence[str] = ()) -> list[list[str]]:
+        """Readable lists of every generation that is kept."""
+        names, pairs = self.kept(supported), self.registry.certificates()
         # A generation that is being embedded before it is certified protects its own vectors.
-        return lists + [[name] for name in dict.fromkeys(names) if name and name not in certified]
+        return [
+            sorted({name, *(gallery for query, gallery in pairs if query == name)}, key=ordinal_of)
+            if (name, name) in pairs
+            else [name]
+            for name in names
+        ]
+
+    def fence(self) -> None:
+        """Let every collection under way look again at what is protected, before it removes anything."""
+        self.gallery.fence()
+
+    def may_query(self, generation: str, supported: Sequence[str] = ()) -> None:
+        """Refuse queries of a generation whose view is not kept: answers would become fewer without a word.
+
+        Raises:
+            UncertifiedGenerationError: it may not even read its own rows.
+            UnsupportedGenerationError: it has been released, retired, or never served.
+        """
+        self.registry.readable(generation)
+        names = self.kept(supported)
+        if generation not in names:
+            certified = {query for query, gallery in self.registry.certificates() if query == gallery}
+            others = ", ".join(name for name in names if name in certified) or "none yet"
+            raise UnsupportedGenerationError(
+                f"querying as {generation}: expected a generation whose items are kept, found one that is not (it was "
+                f"released); generations that may query: {others}; list old clients in "
+                "gallery.supported_query_generations"
+            )
 
 
 def open_workspace(root: str) -> Workspace:

@@ -23,7 +23,7 @@ from graceful.flows.update.rollout import (
     prepare,
     promote,
 )
-from graceful.flows.update.serving import operator
+from graceful.flows.update.serving import abandon, operator
 from graceful.indexing.maintenance import Collection, collect
 from graceful.indexing.reindex import ReindexReport
 
@@ -101,6 +101,8 @@ def decide_and_act(
     if rollout is not None:
         report = do("embed before the move", lambda: _embed_before_move(case, rollout))
         do("move serving state", lambda: _move(case, rollout))
+    else:
+        abandon(case.workspace)  # what was prepared before and never moved: this decision takes its place
     settled()
     report = report.plus(do("re-index", lambda: carry_on(case.workspace, case.gallery, case.progress)))
     do("conclude", lambda: case.conclude(evaluation.decision))
@@ -150,7 +152,7 @@ def _embed_before_move(case: Case, rollout: Rollout) -> ReindexReport:
 def _collect(case: Case) -> Collection:
     """Drop what nobody can read. The newest generation keeps its own, whatever was decided: it may wait for a word."""
     workspace, supported = case.workspace, case.gallery.supported_query_generations
-    return collect(workspace.gallery, lambda: workspace.protected(supported, workspace.registry.generations()[-1:]))
+    return collect(workspace.gallery, lambda: workspace.protected(supported))
 
 
 def _move(case: Case, rollout: Rollout) -> None:

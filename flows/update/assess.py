@@ -16,6 +16,7 @@ from graceful.flows.store.evaluations import Evaluation, judge, write_evaluation
 from graceful.flows.store.events import Decided
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.bench import UNREADABLE, Bench, Classifier, plan_ranking, production_owners
+from graceful.indexing.gallery import GalleryVersion, View
 from graceful.training.generation import ordinal_of
 
 Vectors = Callable[[str, Sequence[str]], NDArray[np.float32]]
@@ -70,15 +71,31 @@ def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candi
     )
     if champion is None:
         return judge(bench.outcomes(), candidacy.policy, question)
-    view = workspace.view(champion)
-    shares = live_shares(workspace, champion)
+    # One version for everything that is judged, and it stays readable however long that takes.
+    with workspace.gallery.lease() as version:
+        return _judge_against(workspace, evaluation_set, candidacy, champion, bench, question, version)
+
+
+def _judge_against(
+    workspace: Workspace,
+    evaluation_set: EvaluationSet,
+    candidacy: Candidacy,
+    champion: str,
+    bench: Bench,
+    question: Question,
+    version: GalleryVersion,
+) -> Evaluation:
+    candidate = candidacy.candidate
+    lineage = sorted({*candidacy.generations, candidate}, key=ordinal_of)
+    view = workspace.view(champion, version)
+    shares = _shares(view)
     owners = production_owners(evaluation_set, view, champion)
     bench.measure_served(champion, owners)
     for query in (champion, candidate):
         bench.measure_live(query, owners, list(shares))
     certificates = _certificates(bench, candidacy.policy, shares, candidate, champion)
     passed = sorted((c.gallery_generation for c in certificates if c.verdict == "PASS"), key=ordinal_of)
-    seen = workspace.gallery.view([*passed, candidate])
+    seen = workspace.gallery.view([*passed, candidate], version)
     otherwise = champion if champion in passed else UNREADABLE
     before = production_owners(evaluation_set, seen, otherwise)
     ranking = plan_ranking(
@@ -126,7 +143,10 @@ def record_decision(
 
 def live_shares(workspace: Workspace, champion: str) -> dict[str, float]:
     """Share of the gallery that each generation owns in the champion's view; those that own nothing are left out."""
-    view = workspace.view(champion)
+    return _shares(workspace.view(champion))
+
+
+def _shares(view: View) -> dict[str, float]:
     rows = view.rows_by_generation()
     return {name: count / view.num_items for name, count in rows.items() if count}
 

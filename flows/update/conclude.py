@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from graceful.evaluation.decision import Decision
 from graceful.files import join, remove
-from graceful.flows.store.events import Forwarded, Held, Pending, Promoted, Retired, UpdateCompleted
+from graceful.flows.store.events import Forwarded, Held, Pending, Promoted, Retired, RolledBack, UpdateCompleted
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.serving import release_previous
 
@@ -41,13 +41,14 @@ def completed(inputs: "Inputs") -> bool:
 
 
 def release_when_due(session: "Session") -> bool:
-    """End the previous generation's probation when its time has passed."""
+    """End the probation of the previous generation, or of the one that a rollback left, when its time has passed."""
     registry = session.workspace.registry
-    moves = [event.at for kind in (Promoted, Forwarded) for event in registry.events(kind)]
+    moves = [event for kind in (Promoted, Forwarded, RolledBack) for event in registry.events(kind)]
     serving = registry.serving()
-    if serving.previous is None or not moves:
+    if (serving.previous is None and serving.left is None) or not moves:
         return False
-    if time.time() - max(moves) < session.config.gallery.probation_hours * 3600:
+    newest = max(moves, key=lambda event: event.sequence)
+    if time.time() - newest.at < session.config.gallery.probation_hours * 3600:
         return False
     release_previous(session.workspace)
     return True

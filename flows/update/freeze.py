@@ -20,7 +20,8 @@ from graceful.flows.store.events import Adopted, Decided, Trained, UpdateStarted
 from graceful.flows.store.leaks import refuse_trained_on
 from graceful.flows.store.registry import Registry
 from graceful.flows.store.workspace import Workspace
-from graceful.flows.update.serving import MoveRefusedError, refuse_retired
+from graceful.flows.update.gate import MoveRefusedError
+from graceful.flows.update.serving import refuse_retired
 from graceful.training.datasets import check_trainable, load_images
 from graceful.training.generation import ordinal_of
 from graceful.training.job import TRAINING_VERSION

@@ -22,10 +22,11 @@ from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.act import Case, Order, Step, decide_and_act, plain
 from graceful.flows.update.conclude import completed, conclude, release_when_due
 from graceful.flows.update.freeze import Inputs, freeze
+from graceful.flows.update.gate import MoveRefusedError
 from graceful.flows.update.judge import class_distance, judge, recorded
 from graceful.flows.update.publish import publish
 from graceful.flows.update.rollout import ACTED_ON
-from graceful.flows.update.serving import MoveRefusedError, refuse_retired
+from graceful.flows.update.serving import refuse_retired
 from graceful.flows.update.train import embed_evaluation, extend_cache, train_candidate, train_paragon
 from graceful.indexing.reindex import ReindexReport
 

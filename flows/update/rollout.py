@@ -6,7 +6,7 @@ is the point: certificates and the plan first, vectors next, the serving state l
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,9 @@ from graceful.files import crash_point
 from graceful.flows.store.events import PlanCompleted, Promoted
 from graceful.flows.store.registry import Plan, ServingMovedError, ServingState
 from graceful.flows.store.workspace import Workspace
+from graceful.flows.update.gate import Comparison, move
 from graceful.indexing.gallery import View
+from graceful.indexing.leases import Lease
 from graceful.indexing.planner import OrderInputs, plan_waves, random_key_of, rank_items
 from graceful.indexing.reindex import ReindexReport, carry_out, embed_missing
 
@@ -31,13 +33,19 @@ ClassDistance = Callable[[View], NDArray[np.float32]]
 ACTED_ON = ("BOOTSTRAP", "COMPATIBLE_ROLLOUT", "FULL_BACKFILL")
 """Outcomes that change what is served."""
 
+_NUM_MENDS = 3
+"""How often what a move would hide is asked for again before the move is refused."""
+
+_NUM_REASONS = 3
+
 
 @dataclass(frozen=True)
 class Rollout:
     """A verdict in the words of the gallery: what is to be certified, embedded and served.
 
     `decision` names the evaluation; `ordered`: by the operator, against what was decided. `before_move`: what is
-    embedded before the serving state moves, the whole gallery or only what the candidate could not read.
+    embedded before the serving state moves, the whole gallery or only what the candidate could not read. `max_hidden`:
+    how many items that can be read now the move may make unreadable.
     """
 
     update_key: str
@@ -51,6 +59,7 @@ class Rollout:
     wave_rows: int = 16_384
     unit_rows: int = 4_096
     ordered: bool = False
+    max_hidden: int = 0
 
     @property
     def moved_by(self) -> str:
@@ -78,6 +87,7 @@ class Rollout:
             seed=gallery.seed,
             wave_rows=gallery.wave_rows,
             unit_rows=gallery.unit_rows,
+            max_hidden=gallery.max_hidden_items,
         )
 
     @classmethod
@@ -106,6 +116,7 @@ class Rollout:
             seed=gallery.seed,
             wave_rows=gallery.wave_rows,
             unit_rows=gallery.unit_rows,
+            max_hidden=gallery.max_hidden_items,
             ordered=True,
         )
 
@@ -115,21 +126,27 @@ def _pairs(certificates: Sequence[CertificateToIssue]) -> tuple[tuple[str, str],
 
 
 def prepare(workspace: Workspace, rollout: Rollout, class_distance: ClassDistance | None = None) -> Plan:
-    """Issue the certificates and store the plan; called again, it returns the plan stored before."""
+    """Issue the certificates, protect the generation, store the plan; called again, it returns the stored plan.
+
+    From here until the plan has ended or is abandoned, nothing that the generation can read is collected: the serving
+    state names it before the gallery is looked at, and a collection under way looks at the serving state again.
+    """
     plan_id = f"{rollout.update_key}-{rollout.generation}" + ("-ordered" if rollout.ordered else "")
     workspace.registry.certify(rollout.certificates, reason=rollout.moved_by)
     crash_point("certified")
+    _protect(workspace, rollout)
     try:
         return workspace.registry.plan(plan_id)[0]
     except KeyError:
         pass
-    view = workspace.view(rollout.generation)
-    first = view.owner < 0
-    inputs = OrderInputs(
-        random_key_of(view.revisions, rollout.seed),
-        view.owner.astype(np.int64),
-        class_distance(view) if class_distance is not None else None,
-    )
+    with workspace.gallery.lease() as version:
+        view = workspace.view(rollout.generation, version)
+        first = view.owner < 0
+        inputs = OrderInputs(
+            random_key_of(view.revisions, rollout.seed),
+            view.owner.astype(np.int64),
+            class_distance(view) if class_distance is not None else None,
+        )
     ranking = rank_items(rollout.order, inputs, first)
     num_first = int(first.sum())
     items = plan_waves(view.revisions, ranking, num_first, rollout.fraction, rollout.wave_rows)
@@ -151,55 +168,141 @@ def prepare(workspace: Workspace, rollout: Rollout, class_distance: ClassDistanc
     return plan
 
 
+def _protect(workspace: Workspace, rollout: Rollout) -> None:
+    """Name the generation in the serving state; a plan of another one that never moved is superseded."""
+    registry = workspace.registry
+
+    def change(serving: ServingState) -> dict[str, Any] | None:
+        if _has_moved(registry.serving_history(), rollout):
+            return None
+        changes: dict[str, Any] = {} if serving.prepared == rollout.generation else {"prepared": rollout.generation}
+        if serving.active_plan is not None:
+            planned = registry.plan_generation(serving.active_plan)
+            if planned not in (serving.champion, rollout.generation):
+                changes["active_plan"] = None
+        return changes or None
+
+    registry.change_serving(change)
+    workspace.fence()
+    crash_point("protected")
+
+
+def _has_moved(history: Sequence[ServingState], rollout: Rollout) -> bool:
+    return any(state.champion == rollout.generation and state.moved_by == rollout.moved_by for state in history)
+
+
 def embed_before_move(
     workspace: Workspace, rollout: Rollout, plan: Plan, *, on_rows: Callable[[int], None] | None = None
 ) -> ReindexReport:
     """Embed what must be there before the serving state moves: wave 0, or the whole gallery in a full backfill."""
-    serving = workspace.registry.serving()
-    if serving.champion == rollout.generation:
+    history = workspace.registry.serving_history()
+    if _has_moved(history, rollout) or (history and history[-1].champion == rollout.generation):
         return ReindexReport()
     embed = workspace.embed_with(rollout.generation)
     items = workspace.registry.plan(plan.plan_id)[1]
     if plan.before_move == "all":
-        if serving.active_plan != plan.plan_id:
-            # From here on ingest writes the candidate's vectors too: the backfill has no moving end.
-            workspace.registry.move_serving(serving, active_plan=plan.plan_id, moved_by=rollout.moved_by)
-        report = carry_out(
-            workspace.gallery, rollout.generation, items, embed, unit_rows=rollout.unit_rows, on_rows=on_rows
-        )
-        # What arrived between the plan and the move of `active_plan` above.
-        late = embed_missing(workspace.gallery, rollout.generation, embed, unit_rows=rollout.unit_rows)
+        # From here on ingest writes the candidate's vectors too: the backfill has no moving end.
+        workspace.registry.change_serving(lambda serving: _begin(serving, rollout, plan))
+        with workspace.gallery.take_lease() as lease:
+            report = carry_out(
+                workspace.gallery,
+                rollout.generation,
+                items,
+                embed,
+                unit_rows=rollout.unit_rows,
+                still_wanted=lambda: _follow(lease),
+                on_rows=on_rows,
+            )
+            # What arrived between the plan and the move of `active_plan` above.
+            late = embed_missing(workspace.gallery, rollout.generation, embed, unit_rows=rollout.unit_rows)
         return report.plus(late)
     if not plan.num_wave_zero:
         return ReindexReport()
-    return carry_out(
-        workspace.gallery, rollout.generation, items, embed, waves=[0], unit_rows=rollout.unit_rows, on_rows=on_rows
-    )
+    with workspace.gallery.take_lease():
+        return carry_out(
+            workspace.gallery, rollout.generation, items, embed, waves=[0], unit_rows=rollout.unit_rows, on_rows=on_rows
+        )
+
+
+def _follow(lease: Lease) -> bool:
+    """Each wave reads the newest version, and it stays readable while the wave goes on."""
+    lease.follow()
+    return True
+
+
+def _begin(serving: ServingState, rollout: Rollout, plan: Plan) -> dict[str, Any] | None:
+    if serving.champion == rollout.generation or serving.active_plan == plan.plan_id:
+        return None
+    return {"active_plan": plan.plan_id, "moved_by": rollout.moved_by}
 
 
 def promote(workspace: Workspace, rollout: Rollout, plan: Plan, *, champion: str | None) -> ServingState:
     """Move the serving state to the rollout's generation; a move made before is found and not repeated.
 
+    What can be read now and could not be any more is embedded first; bookkeeping that moves the serving state at the
+    same moment does no harm.
+
     Raises:
+        MoveRefusedError: items that can be read now would become unreadable, whatever was tried; nothing was moved.
         ServingMovedError: the champion is no longer the one that the decision was about.
     """
-    history = workspace.registry.serving_history()
-    serving = history[-1] if history else ServingState()
-    if any(state.champion == rollout.generation and state.moved_by == rollout.moved_by for state in history):
-        # Also after a rollback: a promotion taken back is not repeated by resuming its update.
-        workspace.registry.record(Promoted(), update_key=rollout.update_key, generation=rollout.generation)
-        return serving
-    if serving.champion != champion:
-        raise ServingMovedError(
-            f"promoting {rollout.generation}: the decision was about champion {champion}, found {serving.champion} "
-            "(another update finished first); run 'graceful update' again"
-        )
-    after = None if plan.before_move == "all" else plan.plan_id
-    state = workspace.registry.move_serving(
-        serving, champion=rollout.generation, previous=champion, active_plan=after, moved_by=rollout.moved_by
+    registry = workspace.registry
+    failures: dict[str, str] = {}
+
+    def change(serving: ServingState) -> dict[str, Any] | None:
+        if _has_moved(registry.serving_history(), rollout):
+            return None  # Also after a rollback: a promotion taken back is not repeated by resuming its update.
+        if serving.champion != champion:
+            raise ServingMovedError(
+                f"promoting {rollout.generation}: the decision was about champion {champion}, found {serving.champion} "
+                "(another update finished first); run 'graceful update' again"
+            )
+        return {
+            "champion": rollout.generation,
+            "previous": champion,
+            "active_plan": None if plan.before_move == "all" else plan.plan_id,
+            "prepared": None,
+            "left": None,
+            "moved_by": rollout.moved_by,
+        }
+
+    def mend(found: Comparison) -> None:
+        report = embed_hidden(workspace, rollout, found)
+        failures.update(report.failures)
+
+    if change(registry.serving()) is not None:
+        # A plan of another generation may have been prepared since: protected again, before anybody looks at the items.
+        _protect(workspace, rollout)
+    state = move(
+        workspace,
+        rollout.generation,
+        change,
+        act=f"promoting {rollout.generation}",
+        remedy="make the images readable and run 'graceful update' again, which goes on, or allow the loss with "
+        "gallery.max_hidden_items",
+        allowed=rollout.max_hidden,
+        mend=mend,
+        num_mends=_NUM_MENDS,
+        reasons=lambda: _first(failures),
     )
-    workspace.registry.record(Promoted(), update_key=rollout.update_key, generation=rollout.generation)
+    registry.record(Promoted(), update_key=rollout.update_key, generation=rollout.generation)
     return state
+
+
+def embed_hidden(workspace: Workspace, rollout: Rollout, found: Comparison) -> ReindexReport:
+    """Embed what a move would hide, or everything that a first generation cannot read."""
+    chosen = found.then.unreadable() if found.serves_nothing else found.hidden
+    return embed_missing(
+        workspace.gallery,
+        rollout.generation,
+        workspace.embed_with(rollout.generation),
+        revisions=found.then.revisions[chosen],
+        unit_rows=rollout.unit_rows,
+    )
+
+
+def _first(failures: dict[str, str]) -> str:
+    return "; ".join(f"{item_id}: {reason}" for item_id, reason in sorted(failures.items())[:_NUM_REASONS])
 
 
 def continue_plan(
@@ -215,18 +318,19 @@ def continue_plan(
         return ReindexReport()
     embed = workspace.embed_with(plan.generation)
     # Unreadable items first: what was ingested while the serving state moved and cannot be read by the new champion.
-    report = _embed_unreadable(workspace, plan.generation, unit_rows, on_rows)
-    report = report.plus(
-        carry_out(
-            workspace.gallery,
-            plan.generation,
-            items,
-            embed,
-            unit_rows=unit_rows,
-            still_wanted=lambda: workspace.registry.serving().active_plan == plan.plan_id,
-            on_rows=on_rows,
+    with workspace.gallery.take_lease() as lease:
+        report = _embed_unreadable(workspace, plan.generation, unit_rows, on_rows)
+        report = report.plus(
+            carry_out(
+                workspace.gallery,
+                plan.generation,
+                items,
+                embed,
+                unit_rows=unit_rows,
+                still_wanted=lambda: _follow(lease) and workspace.registry.serving().active_plan == plan.plan_id,
+                on_rows=on_rows,
+            )
         )
-    )
     if not report.superseded:
         # An image that changed meanwhile has a new revision, which no plan names.
         report = report.plus(_embed_unreadable(workspace, plan.generation, unit_rows, on_rows))
@@ -249,7 +353,8 @@ def _embed_unreadable(
 
 
 def _end_plan(workspace: Workspace, plan: Plan) -> None:
-    serving = workspace.registry.serving()
-    if serving.active_plan == plan.plan_id:
-        workspace.registry.move_serving(serving, active_plan=None)
+    """Say that a plan has ended. Gives way: where another plan or a rollback took its place, there is nothing to do."""
+    workspace.registry.change_serving(
+        lambda serving: {"active_plan": None} if serving.active_plan == plan.plan_id else None
+    )
     workspace.registry.record(PlanCompleted(plan=plan.plan_id), generation=plan.generation)

@@ -16,7 +16,7 @@ from tests.flows import tiny
 
 COMMANDS = [
     "accept", "adopt", "check", "collect", "decide", "delete", "demo", "doctor", "flips", "history",
-    "ingest", "init", "promote", "reject", "replay", "report", "retire", "rollback",
+    "ingest", "init", "promote", "reject", "replay", "report", "retire", "revoke", "rollback",
     "search", "selftest", "serve", "status", "update",
 ]  # fmt: skip
 

@@ -9,6 +9,7 @@ from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.rollout import Rollout, continue_plan, embed_before_move, prepare, promote
 from graceful.flows.update.serving import (
     NothingToRollBackError,
+    abandon,
     delete,
     generations_to_write,
     ingest,
@@ -147,8 +148,9 @@ def test_hold_after_a_wave_leaves_vectors_that_nobody_sees_and_that_are_collecte
     assert workspace.gallery.generations()[G2] == 3
     before = owners(workspace, G1)
     assert set(before.values()) == {G1}
-    collection = collect(workspace.gallery, workspace.protected)
-    assert collection.generations == (G2,)
+    assert collect(workspace.gallery, workspace.protected).generations == (), "a prepared plan is protected"
+    abandon(workspace)
+    assert collect(workspace.gallery, workspace.protected).generations == (G2,)
     assert owners(workspace, G1) == before
 
 

@@ -25,8 +25,8 @@ STEPS = [
     "move serving state", "re-index", "conclude", "publish", "collect",
 ]  # fmt: skip
 INSIDE = [
-    "evaluation-written", "decided", "certified", "plan-saved", "before-serving-moves", "after-serving-moved",
-    "vectors-before-commit", "vectors-after-commit", "wave-done",
+    "evaluation-written", "decided", "certified", "protected", "plan-saved", "before-serving-moves",
+    "after-serving-moved", "vectors-before-commit", "vectors-after-commit", "wave-done",
 ]  # fmt: skip
 MOVED = (
     "after-serving-moved",

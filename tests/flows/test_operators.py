@@ -51,15 +51,6 @@ def said(document):
 
 
 def test_doctor_names_what_is_gone_and_repairs_only_what_is_derived(root):
-    leases = Path(root, "gallery", "leases")
-    shutil.rmtree(leases)
-    code, found = run("doctor", "--root", root)
-    assert code == 1
-    assert "table gallery/leases is gone" in said(found)
-    assert not leases.exists()
-    _, repaired = run("doctor", "--root", root, "--repair")
-    assert leases.exists()
-    assert "is gone" not in said(repaired)
     shutil.rmtree(Path(root, "gallery", "vectors"))
     code, refused = run("doctor", "--root", root, "--repair")
     assert code == 1

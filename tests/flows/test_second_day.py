@@ -33,7 +33,8 @@ from graceful.flows.store.events import (
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update import order
 from graceful.flows.update.conclude import release_when_due
-from graceful.flows.update.serving import MoveRefusedError, go_forward, rollback
+from graceful.flows.update.gate import MoveRefusedError
+from graceful.flows.update.serving import go_forward, rollback
 from graceful.flows.update.train import EmbeddingFailuresError
 from tests.flows import running, tiny
 
@@ -336,7 +337,7 @@ def test_a_move_that_would_hide_items_is_refused_unless_the_operator_insists(hel
 
     collect(workspace.gallery, lambda: [[candidate]])
     assert workspace.view(first).rows_by_generation().get(first, 0) == 0
-    with pytest.raises(MoveRefusedError, match=r"found 100 that would not be; give --yes"):
+    with pytest.raises(MoveRefusedError, match=r"found 100 that would not be; .*give --yes"):
         rollback(workspace)
     assert workspace.registry.serving().champion == candidate
     assert "--yes" in run("rollback", "--root", root, code=1).stderr

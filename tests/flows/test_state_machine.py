@@ -30,6 +30,7 @@ from graceful.flows.update.serving import (
     NothingToRollBackError,
     delete,
     generations_to_write,
+    go_forward,
     ingest,
     release_previous,
     rollback,
@@ -44,7 +45,8 @@ GALLERY = GalleryConfig(order="oldest_generation", wave_rows=2, unit_rows=2)
 ITEM_IDS = [f"item-{number}" for number in range(6)]
 CRASH_POINTS = [
     "table-file-written", "table-committed", "items-ingested", "vectors-before-commit", "vectors-after-commit",
-    "certified", "plan-saved", "before-serving-moves", "after-serving-moved", "wave-done",
+    "generation-ingested", "certified", "protected", "plan-saved", "before-serving-moves", "after-serving-moved",
+    "wave-done",
 ]  # fmt: skip
 
 
@@ -247,6 +249,15 @@ class UpdateMachine(RuleBasedStateMachine):
         assert None not in self.seen(self.champion).values()
 
     @rule()
+    @precondition(lambda self: self.workspace.registry.serving().left is not None)
+    def go_forward_again(self):
+        """What a rollback left is complete: nothing is hidden by going back to it, whatever happened since."""
+        left = self.workspace.registry.serving().left
+        assert None not in self.seen(left).values()
+        go_forward(self.workspace, left, reason="test")
+        self.champion, self.previous = left, self.champion
+
+    @rule()
     def release(self):
         release_previous(self.workspace)
         self.previous = None
@@ -255,7 +266,8 @@ class UpdateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.champion is not None)
     def collect_garbage(self):
         protected = self.workspace.protected()
-        names = [self.champion, *([self.previous] if self.previous else [])]
+        serving = self.workspace.registry.serving()
+        names = [name for name in (serving.champion, serving.previous, serving.left) if name]
         before = [self.seen(name) for name in names]
         collect(self.workspace.gallery, lambda: protected, dead_share=0.0)
         self.reopen()

@@ -6,6 +6,7 @@ update is decided to roll out: these tests are about what is carried out, not ab
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -119,11 +120,13 @@ def end_state(root: str | Path) -> dict[str, Any]:
     view = workspace.view(serving.champion)
     names = [view.readable[code] if code >= 0 else "" for code in view.owner]
     decided = registry.events(Decided)
+    moves = [(s.champion, s.previous, s.active_plan, s.moved_by) for s in registry.serving_history()]
     return {
         "champion": serving.champion,
         "previous": serving.previous,
         "active_plan": serving.active_plan,
-        "moves": [(s.champion, s.previous, s.active_plan, s.moved_by) for s in registry.serving_history()],
+        # Without those that only say whose vectors are kept.
+        "moves": [move for move, _ in itertools.groupby(moves)],
         "certificates": registry.certificates(),
         "generations": registry.generations(),
         "view": dict(zip(view.item_ids.tolist(), names, strict=True)),

@@ -12,6 +12,7 @@ from graceful.indexing.embed import embed_units
 from graceful.indexing.gallery import Gallery
 from graceful.indexing.maintenance import Collection, LeasedError, collect, forget
 from graceful.indexing.reindex import embed_missing
+from graceful.indexing.tables import MERGE_FILES
 from tests.synthetic import SyntheticGeneration, item_row, open_synthetic
 
 G1, G2, G3 = "g001-aaaaaa", "g002-bbbbbb", "g003-cccccc"
@@ -200,3 +201,30 @@ def test_open_lease_is_a_reason_to_refuse(gallery):
     with gallery.lease(), pytest.raises(LeasedError, match="expected no open lease, found 1; wait"):
         forget(gallery, ["item-2"])
     assert forget(gallery, ["item-2"]) == 2
+
+
+@pytest.mark.parametrize("point", ["collect-before-leases", "collect-after-leases"])
+def test_reader_that_comes_while_files_are_deleted_keeps_what_it_pinned(gallery, point):
+    """It pins the newest version; then a merge replaces files of that version, and the collection goes on."""
+    for number in range(5, 5 + MERGE_FILES):
+        gallery.ingest(batch(number))
+        embed(gallery, G1)
+    other, held = Gallery(gallery.location), []
+
+    def read_and_merge(name):
+        if name == point and not held:
+            lease = other.take_lease()
+            held.append((lease, other.view([G1, G2], lease.version)))
+            other.vectors_table.compact(at_least=2)
+            assert held[0][1].version.vectors < other.version().vectors
+
+    set_crash_hook(read_and_merge)
+    try:
+        collect(gallery, lambda: [[G1, G2]])
+    finally:
+        set_crash_hook(None)
+    lease, view = held[0]
+    for name in (G1, G2):
+        assert len(view.vectors(view.owned_by(name)))
+    lease.release()
+    assert not Gallery(gallery.location).view([G1, G2]).unreadable().size
