@@ -1,6 +1,7 @@
 """The HTTP endpoint over a small gallery of digits: answers, refusals, and following the serving state."""
 
 import io
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
@@ -17,10 +19,14 @@ from PIL import Image
 
 from graceful.flows.search.http import MAX_BODY_BYTES, make_app
 from graceful.flows.search.searcher import GallerySearcher
+from graceful.flows.search.views import open_follower
 from graceful.flows.settings.config import ConfigError
-from graceful.flows.store.workspace import open_workspace
-from graceful.flows.update.serving import rollback
+from graceful.flows.store.workspace import UnsupportedGenerationError, Workspace, open_workspace
+from graceful.flows.update.serving import release_previous, rollback
+from graceful.indexing.embedding_files import write_embedding_file
 from graceful.indexing.exact import WidthMismatchError
+from graceful.indexing.following import Target
+from graceful.indexing.gallery import Gallery
 from tests.flows import running, tiny
 
 
@@ -256,7 +262,7 @@ def test_the_index_is_of_the_kind_that_the_configuration_asks_for(tmp_path: Path
     tiny.write_config(root, root / "digits.parquet", {"search.index": "ivf", "search.recall_target": 0.05})
     searcher = GallerySearcher(open_workspace(str(root)))
     assert searcher.search_vectors(np.ones((1, 16), np.float32), 3)[0]
-    manifest = next((root / "index").glob("*/manifest.json")).read_text()
+    manifest = next((root / "index").glob("*/*/manifest.json")).read_text()
     assert '"kind": "ivf"' in manifest
     tiny.write_config(root, root / "digits.parquet", {"search.index": "tree"})
     with pytest.raises(ConfigError, match=r"search\.index"):
@@ -273,3 +279,37 @@ def test_the_endpoint_imports_neither_prefect_nor_ray() -> None:
     code = "import sys, graceful.flows.search.http; print([m for m in ('prefect', 'ray') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=110, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_released_client_is_refused_by_name_and_a_supported_one_is_served(tmp_path: Path) -> None:
+    root = tiny.new_workspace(tmp_path / "ws")
+    first = updated(root)
+    tiny.write_config(root, root / "digits.parquet", {"training.seed": 1})
+    second = updated(root)
+    workspace = open_workspace(str(root))
+    assert GallerySearcher(workspace, first).generation == first, "a rollback returns to it"
+    release_previous(workspace)
+    with pytest.raises(UnsupportedGenerationError, match=f"querying as {first}: .* may query: {second}; list old"):
+        GallerySearcher(workspace, first)
+    changed = {"training.seed": 1, "gallery.supported_query_generations": [first]}
+    tiny.write_config(root, root / "digits.parquet", changed)
+    assert GallerySearcher(workspace, first).generation == first
+
+
+def test_a_gallery_made_anew_beside_an_old_index_is_not_answered_from_that_index(tmp_path: Path) -> None:
+    """Both galleries have the same name, the same versions and the same revisions."""
+    found = []
+    for content in (1.0, -1.0):
+        gallery = Gallery(str(tmp_path / "gallery"), create=True)
+        workspace = Workspace(str(tmp_path))
+        vector = np.full((1, 4), content / 2, np.float32)
+        digest = {"content_sha256": [str(content)], "label": [""], "attributes": ["{}"]}
+        result = gallery.ingest(pa.table({"item_id": ["one"], "source": ["one"], **digest}))
+        staged = gallery.staging_file("g001-aaaaaa", "unit")
+        write_embedding_file(staged, pa.table({"revision": result.revisions}), vector)
+        gallery.commit_vectors("g001-aaaaaa", "unit")
+        followed = open_follower(workspace).follow(Target("g001-aaaaaa", ("g001-aaaaaa",), ()))
+        found.append(float(followed.index.search(np.full((1, 4), 0.5, np.float32), 1).scores[0, 0]))
+        shutil.rmtree(tmp_path / "gallery")
+    assert found == pytest.approx([1.0, -1.0])
+    assert len(list((tmp_path / "index").iterdir())) == 2
