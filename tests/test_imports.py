@@ -27,7 +27,8 @@ ORDER = {
         "indexing", "indexing.checked_files", "indexing.columns", "indexing.embedding_files", "indexing.tables",
         "indexing.revisions", "indexing.matching", "indexing.exact", "indexing.leases", "indexing.view",
         "indexing.items", "indexing.gallery", "indexing.planner", "indexing.embed",
-        "indexing.embedding_pool", "indexing.reindex", "indexing.maintenance", "indexing.cache",
+        "indexing.embedding_pool", "indexing.reindex", "indexing.maintenance", "indexing.doctor",
+        "indexing.selftest", "indexing.cache",
         "indexing.derived_files", "indexing.index_choice", "indexing.kinds", "indexing.sidecar",
         "indexing.snapshots", "indexing.search", "indexing.following",
     ),
@@ -52,7 +53,8 @@ ORDER = {
         "flows.update.publish", "flows.update.order", "flows.update.replay", "flows.update.flow",
         "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.sharded", "flows.search.http",
         "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
-        "flows.commands.status", "flows.commands.evaluations",
+        "flows.commands.status", "flows.commands.doctor",
+        "flows.commands.selftest", "flows.commands.evaluations",
         "flows.commands.history", "flows.commands.adopt", "flows.commands.accept",
         "flows.commands.images", "flows.commands.updates", "flows.commands.suggestions",
         "flows.commands.demo_world", "flows.commands.demo", "flows.api", "flows.terminal", "flows.cli",
@@ -213,7 +215,7 @@ def test_the_package_is_imported_in_a_fraction_of_a_second():
     assert float(done.stdout) < 0.3, "seconds of this processor"
 
 
-@pytest.mark.parametrize("module", ["status", "history", "setup", "check", "evaluations", "suggestions"])
+@pytest.mark.parametrize("module", ["status", "doctor", "history", "setup", "check", "evaluations", "suggestions"])
 def test_light_command_loads_no_framework(module):
     """status, rollback, delete, collect, history, check, init: they must answer within a second."""
     heavy = ("torch", "ray", "faiss", "prefect", "matplotlib", "torchvision")

@@ -11,6 +11,7 @@ from graceful.files import exists, join, remove, write_bytes
 from graceful.flows.settings.config import CONFIG_FILE, ConfigError, is_unedited, load_config
 from graceful.flows.settings.template import TEMPLATE
 from graceful.flows.store.workspace import Workspace
+from graceful.indexing.tables import MissingTableError, in_use
 
 UNREADABLE_FILE = "unreadable.txt"
 
@@ -83,4 +84,11 @@ def _name_of(root: str) -> str:
 
 
 def _create_tables(root: str) -> None:
+    gallery, registry = join(root, "gallery"), join(root, "registry")
+    for gone, there, tables in ((gallery, registry, ("serving", "lineage")), (registry, gallery, ("items", "vectors"))):
+        if not exists(gone) and in_use(there, tables):
+            raise MissingTableError(
+                f"creating a workspace: expected {gone}, since {there} has been in use, found none; restore it from a "
+                "backup"
+            )
     Workspace(root).create()

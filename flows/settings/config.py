@@ -61,6 +61,10 @@ class GalleryConfig(BaseModel):
     supported_query_generations: tuple[str, ...] = Field(
         default=(), description="Older generations whose clients still query."
     )
+    collect_after_update: bool = Field(
+        default=True,
+        description="After an update drop vectors that nobody can read, as 'graceful collect'.",
+    )
     max_mix_drift: float = Field(
         default=0.02, ge=0, le=1, description="Share of the gallery that may change owner between evidence and move."
     )
@@ -136,6 +140,9 @@ class ReplayConfig(BaseModel):
     )
 
 
+_WHERE_IT_RUNS = dict.fromkeys(("cluster", "schedule", "search", "replay", "name"), True)
+
+
 class PipelineConfig(BaseModel):
     """Everything an update of a workspace needs to know."""
 
@@ -161,7 +168,7 @@ class PipelineConfig(BaseModel):
 
     def digest(self) -> str:
         """Digest of what shapes a generation and its decision; where it runs does not."""
-        shaping = self.model_dump(mode="json", exclude={"cluster", "schedule", "search", "replay", "name"})
+        shaping = self.model_dump(mode="json", exclude={**_WHERE_IT_RUNS, "gallery": {"collect_after_update"}})
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
 
