@@ -11,7 +11,6 @@ from graceful.files import exists, join, remove, write_bytes
 from graceful.flows.settings.config import CONFIG_FILE, ConfigError, is_unedited, load_config
 from graceful.flows.settings.template import TEMPLATE
 from graceful.flows.store.workspace import Workspace
-from graceful.indexing.tables import MissingTableError, in_use
 
 UNREADABLE_FILE = "unreadable.txt"
 
@@ -53,7 +52,7 @@ def create_workspace(
         write_bytes(target, TEMPLATE.encode())
     else:
         written = False
-    _create_tables(root)
+    Workspace(root).create()
     return Created(target, written, lines)
 
 
@@ -81,14 +80,3 @@ def _from_pictures(
 
 def _name_of(root: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", os.path.basename(root.rstrip("/")).lower()).strip("-") or "image-search"
-
-
-def _create_tables(root: str) -> None:
-    gallery, registry = join(root, "gallery"), join(root, "registry")
-    for gone, there, tables in ((gallery, registry, ("serving", "lineage")), (registry, gallery, ("items", "vectors"))):
-        if not exists(gone) and in_use(there, tables):
-            raise MissingTableError(
-                f"creating a workspace: expected {gone}, since {there} has been in use, found none; restore it from a "
-                "backup"
-            )
-    Workspace(root).create()
