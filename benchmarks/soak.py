@@ -27,6 +27,8 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -290,7 +292,8 @@ class History:
             usual = statistics.median(known[-20:]) if known else 0.3
             process.join(self.random.uniform(0, usual))
             if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it ended at this moment
+                    os.kill(process.pid, signal.SIGKILL)
         process.join(WAIT_S)
         if process.exitcode is None:
             process.kill()
@@ -433,30 +436,38 @@ class History:
         self.details.append(f"history {self.seed}: {kind}: {detail}")
 
 
-def soak(num_kills: int, seed: int, report_every: int = 100) -> dict[str, Any]:
-    """Histories until so many processes have been killed; the counts of what was found."""
+def soak(num_kills: int, seed: int, jobs: int = 1) -> dict[str, Any]:
+    """Histories until so many processes have been killed, `jobs` at a time; the counts of what was found."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.soak"])
     base = "/dev/shm" if Path("/dev/shm").is_dir() else None
     durations: dict[str, list[float]] = defaultdict(list)
     wrong, after, killed_in = Counter[str](), Counter[str](), Counter[str]()
-    details: list[str] = []
     started, histories, operations, kills = time.monotonic(), 0, 0, 0
-    while kills < num_kills:
+
+    def one(number: int) -> History:
         folder = tempfile.mkdtemp(prefix="graceful-soak-", dir=base)
-        history = History(seed + histories, folder, durations)
-        history.run()
+        history = History(seed + number, folder, durations)
+        try:
+            history.run()
+        except Exception:
+            history.found("errors", traceback.format_exc())
         shutil.rmtree(folder, ignore_errors=True)
-        histories += 1
-        kills += history.num_kills
-        operations += history.num_operations
-        wrong += history.wrong
-        after += history.killed_after
-        killed_in += history.killed_in
-        details += history.details
-        for line in history.details:
-            print(line, file=sys.stderr, flush=True)
-        print(f"{kills} kills, {histories} histories, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        return history
+
+    with ThreadPoolExecutor(jobs) as threads:
+        while kills < num_kills:
+            for history in threads.map(one, range(histories, histories + jobs)):
+                histories += 1
+                kills += history.num_kills
+                operations += history.num_operations
+                wrong += history.wrong
+                after += history.killed_after
+                killed_in += history.killed_in
+                for line in history.details:
+                    print(line, file=sys.stderr, flush=True)
+            said = f"{kills} kills, {histories} histories, {time.monotonic() - started:.0f} s"
+            print(said, file=sys.stderr, flush=True)
     return {
         "kills": kills,
         "histories": histories,
@@ -476,9 +487,10 @@ def main(given: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2, help="histories at a time")
     parser.add_argument("--store", default=str(RESULTS), help="where the result is written; empty: nowhere")
     chosen = parser.parse_args(given)
-    result = soak(chosen.kills, chosen.seed)
+    result = soak(chosen.kills, chosen.seed, chosen.jobs)
     said = ", ".join(f"{result[kind]} {kind.replace('_', ' ')}" for kind in WRONG)
     print(f"{result['kills']} kills in {result['histories']} histories, {result['seconds']} s: {said}")
     if chosen.store:
