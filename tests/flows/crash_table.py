@@ -37,7 +37,7 @@ PAGE = ROOT / "docs" / "crash_table.md"
 G1, G2, G3 = GENERATIONS = ("g001-aaaaaa", "g002-bbbbbb", "g003-cccccc")
 NOISE = 0.3
 """Generations differ, so that a vector of the wrong one is seen."""
-GALLERY = GalleryConfig(wave_rows=2, unit_rows=2, order="random")
+GALLERY = GalleryConfig(wave_rows=3, unit_rows=1, order="random")
 LATE = pa.Table.from_pylist([item_row("item-000-0", "id000", "changed"), item_row("late", "id001", "new")])
 OTHER = pa.Table.from_pylist([item_row("other", "id002", "other")])
 
