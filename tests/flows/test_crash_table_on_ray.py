@@ -4,6 +4,7 @@ import functools
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.synthetic import SyntheticGeneration
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 DEADLINE_S = 120
+START_S = 30
 POINTS = [row.point for row in ROWS if row.act == "backfill" and row.point in ON_RAY]
 
 
@@ -31,6 +33,9 @@ class PidEncoder:
 
     def encode(self, sources):
         (Path(self.folder) / str(os.getpid())).touch()
+        deadline = time.monotonic() + START_S
+        while len(list(Path(self.folder).iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)  # the other worker has not started yet, and is to have something to lose
         return self.generation.encode(sources)
 
 
