@@ -533,6 +533,19 @@ BROKEN = settings(SEARCH_ONLY, max_examples=300)
 CAUGHT = (AssertionError, ExceptionGroup, KeyError, DamagedFileError, MoveRefusedError)
 
 
+def play(story):
+    """One history of the machine, told step by step: where a search would take long to find it."""
+    machine = UpdateMachine()
+    try:
+        machine.open(served=True)
+        story(machine)
+        machine.serving_state_is_the_models()
+        machine.every_certified_generation_sees_what_the_model_sees()
+        machine.vectors_are_those_of_the_latest_image()
+    finally:
+        machine.teardown()
+
+
 def run_until_it_fails():
     with pytest.raises(CAUGHT):
         run_state_machine_as_test(UpdateMachine, settings=BROKEN)
@@ -556,6 +569,10 @@ def test_state_machine_catches_a_committer_that_does_not_look_whether_the_image_
 
 @pytest.mark.timeout(400)
 def test_state_machine_catches_a_move_gate_that_always_passes(monkeypatch):
+    def story(machine):
+        machine.promote_candidate_that_cannot_embed(machine.new_candidate(), True, set(), {"a"}, False, None)
+
+    play(story)
     real = gate.compare
 
     def nothing_hidden(*given):
@@ -563,16 +580,23 @@ def test_state_machine_catches_a_move_gate_that_always_passes(monkeypatch):
         return replace(found, hidden=found.hidden[:0], num_readable_then=found.then.num_items)
 
     monkeypatch.setattr(gate, "compare", nothing_hidden)
-    run_until_it_fails()
+    with pytest.raises(CAUGHT):
+        play(story)
 
 
 @pytest.mark.timeout(400)
 def test_state_machine_catches_a_collector_that_protects_the_champion_only(monkeypatch):
+    def story(machine):
+        machine.do_promote(machine.new_candidate(), 1.0, True, set(), True, None)
+        machine.collect_garbage(crash_at=None)
+
+    play(story)
     real = maintenance.needed_vectors
     monkeypatch.setattr(
         maintenance, "needed_vectors", lambda gallery, lists, version: real(gallery, lists[:1], version)
     )
-    run_until_it_fails()
+    with pytest.raises(CAUGHT):
+        play(story)
 
 
 @pytest.mark.timeout(400)
@@ -585,6 +609,12 @@ def test_state_machine_catches_a_collector_that_deletes_what_leases_pin(monkeypa
 def test_state_machine_catches_numbers_that_are_given_again_after_an_item_was_forgotten(monkeypatch):
     """Counted from what is there, and not from what was given."""
 
+    def story(machine):
+        machine.do_ingest(dict.fromkeys(ITEM_IDS, "c"), None)
+        machine.forget_and_perhaps_bring_back({ITEM_IDS[0]}, "b", None)
+
+    play(story)
+
     def counted(self, touched):
         counters = np.zeros(NUM_BUCKETS, np.int64)
         revisions = self.table.snapshot().rows(["revision"])["revision"].to_numpy()
@@ -592,7 +622,8 @@ def test_state_machine_catches_numbers_that_are_given_again_after_an_item_was_fo
         return counters
 
     monkeypatch.setattr(items_module.Items, "_counters", counted)
-    run_until_it_fails()
+    with pytest.raises(CAUGHT):
+        play(story)
 
 
 @pytest.mark.timeout(400)
@@ -606,19 +637,12 @@ def test_state_machine_catches_a_registry_that_goes_by_the_clock(monkeypatch):
         rows = self._serving.snapshot(version).rows().sort_by("at").to_pylist()
         return [ServingState.model_validate_json(row["state"]) for row in rows]
 
-    def a_day_on_which_the_clock_was_set_back():
-        machine = UpdateMachine()
-        try:
-            machine.open(served=True)
-            machine.clock_s -= 7200.0
-            machine.do_promote(machine.new_candidate(), 0.5, False, set(), True, None)
-            machine.serving_state_is_the_models()
-            machine.every_certified_generation_sees_what_the_model_sees()
-        finally:
-            machine.teardown()
+    def story(machine):
+        machine.clock_s -= 7200.0
+        machine.do_promote(machine.new_candidate(), 0.5, False, set(), True, None)
 
-    a_day_on_which_the_clock_was_set_back()
+    play(story)
     monkeypatch.setattr(Registry, "certificates", by_the_clock)
     monkeypatch.setattr(Registry, "_serving_history_at", history_by_the_clock)
     with pytest.raises((*CAUGHT, ServingMovedError)):
-        a_day_on_which_the_clock_was_set_back()
+        play(story)
