@@ -11,6 +11,8 @@ from benchmarks import soak
 from benchmarks.gallery_cost import evaluate_matrix, reindex_proportional
 from benchmarks.gallery_scale import commit_unit, ingest_one, peak_memory, reindex_scale, view_scale
 from benchmarks.orchestration import orchestration
+from benchmarks.search_cost import change_visible, open_gallery, search_approximate, search_changed, search_mixed
+from benchmarks.search_service import search_service
 from benchmarks.training_cost import step_cost_predecessors, train_overhead
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -24,6 +26,12 @@ BENCHMARKS = {
     "peak_memory": peak_memory,
     "step_cost_predecessors": step_cost_predecessors,
     "train_overhead": train_overhead,
+    "open_gallery": open_gallery,
+    "change_visible": change_visible,
+    "search_mixed": search_mixed,
+    "search_changed": search_changed,
+    "search_approximate": search_approximate,
+    "search_service": search_service,
     "orchestration": orchestration,
 }
 

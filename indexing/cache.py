@@ -16,7 +16,7 @@ from graceful.files import join
 from graceful.indexing.embed import EmbeddedUnit, EmbedUnit
 from graceful.indexing.embedding_files import read_embeddings
 from graceful.indexing.reindex import EmbedFunction
-from graceful.indexing.tables import STAGING, TableConflictError, VersionedTable
+from graceful.indexing.tables import ORPHAN_AGE_S, STAGING, TableConflictError, VersionedTable
 
 CACHE_SCHEMA = pa.schema([("content_sha256", pa.string()), ("embedding", pa.binary())])
 
@@ -100,3 +100,7 @@ class EmbeddingCache:
         """Remove images physically."""
         self._table.delete_rows("content_sha256", list(hashes))
         self._table.vacuum()
+
+    def remove_orphans(self, orphan_age_s: float = ORPHAN_AGE_S) -> int:
+        """Delete what nothing names any more: what was forgotten, and what killed writers left."""
+        return len(self._table.vacuum(orphan_age_s=orphan_age_s))

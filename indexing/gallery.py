@@ -33,7 +33,15 @@ from graceful.indexing.embedding_files import read_embeddings, read_rows, write_
 from graceful.indexing.items import ITEMS_SCHEMA, NEW_ITEM_COLUMNS, NOTHING, REPEATED_COLUMNS, IngestResult, Items
 from graceful.indexing.leases import LIFETIME_S, GalleryVersion, Lease, Leases
 from graceful.indexing.revisions import Positions, is_member
-from graceful.indexing.tables import STAGING, DataFile, TableConflictError, TableSnapshot, VersionedTable, attempts
+from graceful.indexing.tables import (
+    STAGING,
+    DataFile,
+    TableConflictError,
+    TableSnapshot,
+    VersionedTable,
+    attempts,
+    in_use,
+)
 from graceful.indexing.view import Changes, VectorRows, View, check_norms
 
 __all__ = ["ITEMS_SCHEMA", "NEW_ITEM_COLUMNS", "Gallery", "GalleryVersion", "IngestResult", "VectorCommit", "View"]
@@ -59,9 +67,10 @@ class Gallery:
         """Open the gallery; with `create` it is made empty where there is none.
 
         Raises:
-            MissingTableError: there is none, or a part of it is gone.
+            MissingTableError: there is none, or a part of it is gone: an empty table does not take its place.
         """
         self.location = location
+        create = create and not in_use(location, ("items", "vectors"))
         self.items_table = VersionedTable(
             join(location, "items"), ITEMS_SCHEMA, key="revision", repeated=REPEATED_COLUMNS, create=create
         )
@@ -77,6 +86,10 @@ class Gallery:
         """Pin the newest version. Vectors are pinned first: a vector never precedes its item."""
         vectors = self.vectors_table.version()
         return GalleryVersion(self.items_table.version(), vectors)
+
+    def identity(self) -> str:
+        """What tells this gallery from every other, one made later at the same place too."""
+        return self.items_table.identity()[:12]
 
     # Items ------------------------------------------------------------------------------------------------------------
 
@@ -106,6 +119,10 @@ class Gallery:
     def staging_location(self) -> str:
         """The folder of files written by workers and not committed yet."""
         return join(self.vectors_table.uri, STAGING)
+
+    def column_of(self, location: str, name: str) -> NDArray[np.int64]:
+        """A column of numbers of one of the files, (n,)."""
+        return self._columns.read(location, name)[0]
 
     def forget_cached(self) -> None:
         """Drop what this handle remembers of files (after some were removed physically)."""
