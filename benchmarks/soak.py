@@ -62,9 +62,8 @@ hung when it was run again, and files that a collection left."""
 # What a child does ----------------------------------------------------------------------------------------------------
 
 
-def perform(root: str, generations: Sequence[SyntheticGeneration], act: str, given: dict[str, Any]) -> None:
+def perform(workspace: Workspace, act: str, given: dict[str, Any]) -> None:
     """Carry out one operation; called again after a kill, it goes on."""
-    workspace = Workspace(root, SyntheticModels(*generations), create=True)
     serving = workspace.registry.serving()
     if act == "ingest":
         rows = [item_row(item_id, identity(item_id), image) for item_id, image in given["images"].items()]
@@ -105,12 +104,16 @@ def perform(root: str, generations: Sequence[SyntheticGeneration], act: str, giv
         raise AssertionError(act)
 
 
-def child(connection: Connection, *given: Any) -> None:
+def child(
+    connection: Connection, root: str, generations: Sequence[SyntheticGeneration], act: str, given: dict[str, Any]
+) -> None:
     """Entry point: say that it begins, name every crash point that is passed, and end without clean-up."""
+    workspace = Workspace(root, SyntheticModels(*generations), create=True)
+    workspace.create()
     connection.send("begin")
     set_crash_hook(connection.send)
     try:
-        perform(*given)
+        perform(workspace, act, given)
     except BaseException:
         connection.send("error: " + traceback.format_exc()[-1500:])
         os._exit(1)

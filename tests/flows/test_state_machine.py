@@ -570,7 +570,7 @@ def test_state_machine_catches_a_committer_that_does_not_look_whether_the_image_
 @pytest.mark.timeout(400)
 def test_state_machine_catches_a_move_gate_that_always_passes(monkeypatch):
     def story(machine):
-        machine.promote_candidate_that_cannot_embed(machine.new_candidate(), True, set(), {"a"}, False, None)
+        machine.promote_candidate_that_cannot_embed(machine.new_candidate(), True, {0}, {"a"}, False, None)
 
     play(story)
     real = gate.compare
