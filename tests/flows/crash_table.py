@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from graceful.evaluation.decision import CertificateToIssue, Decision
 from graceful.files import crash_point
-from graceful.flows.search.views import publish_view
+from graceful.flows.search.views import open_view
 from graceful.flows.settings.config import GalleryConfig
 from graceful.flows.store.events import Decided
 from graceful.flows.store.registry import ServingMovedError
@@ -125,7 +125,7 @@ def _release_and_collect(workspace: Workspace) -> None:
 
 
 def _publish(workspace: Workspace) -> None:
-    publish_view(workspace, G2, workspace.view(G2))
+    open_view(workspace, G2)
 
 
 ACTS: Mapping[str, Callable[[Workspace], None]] = {
@@ -210,8 +210,10 @@ ELSEWHERE = {
     "written whole, and read back before it is decided about again",
     "decided": "the real command, killed there in `tests/flows/test_kill_and_resume.py`: the recorded decision is "
     "carried out, not made again",
+    "forget-before-gallery": "the real command, killed there in `tests/flows/test_operators.py`",
+    "workspace-before-marker": "a workspace that is being made, in `tests/flows/test_records.py`",
 }
-"""Points of the first half of an update, which trains."""
+"""Points of a whole command, tried with the command itself."""
 
 
 def points_of_the_code() -> set[str]:
@@ -282,7 +284,7 @@ def end_state(workspace: Workspace, *, without: tuple[str, ...] = ()) -> dict[st
         # The line of a rollback stands in the history of the serving state too, which is where a kill leaves it alone.
         "events": sorted({event for event in events if event[0] != "rolled_back"}),
         "moves": [(state.champion, state.moved_by) for state in registry.serving_history() if state.left],
-        "published": any(index.glob("*/manifest.json")),
+        "published": any(index.rglob("manifest*.json")),
     }
 
 
@@ -330,7 +332,7 @@ def page() -> str:
         "state; the line of the lineage that repeats them is not written later.",
     ]
     lines += ["", *[f"[{number}] {reason[0].upper()}{reason[1:]}.\n" for reason, number in notes.items()]]
-    lines += ["Points of the first half of an update, which trains:", ""]
+    lines += ["Points of a whole command, killed with the command itself:", ""]
     lines += [f"- `{point}`: {where}." for point, where in ELSEWHERE.items()]
     return "\n".join(lines) + "\n"
 
