@@ -166,7 +166,7 @@ def torn_candidates(root):
                 named.add(path.rpartition("/")[2])
     loose = [
         file for file in (*(root / "gallery").rglob("*.parquet"), *(root / "registry").rglob("*.parquet"))
-        if file.name not in named and file.parent.name != "plan_items"
+        if file.name not in named and file.parent.name not in ("plan_items", "_delta_log")
     ]  # fmt: skip
     return sorted(loose, key=lambda file: file.stat().st_mtime_ns)[-1:]
 
