@@ -254,11 +254,37 @@ def _examine_files(
             torn.append(f"{file.path} ({stats[file.path][1]:,} of {file.size_bytes:,} bytes)")
         elif (problem := _problem_of(snapshot.location(file), file, key, deep)) is not None:
             damaged.append(problem)
-    where = f"restore them to {snapshot.uri} from a backup; the rows in them are lost otherwise"
+    where, repair = f"restore them to {snapshot.uri} from a backup; the rows in them are lost otherwise", ""
+    if name == "gallery/vectors":
+        where = (
+            f"restore them to {snapshot.uri} from a backup; or give --repair --yes, which drops them, and run "
+            "'graceful update', which embeds their images again"
+        )
+        repair = "drop vectors"
     for what, files in (("gone", gone), ("torn", torn), ("damaged", damaged)):
         if files:
-            yield _finding("error", f"table {name}: {len(files):,} files are {what}", where, count=len(files),
-                           examples=files, place=snapshot.uri)  # fmt: skip
+            yield _finding(
+                "error", f"table {name}: files that are {what}: {len(files):,}", where, repair, snapshot.uri,
+                count=len(files), examples=files,
+            )  # fmt: skip
+
+
+def drop_damaged_vectors(gallery: Gallery) -> tuple[int, int]:
+    """Take files of vectors that are gone or damaged out of the newest version; returns files and rows.
+
+    The images are there still: their items can be read by another generation, or not until they are embedded again.
+    """
+    snapshot = gallery.vectors_table.snapshot()
+    stats = file_stats(snapshot.uri)
+    bad = [
+        file
+        for file in snapshot.files
+        if stats.get(file.path, (0.0, -1))[1] != file.size_bytes
+        or _problem_of(snapshot.location(file), file, "revision", True) is not None
+    ]
+    if bad:
+        gallery.vectors_table.drop(bad, at=snapshot.version)
+    return len(bad), sum(file.num_rows for file in bad)
 
 
 def _problem_of(location: str, file: DataFile, key: str | None, deep: bool) -> str | None:

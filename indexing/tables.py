@@ -389,6 +389,10 @@ class VersionedTable:
                 return gone
         raise TableConflictError(f"rewriting {self.uri}: others rewrote it {_ATTEMPTS} times; try again")
 
+    def drop(self, files: Sequence[DataFile], *, at: int) -> None:
+        """Take files out of the newest version. Raises TableConflictError where one was rewritten since `at`."""
+        self.commit([], files, at=at, serial=(_REWRITE,))
+
     def delete_rows(self, column: str, values: Sequence[str]) -> int:
         """Write the files that hold any of the values again without those rows. The log does not name the values."""
         wanted = pa.array(values, pa.string())

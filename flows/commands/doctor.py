@@ -22,7 +22,7 @@ from graceful.flows.store.registry import (
     SERVING_SCHEMA,
 )
 from graceful.flows.store.workspace import Workspace, require_workspace
-from graceful.indexing.doctor import Finding, examine_gallery, examine_table, unreadable_items
+from graceful.indexing.doctor import Finding, drop_damaged_vectors, examine_gallery, examine_table, unreadable_items
 from graceful.indexing.gallery import VECTORS_SCHEMA, Gallery
 from graceful.indexing.tables import ORPHAN_AGE_S, VersionedTable
 
@@ -82,6 +82,14 @@ def repair_workspace(root: str, findings: Sequence[Finding], *, yes: bool = Fals
                 )
             VersionedTable(finding.place, VECTORS_SCHEMA, partition_by="generation", key="revision", create=True)
             done.append("made an empty table gallery/vectors: run 'graceful update' or ingest again to embed")
+        elif finding.repair == "drop vectors":
+            if not yes:
+                raise UsageError(
+                    "dropping damaged files of vectors: their images must be embedded again, and until then may not be "
+                    "found; restore the files from a backup, or give --yes"
+                )
+            num_files, num_rows = drop_damaged_vectors(Gallery(join(root, "gallery")))
+            done.append(f"dropped {num_files:,} files with {num_rows:,} vectors: run 'graceful update' to embed again")
         elif finding.repair == "create":
             VersionedTable(finding.place, CLAIM_SCHEMA, create=True)
             done.append(f"made {finding.place} anew")

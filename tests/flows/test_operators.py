@@ -17,6 +17,7 @@ from graceful.flows.update.rollout import Rollout, continue_plan, embed_before_m
 from graceful.flows.update.serving import ingest
 from graceful.indexing import items as items_module
 from graceful.indexing.checked_files import forget_verified
+from graceful.indexing.maintenance import collect
 from tests.flows import tiny
 from tests.synthetic import SyntheticGeneration, SyntheticModels, items
 
@@ -48,6 +49,32 @@ def run(*arguments):
 
 def said(document):
     return " ".join(finding["what"] for finding in document["findings"])
+
+
+@pytest.mark.parametrize(("fault", "word"), [("flip", "damaged"), ("tear", "torn"), ("remove", "gone")])
+def test_damaged_vectors_are_dropped_on_request_and_embedded_again(root, fault, word):
+    """The images are there: what is damaged heals, and nothing else is touched."""
+    collect(Workspace(root).gallery, lambda: [[G1, G2]], dead_share=0)
+    file = next(Path(root, "gallery", "vectors", f"generation={G2}").glob("*.parquet"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content if fault == "flip" else content[:-9])
+    if fault == "remove":
+        file.unlink()
+    forget_verified()
+    code, found = run("doctor", "--root", root, "--deep")
+    assert code == 1
+    assert f"table gallery/vectors: files that are {word}: 1" in said(found)
+    code, refused = run("doctor", "--root", root, "--deep", "--repair")
+    assert code == 1
+    assert "their images must be embedded again" in refused["error"]
+    run("doctor", "--root", root, "--deep", "--repair", "--yes")
+    workspace = Workspace(root, SyntheticModels(*map(SyntheticGeneration, (G1, G2))))
+    assert workspace.view(G2).rows_by_generation() == {G1: 6, G2: 0}
+    assert len(workspace.view(G2).unreadable()) == 6, "the rows that g2 superseded were collected from g1"
+    assert continue_plan(workspace).embedded == 6
+    assert workspace.view(G2).rows_by_generation() == {G1: 6, G2: 6}
+    assert "gallery/vectors: files" not in said(run("doctor", "--root", root, "--deep")[1])
 
 
 def test_doctor_names_what_is_gone_and_repairs_only_what_is_derived(root):
