@@ -1,9 +1,13 @@
-"""Run benchmarks by name (all by default), print one ratio each, and store them in benchmarks/results.json."""
+"""Run benchmarks by name (all by default), print one ratio each, and store them in benchmarks/results.json.
+
+`python -m benchmarks soak` is another matter: it kills processes, and has options and a file of results of its own.
+"""
 
 import json
 import sys
 from pathlib import Path
 
+from benchmarks import soak
 from benchmarks.gallery_cost import evaluate_matrix, reindex_proportional
 from benchmarks.gallery_scale import commit_unit, ingest_one, peak_memory, reindex_scale, view_scale
 from benchmarks.orchestration import orchestration
@@ -34,6 +38,8 @@ BENCHMARKS = {
 
 def main(names: list[str]) -> int:
     """Run the named benchmarks; exit code 2 for an unknown name."""
+    if names[:1] == ["soak"]:
+        return soak.main(names[1:])
     unknown = sorted(set(names) - set(BENCHMARKS))
     if unknown:
         print(f"no such benchmark: {', '.join(unknown)}; choose from {', '.join(BENCHMARKS)}", file=sys.stderr)

@@ -17,6 +17,7 @@ numbers, and a part of them (a range of buckets) is a part of the files.
 Shapes: N items of a view, R rows of a vectors partition, D width.
 """
 
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class Gallery:
         self.items = Items(self.items_table)
         self._leases = Leases(join(location, "leases"))
         self._columns = ColumnCache()
+        self._handle = uuid.uuid4().hex[:8]
 
     def version(self) -> GalleryVersion:
         """Pin the newest version. Vectors are pinned first: a vector never precedes its item."""
@@ -106,12 +108,13 @@ class Gallery:
     # Vectors ----------------------------------------------------------------------------------------------------------
 
     def staging_file(self, generation: str, unit: str) -> str:
-        """Where the worker that embeds a unit is to write its file: deterministic, so that twice is once.
+        """Where the worker that embeds a unit is to write its file: the same for this handle, so that twice is once.
 
-        A commit moves the file away under a name of its own: a worker believed dead that writes once more cannot touch
-        committed rows.
+        Another handle that embeds the same unit has another place, and its file another name after the commit: what one
+        takes back because the other was faster is never what the other has committed. A commit moves the file away: a
+        worker believed dead that writes once more cannot touch committed rows.
         """
-        return join(self.staging_location(), generation, f"{unit}.parquet")
+        return join(self.staging_location(), generation, f"{unit}-{self._handle}.parquet")
 
     def staging_location(self) -> str:
         """The folder of files written by workers and not committed yet."""
@@ -153,7 +156,7 @@ class Gallery:
             except DamagedFileError:
                 if exists(staged):
                     raise
-                return VectorCommit(0, 0, 0)  # another process has committed this very unit
+                return VectorCommit(0, 0, 0)  # somebody has cleared the staging area
             revisions = keys["revision"].to_numpy()
             now = self.version()
             fresh, stored = self._look(generation, revisions, since, now)
@@ -169,7 +172,7 @@ class Gallery:
                 keys = kept
             try:
                 self._commit_staged(generation, staged, keys, now)
-            except (TableConflictError, FileNotFoundError):  # another process committed, perhaps this very unit
+            except (TableConflictError, FileNotFoundError):  # another process committed, perhaps these very rows
                 continue
             return result
         raise TableConflictError(f"committing vectors of {generation}: other writers won too often; try again")
