@@ -1,12 +1,18 @@
-"""Run benchmarks by name (all by default), print one ratio each, and store them in benchmarks/results.json."""
+"""Run benchmarks by name (all by default), print one ratio each, and store them in benchmarks/results.json.
+
+`python -m benchmarks soak` is another matter: it kills processes, and has options and a file of results of its own.
+"""
 
 import json
 import sys
 from pathlib import Path
 
+from benchmarks import soak
 from benchmarks.gallery_cost import evaluate_matrix, reindex_proportional
 from benchmarks.gallery_scale import commit_unit, ingest_one, peak_memory, reindex_scale, view_scale
 from benchmarks.orchestration import orchestration
+from benchmarks.search_cost import change_visible, open_gallery, search_approximate, search_changed, search_mixed
+from benchmarks.search_service import search_service
 from benchmarks.training_cost import step_cost_predecessors, train_overhead
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -20,12 +26,20 @@ BENCHMARKS = {
     "peak_memory": peak_memory,
     "step_cost_predecessors": step_cost_predecessors,
     "train_overhead": train_overhead,
+    "open_gallery": open_gallery,
+    "change_visible": change_visible,
+    "search_mixed": search_mixed,
+    "search_changed": search_changed,
+    "search_approximate": search_approximate,
+    "search_service": search_service,
     "orchestration": orchestration,
 }
 
 
 def main(names: list[str]) -> int:
     """Run the named benchmarks; exit code 2 for an unknown name."""
+    if names[:1] == ["soak"]:
+        return soak.main(names[1:])
     unknown = sorted(set(names) - set(BENCHMARKS))
     if unknown:
         print(f"no such benchmark: {', '.join(unknown)}; choose from {', '.join(BENCHMARKS)}", file=sys.stderr)

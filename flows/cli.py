@@ -233,13 +233,71 @@ def delete(
 
 
 @app.command()
-def collect(root: RootOption = ".", as_json: JsonOption = False) -> None:
-    """Drop vectors that nobody can read any more: not the champion, its predecessor, a supported client or a reader."""
+def collect(
+    root: RootOption = ".",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Drop vectors that nobody can read any more: not the champion, its predecessor, a supported client or a reader.
+
+    Row by row: of replaced and deleted images too. Small files are merged, and what killed writers left is removed.
+    """
     with reported_errors(as_json):
         from graceful.flows.commands.status import collect_garbage
 
-        found = collect_garbage(_place(root))
+        found = collect_garbage(_place(root), dry_run=dry_run)
         _print(as_json, found, lambda console: _print_counts(console, found))
+
+
+@app.command()
+def doctor(
+    root: RootOption = ".",
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every byte of every file and look at every vector.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Mend what is derived, and remove what killed writers left.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="With --repair: also where all vectors must be embedded again.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Look for what is damaged, missing, doubled, dead or unfinished in a workspace, and say what to do.
+
+    Changes nothing without --repair. Exit code 1: something loses data or answers.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.doctor import examine_workspace, repair_workspace
+
+        found = examine_workspace(_place(root), deep=deep)
+        done: list[str] = []
+        if repair:
+            done = repair_workspace(_place(root), found, yes=yes)
+            found = examine_workspace(_place(root), deep=deep)
+        num_errors = sum(finding.severity == "error" for finding in found)
+        document = {"errors": num_errors, "findings": [asdict(finding) for finding in found], "repaired": done}
+        _print(as_json, document, lambda console: _print_examined(console, found, done))
+        raise typer.Exit(FAILED if num_errors else 0)
+
+
+@app.command()
+def selftest(
+    root: RootOption = ".",
+    rounds: Annotated[int, typer.Option(min=0, help="Histories whose writers are killed at random moments.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Try the storage below a root out: kill writers, clash, tear files, and compare with what must be there.
+
+    Works in a folder of its own, <root>/selftest-<id>, which is removed unless something failed. Touches nothing else.
+    Exit code 1: the storage, or this program on it, does not keep what it must.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.selftest import try_storage
+
+        found = try_storage(_place(root), rounds=rounds)
+        _print(as_json, found, lambda console: _print_trials(console, found))
+        raise typer.Exit(0 if found["passed"] else FAILED)
 
 
 @app.command()
@@ -330,6 +388,12 @@ def serve(
     http: Annotated[bool, typer.Option(help="Answer searches over HTTP instead of scheduling updates.")] = False,
     host: Annotated[str, typer.Option(help="Address that the HTTP endpoint listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the HTTP endpoint.")] = 8080,
+    shards: Annotated[
+        int, typer.Option(min=0, max=256, help="Spread the index over so many processes of a Ray cluster; 0: here.")
+    ] = 0,
+    ray_address: Annotated[
+        str, typer.Option(help="Cluster of the shards: local (this machine alone), auto, or host:port.")
+    ] = "local",
     ui_host: Annotated[str, typer.Option(help="Address that the flow UI listens on.")] = "127.0.0.1",
     ui_port: Annotated[int, typer.Option(help="Port of the flow UI.")] = 4200,
 ) -> None:
@@ -338,7 +402,7 @@ def serve(
         if http:
             from graceful.flows.search.http import serve_searches
 
-            serve_searches(_place(root), host, port)
+            serve_searches(_place(root), host, port, shards, ray_address)
         else:
             from graceful.flows.runtime.environment import prepare_environment
 
@@ -547,7 +611,7 @@ def reported_errors(as_json: bool = False) -> Iterator[None]:
     One line: every `GracefulError`, and what the machine refuses (a full disk, a missing permission). GRACEFUL_DEBUG=1
     shows the traceback of these too.
     """
-    from graceful.errors import GracefulError
+    from graceful.errors import GracefulError, in_one_line, is_disk_full
 
     try:
         yield
@@ -560,8 +624,11 @@ def reported_errors(as_json: bool = False) -> Iterator[None]:
     except Exception as error:
         if os.environ.get("GRACEFUL_DEBUG"):
             raise
-        expected = isinstance(error, GracefulError | OSError)
-        line = " ".join(str(error).split()) or type(error).__name__
+        is_full = is_disk_full(error)
+        expected = isinstance(error, GracefulError | OSError) or is_full
+        line = in_one_line(error, limit=2_000)
+        if is_full and "free space" not in line:
+            line = f"disk full: free space and run again ({line})"
         if as_json:
             print(json.dumps({"error": line, "kind": type(error).__name__, "bug": not expected}))
         if expected:
@@ -702,6 +769,34 @@ def _print_findings(console: Console, found: list[Any]) -> None:
     counts = {level: sum(finding.level == level for finding in found) for level in styles}
     said = "An update can start." if not counts["error"] else "An update would fail."
     console.print(f"{counts['error']} errors, {counts['warning']} warnings. {said}", highlight=False)
+
+
+def _print_examined(console: Console, found: list[Any], done: list[str]) -> None:
+    styles = {"error": "bold red", "warning": "yellow", "note": "dim"}
+    for line in done:
+        console.print(f"repaired {line}", highlight=False, soft_wrap=True, markup=False)
+    for finding in found:
+        console.print(f"{finding.severity:8}", style=styles[finding.severity], end="")
+        console.print(f"{finding.what}; {finding.remedy}", highlight=False, soft_wrap=True, markup=False)
+        for example in finding.examples:
+            console.print(f"          {example}", highlight=False, soft_wrap=True, markup=False)
+    counts = {severity: sum(finding.severity == severity for finding in found) for severity in styles}
+    healthy = "Something loses data or answers." if counts["error"] else "Nothing is lost."
+    console.print(f"{counts['error']} errors, {counts['warning']} warnings. {healthy}", highlight=False)
+
+
+def _print_trials(console: Console, found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("tried", "times", "seen", "", box=None, padding=(0, 2, 0, 0))
+    for trial in found["trials"]:
+        table.add_row(trial["name"], f"{trial['times']:,}", trial["seen"], "FAILED" if trial["failures"] else "ok")
+    console.print(table, highlight=False)
+    for trial in found["trials"]:
+        for failure in trial["failures"][:5]:
+            console.print(f"{trial['name']}: {failure}", highlight=False, soft_wrap=True, markup=False)
+    kept = "" if found["passed"] else f" What was written is kept in {found['kept']}."
+    console.print(f"{found['storage']}, {found['seconds']:.0f} s.{kept}", highlight=False, soft_wrap=True)
 
 
 def _print_hits(console: Console, found: dict[str, Any]) -> None:

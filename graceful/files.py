@@ -130,16 +130,21 @@ def list_files(location: str) -> list[str]:
     return sorted(join(location, relative) for relative in below)
 
 
-def file_ages(location: str) -> dict[str, float]:
-    """Age in seconds of every file below a folder, by its path in it; empty where the folder is absent."""
+def file_stats(location: str) -> dict[str, tuple[float, int]]:
+    """Age in seconds and size in bytes of every file below a folder, by its path in it; empty where it is absent."""
     filesystem, path = resolve(location)
     selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
     now = time.time()
     return {
-        info.path[len(path) :].lstrip("/"): now - (info.mtime_ns or 0) / 1e9
+        info.path[len(path) :].lstrip("/"): (now - (info.mtime_ns or 0) / 1e9, int(info.size))
         for info in filesystem.get_file_info(selector)
         if info.type == fs.FileType.File
     }
+
+
+def file_ages(location: str) -> dict[str, float]:
+    """Age in seconds of every file below a folder, by its path in it; empty where the folder is absent."""
+    return {path: age_s for path, (age_s, _) in file_stats(location).items()}
 
 
 def move(source: str, target: str) -> None:

@@ -16,7 +16,7 @@ from graceful.files import join
 from graceful.indexing.embed import EmbeddedUnit, EmbedUnit
 from graceful.indexing.embedding_files import read_embeddings
 from graceful.indexing.reindex import EmbedFunction
-from graceful.indexing.tables import STAGING, TableConflictError, VersionedTable
+from graceful.indexing.tables import ORPHAN_AGE_S, STAGING, TableConflictError, VersionedTable
 
 CACHE_SCHEMA = pa.schema([("content_sha256", pa.string()), ("embedding", pa.binary())])
 
@@ -46,12 +46,15 @@ class EmbeddingCache:
         source_of = dict(zip(hashes, sources, strict=True))
         wanted = self.missing(hashes)
         failures: dict[str, str] = {}
+        mine = uuid.uuid4().hex[:8]
         units: dict[str, EmbedUnit] = {}
         parts: dict[str, list[str]] = {}
         for start in range(0, len(wanted), unit_rows):
             part = wanted[start : start + unit_rows]
             unit_id = hashlib.sha256("\n".join(part).encode()).hexdigest()[:24]
-            path = join(self._table.uri, STAGING, f"{unit_id}.parquet")
+            # A place and a name of this call's own: what is discarded because another update was faster is never what
+            # the other has committed.
+            path = join(self._table.uri, STAGING, f"{unit_id}-{mine}.parquet")
             parts[unit_id] = part
             units[unit_id] = EmbedUnit(unit_id, tuple(source_of[h] for h in part), {"content_sha256": part}, path)
         embedded = 0
@@ -63,9 +66,9 @@ class EmbeddingCache:
             known = self._table.committed(done.unit_id)
             if done.num_rows and not (known and not self.missing(parts[done.unit_id])):
                 # A unit may have committed and its images have been forgotten since: it is another unit then.
-                name = f"{done.unit_id}-{uuid.uuid4().hex[:8]}" if known else done.unit_id
+                name = f"{done.unit_id}-{mine}" if known else done.unit_id
                 keys = pa.table({"content_sha256": [""] * done.num_rows})
-                file = self._table.take_in(unit.path, name, keys)
+                file = self._table.take_in(unit.path, f"{done.unit_id}-{mine}", keys)
                 try:
                     with self._table.discarding([file]):
                         self._table.commit([file], unit=name)
@@ -97,3 +100,7 @@ class EmbeddingCache:
         """Remove images physically."""
         self._table.delete_rows("content_sha256", list(hashes))
         self._table.vacuum()
+
+    def remove_orphans(self, orphan_age_s: float = ORPHAN_AGE_S) -> int:
+        """Delete what nothing names any more: what was forgotten, and what killed writers left."""
+        return len(self._table.vacuum(orphan_age_s=orphan_age_s))

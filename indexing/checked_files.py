@@ -1,9 +1,10 @@
 """Parquet files that say what they should be: written with checksums, and read so that a flipped byte is found.
 
-The name of a file ends in two digests (XXH3, 64 bits each): one of the whole file, one of its footer. Where a few
-columns are read, the footer is compared and every page has its own CRC-32; where vectors are read, the whole file is
-compared, once a process. Files whose names carry no digest (written by workers and not committed yet) have the pages'
-checksums only.
+The name of a file ends in two digests (XXH3, 64 bits each): one of the whole file, one of its footer. A small file, and
+one whose vectors are read, is compared as a whole, once a process. Where a few columns of a larger one are read, its
+footer is compared, every page has its own CRC-32, and numbers are compared with the lowest and highest that the footer
+names: a page's header, which says how to decode it, has no checksum. Files whose names carry no digest (written by
+workers and not committed yet) have the pages' checksums only.
 """
 
 import re
@@ -20,10 +21,12 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from graceful.errors import GracefulError
+from graceful.errors import GracefulError, in_one_line
 from graceful.files import is_remote, join, read_bytes, resolve, writing
 
 ROW_GROUP_ROWS = 16_384
+SMALL_BYTES = 2**20
+"""Files up to this size are compared as a whole when they are opened."""
 _NAME = re.compile(r"-([0-9a-f]{16})([0-9a-f]{16})\.parquet$")
 _TRAILER_BYTES = 8
 _verified: set[tuple[str, str]] = set()
@@ -59,16 +62,20 @@ def named(stem: str, content: bytes | memoryview | pa.Buffer) -> str:
 def write_checked(folder: str, table: pa.Table, *, key: str | None = None, repeated: Sequence[str] = ()) -> WrittenFile:
     """Write a table as one new file of a folder; it appears whole or not at all, under a name of its own.
 
-    `repeated` columns, which have few different values, are stored as a dictionary.
+    `repeated` columns, which have few different values, are stored as a dictionary. The range of every
+    column of numbers stands in the footer.
     """
     sink = pa.BufferOutputStream()
+    numbers = [field.name for field in table.schema if _is_number(field.type)]
+    # Without nulls there are no definition levels, whose coding stands in a page's header too.
+    table = table.cast(pa.schema([field.with_nullable(table[field.name].null_count > 0) for field in table.schema]))
     pq.write_table(
         table,
         sink,
         row_group_size=ROW_GROUP_ROWS,
         use_dictionary=list(repeated) or False,
         compression="none",
-        write_statistics=[key] if key else False,
+        write_statistics=numbers or False,
         write_page_checksum=True,
     )
     content = sink.getvalue()
@@ -95,8 +102,11 @@ class CheckedFile:
         self._content: pa.Buffer | None = None
         filesystem, path = resolve(location)
         try:
-            if is_remote(location):
+            if is_remote(location) and (filesystem.get_file_info(path).size or 0) > SMALL_BYTES:
                 self._file = pq.ParquetFile(path, filesystem=filesystem, page_checksum_verification=pages)
+            elif is_remote(location):
+                self._content = pa.py_buffer(read_bytes(location))
+                self._file = pq.ParquetFile(pa.BufferReader(self._content), page_checksum_verification=pages)
             else:
                 source = pa.memory_map(path)
                 self._content = source.read_buffer()
@@ -105,7 +115,10 @@ class CheckedFile:
             raise damaged(location, "a file", "none") from error
         except (pa.ArrowException, OSError, ValueError) as error:
             raise damaged(location, "a Parquet file", first_line(error)) from error
-        self._verify_footer()
+        if self._content is not None and len(self._content) <= SMALL_BYTES:
+            self.verify()
+        else:
+            self._verify_footer()
 
     @property
     def schema(self) -> pa.Schema:
@@ -138,16 +151,42 @@ class CheckedFile:
     def read(self, columns: Sequence[str] | None = None, groups: Sequence[int] | None = None) -> pa.Table:
         """Read columns of all row groups or of some; every page is compared with its checksum."""
         names = None if columns is None else list(columns)
+        metadata = self._file.metadata
         try:
             if groups is None:
-                return self._file.read(columns=names)
-            return self._file.read_row_groups(list(groups), columns=names)
+                expected = metadata.num_rows
+                rows = self._file.read(columns=names)
+            else:
+                expected = sum(metadata.row_group(number).num_rows for number in groups)
+                rows = self._file.read_row_groups(list(groups), columns=names)
         except (pa.ArrowException, OSError, ValueError) as error:
             raise damaged(self.location, "what was written", first_line(error)) from error
+        # A page of a type that the reader does not know is passed over without a word.
+        if rows.num_rows != expected or any(len(column) != expected for column in rows.columns):
+            raise damaged(self.location, f"{expected} rows", f"{rows.num_rows}")
+        if has_digest(self.location) and not _seen(self.location, "whole"):
+            self._verify_ranges(rows, range(metadata.num_row_groups) if groups is None else groups)
+        return rows
 
     def verify(self) -> None:
         """Compare the whole file with the digest in its name, once a process. Raises DamagedFileError."""
         verify(self.location, self._content)
+
+    def _verify_ranges(self, rows: pa.Table, groups: Sequence[int]) -> None:
+        """Compare columns of numbers with what the footer says of them: nulls, lowest and highest."""
+        metadata = self._file.metadata
+        for name in rows.column_names:
+            place = self._file.schema_arrow.get_field_index(name)
+            if place < 0 or not _is_number(rows.schema.field(name).type) or not rows.num_rows:
+                continue
+            found = [metadata.row_group(number).column(place).statistics for number in groups]
+            stated = [one for one in found if one is not None and one.has_min_max]
+            if len(stated) != len(found):
+                continue
+            expected = (min(one.min for one in stated), max(one.max for one in stated))
+            read = pc.min_max(rows[name]).as_py()
+            if (read["min"], read["max"]) != expected or rows[name].null_count != sum(one.null_count for one in stated):
+                raise damaged(self.location, f"{name} from {expected[0]} to {expected[1]}", f"{read}")
 
     def _verify_footer(self) -> None:
         found = _NAME.search(self.location)
@@ -162,6 +201,11 @@ class CheckedFile:
         if digest_of(footer) != found[2]:
             raise damaged(self.location, f"a footer with digest {found[2]}", digest_of(footer))
         _remember(self.location, "footer")
+
+
+def nullable(table: pa.Table) -> pa.Table:
+    """A table as others of its kind: no metadata, and every column may have nulls, whatever one file says."""
+    return table.cast(pa.schema([field.with_nullable(True) for field in table.schema]))
 
 
 def has_digest(location: str) -> bool:
@@ -183,6 +227,12 @@ def verify(location: str, content: pa.Buffer | bytes | None = None, *, again: bo
     _remember(location, "whole")
 
 
+def forget_verified() -> None:
+    """Compare every file anew, as a process does that has just started."""
+    with _verified_lock:
+        _verified.clear()
+
+
 def damaged(location: str, expected: str, found: str) -> DamagedFileError:
     """The error that names a damaged file."""
     return DamagedFileError(
@@ -193,7 +243,11 @@ def damaged(location: str, expected: str, found: str) -> DamagedFileError:
 
 def first_line(error: BaseException) -> str:
     """What a library said, on one line."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return in_one_line(error)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind))
 
 
 def _footer_start(content: memoryview) -> int:

@@ -24,7 +24,7 @@ from pyarrow import fs
 
 from graceful.errors import GracefulError
 from graceful.files import writing
-from graceful.indexing.checked_files import ROW_GROUP_ROWS, CheckedFile, has_digest, verify
+from graceful.indexing.checked_files import ROW_GROUP_ROWS, CheckedFile, has_digest, nullable, verify
 
 EMBEDDING_COLUMN = "embedding"
 EMBEDDING_FORMAT_VERSION = "1"
@@ -111,11 +111,11 @@ def read_embeddings(
                         vectors = np.empty((num_rows, width), dtype=np.float32)
                     vectors[start : start + len(part)] = part
                     start += len(part)
-                tables.append(table.remove_column(position).replace_schema_metadata(None))
+                tables.append(nullable(table.remove_column(position)))
             if not file.metadata.num_row_groups:
                 empty = file.schema_arrow.empty_table()
                 keep = [name for name in empty.column_names if name != EMBEDDING_COLUMN]
-                tables.append(empty.select(keep if columns is None else list(columns)).replace_schema_metadata(None))
+                tables.append(nullable(empty.select(keep if columns is None else list(columns))))
     keys = pa.concat_tables(tables) if tables else pa.table({})
     return keys, np.zeros((0, width or 0), dtype=np.float32) if vectors is None else vectors
 

@@ -17,6 +17,7 @@ numbers, and a part of them (a range of buckets) is a part of the files.
 Shapes: N items of a view, R rows of a vectors partition, D width.
 """
 
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -32,7 +33,15 @@ from graceful.indexing.embedding_files import read_embeddings, read_rows, write_
 from graceful.indexing.items import ITEMS_SCHEMA, NEW_ITEM_COLUMNS, NOTHING, REPEATED_COLUMNS, IngestResult, Items
 from graceful.indexing.leases import LIFETIME_S, GalleryVersion, Lease, Leases
 from graceful.indexing.revisions import Positions, is_member
-from graceful.indexing.tables import STAGING, DataFile, TableConflictError, TableSnapshot, VersionedTable, attempts
+from graceful.indexing.tables import (
+    STAGING,
+    DataFile,
+    TableConflictError,
+    TableSnapshot,
+    VersionedTable,
+    attempts,
+    in_use,
+)
 from graceful.indexing.view import Changes, VectorRows, View, check_norms
 
 __all__ = ["ITEMS_SCHEMA", "NEW_ITEM_COLUMNS", "Gallery", "GalleryVersion", "IngestResult", "VectorCommit", "View"]
@@ -58,9 +67,10 @@ class Gallery:
         """Open the gallery; with `create` it is made empty where there is none.
 
         Raises:
-            MissingTableError: there is none, or a part of it is gone.
+            MissingTableError: there is none, or a part of it is gone: an empty table does not take its place.
         """
         self.location = location
+        create = create and not in_use(location, ("items", "vectors"))
         self.items_table = VersionedTable(
             join(location, "items"), ITEMS_SCHEMA, key="revision", repeated=REPEATED_COLUMNS, create=create
         )
@@ -70,11 +80,16 @@ class Gallery:
         self.items = Items(self.items_table)
         self._leases = Leases(join(location, "leases"))
         self._columns = ColumnCache()
+        self._handle = uuid.uuid4().hex[:8]
 
     def version(self) -> GalleryVersion:
         """Pin the newest version. Vectors are pinned first: a vector never precedes its item."""
         vectors = self.vectors_table.version()
         return GalleryVersion(self.items_table.version(), vectors)
+
+    def identity(self) -> str:
+        """What tells this gallery from every other, one made later at the same place too."""
+        return self.items_table.identity()[:12]
 
     # Items ------------------------------------------------------------------------------------------------------------
 
@@ -93,16 +108,21 @@ class Gallery:
     # Vectors ----------------------------------------------------------------------------------------------------------
 
     def staging_file(self, generation: str, unit: str) -> str:
-        """Where the worker that embeds a unit is to write its file: deterministic, so that twice is once.
+        """Where the worker that embeds a unit is to write its file: the same for this handle, so that twice is once.
 
-        A commit moves the file away under a name of its own: a worker believed dead that writes once more cannot touch
-        committed rows.
+        Another handle that embeds the same unit has another place, and its file another name after the commit: what one
+        takes back because the other was faster is never what the other has committed. A commit moves the file away: a
+        worker believed dead that writes once more cannot touch committed rows.
         """
-        return join(self.staging_location(), generation, f"{unit}.parquet")
+        return join(self.staging_location(), generation, f"{unit}-{self._handle}.parquet")
 
     def staging_location(self) -> str:
         """The folder of files written by workers and not committed yet."""
         return join(self.vectors_table.uri, STAGING)
+
+    def column_of(self, location: str, name: str) -> NDArray[np.int64]:
+        """A column of numbers of one of the files, (n,)."""
+        return self._columns.read(location, name)[0]
 
     def forget_cached(self) -> None:
         """Drop what this handle remembers of files (after some were removed physically)."""
@@ -136,7 +156,7 @@ class Gallery:
             except DamagedFileError:
                 if exists(staged):
                     raise
-                return VectorCommit(0, 0, 0)  # another process has committed this very unit
+                return VectorCommit(0, 0, 0)  # somebody has cleared the staging area
             revisions = keys["revision"].to_numpy()
             now = self.version()
             fresh, stored = self._look(generation, revisions, since, now)
@@ -152,7 +172,7 @@ class Gallery:
                 keys = kept
             try:
                 self._commit_staged(generation, staged, keys, now)
-            except (TableConflictError, FileNotFoundError):  # another process committed, perhaps this very unit
+            except (TableConflictError, FileNotFoundError):  # another process committed, perhaps these very rows
                 continue
             return result
         raise TableConflictError(f"committing vectors of {generation}: other writers won too often; try again")

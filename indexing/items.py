@@ -283,6 +283,11 @@ class Items:
             self.table.commit([file], at=snapshot.version, counters=counters)
         return revisions
 
+    def counters(self) -> NDArray[np.int64]:
+        """The highest number given out so far in each bucket, (256,)."""
+        self.table.version()
+        return self._counters(np.arange(NUM_BUCKETS))
+
     def _counters(self, touched: NDArray[np.int64]) -> NDArray[np.int64]:
         counters = np.zeros(NUM_BUCKETS, np.int64)
         for bucket in touched.tolist():

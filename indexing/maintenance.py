@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from graceful.errors import GracefulError, UsageError
-from graceful.files import crash_point, list_files, remove
+from graceful.files import crash_point, file_stats, join, list_files, remove
 from graceful.indexing.gallery import PROTECTION, Gallery, GalleryVersion
 from graceful.indexing.revisions import is_member
 from graceful.indexing.tables import ORPHAN_AGE_S, DataFile, TableSnapshot
@@ -24,11 +24,12 @@ DEAD_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Collection:
-    """What a collection removed: generations whose vectors all went, rows, and files deleted."""
+    """What a collection removed: generations whose vectors all went, rows, files deleted, and bytes freed."""
 
     generations: tuple[str, ...]
     rows: int
     files: int
+    size_bytes: int = 0
 
 
 class LeasedError(GracefulError):
@@ -48,7 +49,7 @@ def collect(
     is asked on every attempt, after the version is pinned that the commit is made on; whoever begins to protect a
     generation says so first and then calls `Gallery.fence`, which lets a commit fail that was made without it.
     """
-    before = set(gallery.generations())
+    before, size_before = set(gallery.generations()), _size_bytes(gallery)
     needed: dict[str, NDArray[np.int64]] = {}
 
     def look(snapshot: TableSnapshot) -> None:
@@ -72,7 +73,49 @@ def collect(
         [version.vectors for version in leased], at=now.vectors, orphan_age_s=orphan_age_s
     )
     files += gallery.items_table.vacuum([version.items for version in leased], at=now.items, orphan_age_s=orphan_age_s)
-    return Collection(tuple(sorted(before - set(gallery.generations()))), rows, len(files))
+    freed = max(0, size_before - _size_bytes(gallery)) if files else 0
+    return Collection(tuple(sorted(before - set(gallery.generations()))), rows, len(files), freed)
+
+
+def survey(
+    gallery: Gallery,
+    protected: Sequence[Sequence[str]],
+    *,
+    dead_share: float = DEAD_SHARE,
+    orphan_age_s: float = ORPHAN_AGE_S,
+) -> Collection:
+    """What `collect` would remove now. Changes nothing; merges of small files are left out."""
+    version = gallery.version()
+    needed = needed_vectors(gallery, protected, version)
+    snapshot = gallery.vectors_table.snapshot(version.vectors)
+    left: dict[str, int] = {}
+    rows, num_files, size = 0, 0, 0
+    for file in snapshot.files:
+        held = gallery.column_of(snapshot.location(file), "revision")
+        dead = int((~is_member(held, needed.get(str(file.partition), np.empty(0, np.int64)))).sum())
+        goes = dead > dead_share * len(held)
+        left[str(file.partition)] = left.get(str(file.partition), 0) + len(held) - (dead if goes else 0)
+        if goes:
+            rows, num_files, size = rows + dead, num_files + 1, size + file.size_bytes * dead // max(1, len(held))
+    leased = gallery.leased_versions()
+    for table, kept in (
+        (gallery.vectors_table, [pinned.vectors for pinned in leased]),
+        (gallery.items_table, [pinned.items for pinned in leased]),
+    ):
+        stats = file_stats(table.uri)
+        superseded = {join(table.uri, path) for path in table.superseded()}
+        gone = [path for path in table.orphans(kept, older_than_s=0) if path in superseded]
+        gone += [path for path in table.orphans(kept, older_than_s=orphan_age_s) if path not in superseded]
+        num_files += len(gone)
+        size += sum(stats.get(path.removeprefix(f"{table.uri}/"), (0.0, 0))[1] for path in gone)
+    return Collection(tuple(sorted(name for name, num in left.items() if not num)), rows, num_files, size)
+
+
+def _size_bytes(gallery: Gallery) -> int:
+    tables = (gallery.items_table, gallery.vectors_table)
+    return sum(
+        size for table in tables for path, (_, size) in file_stats(table.uri).items() if path.endswith("parquet")
+    )
 
 
 def needed_vectors(

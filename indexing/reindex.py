@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from graceful.files import crash_point
 from graceful.indexing.embed import EmbeddedUnit, EmbedUnit
-from graceful.indexing.gallery import Gallery, GalleryVersion
+from graceful.indexing.gallery import Gallery, GalleryVersion, VectorCommit
 from graceful.indexing.revisions import is_member
 
 EmbedFunction = Callable[[Sequence[EmbedUnit], Callable[[EmbeddedUnit], None]], None]
@@ -154,6 +154,7 @@ class _Work:
         self._embed, self._unit_rows, self._on_rows = embed, unit_rows, on_rows
         self._revisions: dict[str, NDArray[np.int64]] = {}
         self._report = ReindexReport()
+        self._units: dict[str, EmbedUnit] = {}
         self.failed: dict[int, str] = {}
 
     def embed(self, revisions: NDArray[np.int64], sources: pa.Table) -> ReindexReport:
@@ -167,8 +168,12 @@ class _Work:
             self._revisions[unit_id] = part
             path = self._gallery.staging_file(self._generation, unit_id)
             units.append(EmbedUnit(unit_id, names, pa.table({"revision": part}), path))
-        if units:
-            self._embed(units, self._commit)
+        self._units = {unit.unit_id: unit for unit in units}
+        for _ in range(_ROUNDS):
+            if not self._units:
+                break
+            # A unit stays here where somebody cleared the staging area before it was committed: it is embedded again.
+            self._embed(list(self._units.values()), self._commit)
         return self._report
 
     def _commit(self, done: EmbeddedUnit) -> None:
@@ -176,8 +181,12 @@ class _Work:
         for index, reason in done.failures:
             self.failed[int(revisions[index])] = reason
         if not done.num_rows:
+            self._units.pop(done.unit_id)
             return
         outcome = self._gallery.commit_vectors(self._generation, done.unit_id, self._version)
+        if outcome == VectorCommit(0, 0, 0):
+            return
+        self._units.pop(done.unit_id)
         self._report = self._report.plus(ReindexReport(outcome.committed, outcome.stale, outcome.duplicate))
         if self._on_rows is not None:
             self._on_rows(done.num_rows)

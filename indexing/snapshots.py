@@ -1,55 +1,69 @@
-"""Index snapshots on disk: immutable segments of vectors, and per snapshot a manifest and bitmaps of current rows.
+"""Index snapshots on disk: immutable segments of vectors, and per snapshot a manifest and bitmaps of live rows.
 
-    <index root>/segments/<segment id>.faiss          vectors of one generation (an IndexFlatIP)
-    <index root>/segments/<segment id>.rows.parquet   item_id and revision of each of its rows
-    <index root>/<snapshot id>/<segment id>.bitmap    which of its rows this snapshot serves (np.packbits)
-    <index root>/<snapshot id>/manifest.json          written last: without it there is no snapshot
+    <index root>/segments/<segment id>.vectors     vectors of one generation, (n, D) little-endian float32
+    <index root>/segments/<segment id>.revisions   (n,) int64, ascending: the revision that each row is a vector of
+    <index root>/segments/<index id>.faiss         an approximate index over the rows of some segments of one width
+    <index root>/segments/<items id>.arrow         items by revision (see `indexing.sidecar`)
+    <index root>/<snapshot id>/<segment id>.live   which of its rows this snapshot serves (one bit each, low bit first)
+    <index root>/<snapshot id>/manifest.json       written last: without it there is no snapshot
 
 Invariants:
 * A segment is never changed or overwritten; snapshots share segments, so publishing costs the rows that are new.
-* The manifest names every file with its sha256; what does not match is not served.
-* The files are derived from the gallery and can be rebuilt at any time. The root is a local folder: on several nodes
-  each keeps its own copy; an object store is not supported.
+* The manifest carries the checksum of every file and its own; what does not match is not served.
+* The files are derived from the gallery and can be built again at any time. The root is a local folder: on several
+  nodes each keeps its own copy; an object store is not supported.
 
 Shapes: n rows of a segment, D width.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from graceful.errors import GracefulError, UnknownFormatError
+from graceful.errors import UnknownFormatError
 from graceful.files import crash_point, write_bytes
+from graceful.indexing.derived_files import (
+    checksum,
+    corrupted,
+    map_checked,
+    publish_file,
+    read_checked,
+    verify,
+    write_checked,
+)
+from graceful.indexing.index_choice import IndexReport, SearchConfig
+from graceful.indexing.kinds import choose_index
+from graceful.indexing.sidecar import write_sidecar
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SEGMENTS_FOLDER = "segments"
+# Indexes of shards lie below it, each a root of its own.
+SHARDS_FOLDER = "shards"
 MANIFEST_NAME = "manifest.json"
+_RESERVED = (SEGMENTS_FOLDER, SHARDS_FOLDER)
 # A generation's segments are merged into one when more than this share of their rows is dead, or there are more.
-MAX_DEAD_SHARE = 0.5
+MAX_DEAD_SHARE = 0.2
 MAX_SEGMENTS = 16
+# Rows beside an approximate index are searched exactly; beyond this share of them it is built again.
+MAX_UNINDEXED_SHARE = 0.05
+# Rows that are in memory at a time while they are written.
+WRITE_ROWS = 2**20
 
 LoadVectors = Callable[[NDArray[np.int64]], NDArray[np.float32]]
-
-
-class IndexCorruptedError(GracefulError):
-    """A file of an index snapshot is missing or is not what the manifest says; the snapshot must be rebuilt."""
 
 
 class SegmentInfo(BaseModel):
@@ -59,10 +73,10 @@ class SegmentInfo(BaseModel):
 
     segment_id: str = Field(description="Name of its files, without endings.")
     generation: str = Field(description="Generation that wrote all of its vectors.")
-    num_rows: int = Field(ge=0, description="Rows in the segment, dead ones too.")
+    num_rows: int = Field(ge=1, description="Rows in the segment, dead ones too.")
     width: int = Field(ge=1, description="Width of its vectors.")
-    index_sha256: str = Field(description="Checksum of the vectors' file.")
-    rows_sha256: str = Field(description="Checksum of the rows' file.")
+    vectors_checksum: str = Field(description="Checksum of the vectors' file.")
+    revisions_checksum: str = Field(description="Checksum of the revisions' file.")
 
 
 class ServedSegment(BaseModel):
@@ -71,8 +85,30 @@ class ServedSegment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     segment: SegmentInfo = Field(description="The segment.")
-    num_current: int = Field(ge=0, description="How many of its rows this snapshot serves.")
-    bitmap_sha256: str = Field(description="Checksum of the bitmap that says which.")
+    num_live: int = Field(ge=0, description="How many of its rows this snapshot serves.")
+    live_checksum: str = Field(description="Checksum of the bitmap that says which.")
+
+
+class StoredIndex(BaseModel):
+    """An approximate index over all rows, dead ones too, of some segments of one width, in this order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    index_id: str = Field(description="Name of its file, without ending.")
+    width: int = Field(ge=1, description="Width of the vectors.")
+    segment_ids: tuple[str, ...] = Field(description="Segments whose rows it holds.")
+    checksum: str = Field(description="Checksum of its file.")
+    report: IndexReport = Field(description="What it is and what was measured.")
+
+
+class StoredItems(BaseModel):
+    """The items of the gallery by revision, as they were when the snapshot was published."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    items_id: str = Field(description="Name of its file, without ending.")
+    num_items: int = Field(ge=0, description="Items in it, readable or not.")
+    checksum: str = Field(description="Checksum of its file.")
 
 
 class Manifest(BaseModel):
@@ -82,162 +118,89 @@ class Manifest(BaseModel):
 
     format_version: int = Field(description="Version of this format; a reader refuses others.")
     snapshot_id: str = Field(description="Name of the snapshot and of its folder.")
-    query_generation: str = Field(description="Generation whose queries may search it.")
-    gallery_version: dict[str, Any] = Field(description="Table versions that the view was read at.")
-    prefix_widths: tuple[int, ...] = Field(description="Narrower widths that the query generation declares.")
+    query_generation: str = Field(description="Generation whose view it was made of.")
+    gallery_version: dict[str, int] = Field(description="Table versions that the view was read at.")
+    readable: tuple[str, ...] = Field(description="Generations that the query generation may read, oldest first.")
     segments: tuple[ServedSegment, ...] = Field(description="Segments that it serves rows of.")
+    indexes: tuple[StoredIndex, ...] = Field(description="Approximate indexes; rows of other segments: exact search.")
+    items: StoredItems | None = Field(description="Ids, sources and labels of the items.")
 
     @property
     def num_rows(self) -> int:
-        return sum(served.num_current for served in self.segments)
+        return sum(served.num_live for served in self.segments)
 
 
 @dataclass(frozen=True)
 class SegmentRows:
-    """The current rows of one generation in a view; `load` reads the vectors of some positions, (m,) to (m, D)."""
+    """The live rows of one generation: `revisions` (n,), and `load`: vectors of positions, (m,) to (m, D)."""
 
     generation: str
-    item_ids: ArrayLike | pa.Array
-    revisions: ArrayLike | pa.Array
+    revisions: NDArray[np.int64]
     load: LoadVectors
 
 
-def write_segment(
-    folder: str | Path,
-    segment_id: str,
-    vectors: NDArray[np.float32],
-    item_ids: ArrayLike | pa.Array,
-    revisions: ArrayLike | pa.Array,
-    generation: str,
-) -> SegmentInfo:
-    """Write one segment's two files; a segment of that name must not exist.
+@dataclass(frozen=True)
+class SnapshotSource:
+    """What a snapshot is made of. `items` loads the table (revision, item_id, source, label) of all live items."""
 
-    Raises:
-        FileExistsError: there is one already; segments are immutable.
-    """
-    rows = pa.table({"item_id": as_strings(item_ids), "revision": pa.array(np.asarray(revisions), pa.int64())})
-    if vectors.ndim != 2 or vectors.shape[1] == 0 or rows.num_rows != len(vectors):
-        raise ValueError(f"writing segment {segment_id}: expected {rows.num_rows} vectors, found {vectors.shape}")
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(np.ascontiguousarray(vectors, dtype=np.float32))
-    os.makedirs(folder, exist_ok=True)
-    rows_sha256 = _publish_file(
-        Path(folder, f"{segment_id}.rows.parquet"), lambda part: pq.write_table(rows, part, use_dictionary=False)
-    )
-    index_sha256 = _publish_file(Path(folder, f"{segment_id}.faiss"), lambda part: faiss.write_index(index, part))
-    return SegmentInfo(
-        segment_id=segment_id,
-        generation=generation,
-        num_rows=len(vectors),
-        width=vectors.shape[1],
-        index_sha256=index_sha256,
-        rows_sha256=rows_sha256,
-    )
-
-
-def read_segment_rows(folder: str | Path, segment: SegmentInfo, *, verify: bool = True) -> pa.Table:
-    """Read item_id and revision of every row of a segment.
-
-    Raises:
-        IndexCorruptedError: the file is missing or not what was written.
-    """
-    path = Path(folder, f"{segment.segment_id}.rows.parquet")
-    if verify:
-        _verify(path, segment.rows_sha256)
-    try:
-        rows = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise _corrupted(path, f"a Parquet file, found {error}") from error
-    if rows.num_rows != segment.num_rows:
-        raise _corrupted(path, f"{segment.num_rows} rows, found {rows.num_rows}")
-    return rows.combine_chunks()
-
-
-def read_segment_vectors(
-    folder: str | Path,
-    segment: SegmentInfo,
-    current: NDArray[np.bool_],
-    *,
-    out: NDArray[np.float32] | None = None,
-    verify: bool = True,
-) -> NDArray[np.float32]:
-    """Copy the vectors of the current rows (n,) of a segment, into `out` if given.
-
-    Raises:
-        IndexCorruptedError: the file is missing or not what was written.
-    """
-    path = Path(folder, f"{segment.segment_id}.faiss")
-    if verify:
-        _verify(path, segment.index_sha256)
-    try:
-        index: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        raise _corrupted(path, f"a FAISS index, found {str(error).splitlines()[0]}") from error
-    if (index.ntotal, index.d) != (segment.num_rows, segment.width):
-        raise _corrupted(path, f"{segment.num_rows} x {segment.width}, found {index.ntotal} x {index.d}")
-    if out is None:
-        out = np.empty((int(np.count_nonzero(current)), segment.width), dtype=np.float32)
-    if len(out) == segment.num_rows:
-        np.copyto(out, vectors_of(index))
-    else:
-        np.compress(current, vectors_of(index), axis=0, out=out)
-    return out
-
-
-def vectors_of(index: Any) -> NDArray[np.float32]:
-    """View the vectors (n, D) of a flat index without a copy: writes change the index, which must outlive the view."""
-    view: NDArray[np.float32] = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d)
-    return view.reshape(index.ntotal, index.d)
+    query_generation: str
+    gallery_version: Mapping[str, int]
+    readable: Sequence[str]
+    rows: Sequence[SegmentRows]
+    items: Callable[[], pa.Table] | None = None
 
 
 def publish_snapshot(
     index_root: str | Path,
     snapshot_id: str,
-    query_generation: str,
-    gallery_version: Mapping[str, Any],
-    rows: Sequence[SegmentRows],
+    source: SnapshotSource,
     reuse: Manifest | None = None,
     *,
-    prefix_widths: Collection[int] = (),
+    config: SearchConfig = SearchConfig(),
+    stored_items: StoredItems | None = None,
 ) -> Manifest:
-    """Write a snapshot that serves exactly `rows`, at most one row per item, and return its manifest.
+    """Write a snapshot that serves exactly the rows of `source`, and return its manifest.
 
     Segments of the snapshot `reuse` (under the same root) are used again: only rows that they lack are loaded and
-    written, as one new segment per generation. A crash leaves at most files that no manifest names.
+    written. `stored_items` names a file of items that still says the same. A crash leaves at most files that no
+    manifest names.
 
     Raises:
         FileExistsError: a snapshot of that name exists.
         IndexCorruptedError: a segment of `reuse` is damaged; publish without it.
+        OSError: the folder is full, or not writable.
     """
-    folder = Path(index_root, snapshot_id)
-    if Path(folder, MANIFEST_NAME).exists() or snapshot_id == SEGMENTS_FOLDER:
+    root, folder = Path(index_root), Path(index_root, snapshot_id)
+    if Path(folder, MANIFEST_NAME).exists() or snapshot_id in _RESERVED:
         raise FileExistsError(f"publishing snapshot {snapshot_id}: expected a new name, found one in {index_root}")
-    if len({part.generation for part in rows}) != len(rows):
-        raise ValueError(f"publishing snapshot {snapshot_id}: expected each generation once, found one twice")
-    all_ids = pa.chunked_array([as_strings(part.item_ids) for part in rows], pa.large_string())
-    num_items = pc.count_distinct(all_ids).as_py()
-    if num_items != len(all_ids):
-        raise ValueError(f"publishing {snapshot_id}: expected one row per item, found {len(all_ids)} for {num_items}")
+    _check_rows(snapshot_id, source.rows)
     folder.mkdir(parents=True, exist_ok=True)
     stored = [entry.segment for entry in reuse.segments] if reuse else []
     served: list[ServedSegment] = []
-    for part in rows:
+    for part in source.rows:
         reused = [segment for segment in stored if segment.generation == part.generation]
-        for segment, current in _segments_for(Path(index_root, SEGMENTS_FOLDER), part, reused):
-            bitmap = np.packbits(current).tobytes()
-            write_bytes(str(Path(folder, f"{segment.segment_id}.bitmap")), bitmap)
-            digest = hashlib.sha256(bitmap).hexdigest()
-            served.append(ServedSegment(segment=segment, num_current=int(current.sum()), bitmap_sha256=digest))
+        for segment, live in _segments_for(root / SEGMENTS_FOLDER, part, reused):
+            bits = np.packbits(live, bitorder="little").tobytes()
+            write_bytes(str(Path(folder, f"{segment.segment_id}.live")), bits)
+            served.append(
+                ServedSegment(segment=segment, num_live=int(np.count_nonzero(live)), live_checksum=checksum(bits))
+            )
+    if stored_items is None and source.items is not None:
+        stored_items = _write_items(root / SEGMENTS_FOLDER, source.items())
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         snapshot_id=snapshot_id,
-        query_generation=query_generation,
-        gallery_version=dict(gallery_version),
-        prefix_widths=tuple(sorted(prefix_widths)),
+        query_generation=source.query_generation,
+        gallery_version=dict(source.gallery_version),
+        readable=tuple(source.readable),
         segments=tuple(served),
+        indexes=_indexes_for(root / SEGMENTS_FOLDER, served, reuse.indexes if reuse else (), config),
+        items=stored_items,
     )
     crash_point("snapshot-before-manifest")
-    write_bytes(str(Path(folder, MANIFEST_NAME)), manifest.model_dump_json(indent=1).encode())
+    content = manifest.model_dump(mode="json")
+    document = {"checksum": checksum(_canonical(content)), "content": content}
+    write_bytes(str(Path(folder, MANIFEST_NAME)), json.dumps(document, indent=1).encode())
     return manifest
 
 
@@ -250,44 +213,89 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder, MANIFEST_NAME)
     try:
-        values = json.loads(path.read_bytes())
-        found = values["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _corrupted(path, f"a manifest, found {type(error).__name__}: {error}") from error
+        document = json.loads(path.read_bytes())
+        # Format 1 stood at the top, without a checksum.
+        content = document if "format_version" in document else document["content"]
+        found = content["format_version"]
+        intact = content is document or checksum(_canonical(content)) == document["checksum"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise corrupted(path, f"a manifest, found {type(error).__name__}: {error}") from error
+    if not intact:
+        raise corrupted(path, "a manifest of its checksum, found another")
     if found != FORMAT_VERSION:
         raise UnknownFormatError(
-            f"opening index snapshot: expected format_version {FORMAT_VERSION}, found {found} ({path}); "
-            "rebuild the index or update this program"
+            f"opening the index: expected format_version {FORMAT_VERSION}, found {found} ({path}); "
+            "it is built again from the gallery"
         )
     try:
-        return Manifest.model_validate(values)
+        return Manifest.model_validate(content)
     except ValidationError as error:
-        raise _corrupted(path, f"a manifest, found {error.error_count()} wrong fields") from error
+        raise corrupted(path, f"a manifest, found {error.error_count()} wrong fields") from error
 
 
-def read_bitmap(folder: str | Path, served: ServedSegment) -> NDArray[np.bool_]:
-    """Read which rows (n,) of a segment a snapshot serves.
+def read_live(folder: str | Path, served: ServedSegment) -> NDArray[np.bool_]:
+    """Read which rows (n,) of a segment a snapshot serves. Raises IndexCorruptedError."""
+    path = Path(folder, f"{served.segment.segment_id}.live")
+    bits = np.empty((served.segment.num_rows + 7) // 8, np.uint8)
+    read_checked(path, bits, served.live_checksum)
+    live = np.unpackbits(bits, count=served.segment.num_rows, bitorder="little").astype(bool)
+    if np.count_nonzero(live) != served.num_live:
+        raise corrupted(path, f"{served.num_live} live rows, found {np.count_nonzero(live)}")
+    return live
 
-    Raises:
-        IndexCorruptedError: the bitmap is missing or not what was written.
-    """
-    path = Path(folder, f"{served.segment.segment_id}.bitmap")
-    _verify(path, served.bitmap_sha256)
-    packed = np.frombuffer(path.read_bytes(), dtype=np.uint8)
-    return np.unpackbits(packed, count=served.segment.num_rows).astype(bool)
+
+def read_revisions(index_root: str | Path, segment: SegmentInfo) -> NDArray[np.int64]:
+    """Read the revision (n,) of each row of a segment, ascending. Raises IndexCorruptedError."""
+    revisions = np.empty(segment.num_rows, np.int64)
+    path = Path(index_root, SEGMENTS_FOLDER, f"{segment.segment_id}.revisions")
+    read_checked(path, revisions, segment.revisions_checksum)
+    return revisions
+
+
+def read_vectors(index_root: str | Path, segment: SegmentInfo, out: NDArray[np.float32]) -> None:
+    """Fill `out` (n, D) with the vectors of all rows of a segment. Raises IndexCorruptedError."""
+    path = Path(index_root, SEGMENTS_FOLDER, f"{segment.segment_id}.vectors")
+    read_checked(path, out, segment.vectors_checksum)
+
+
+def map_vectors(index_root: str | Path, segment: SegmentInfo) -> NDArray[np.float32]:
+    """Map the vectors (n, D) of all rows of a segment. Raises IndexCorruptedError."""
+    path = Path(index_root, SEGMENTS_FOLDER, f"{segment.segment_id}.vectors")
+    return map_checked(path, "<f4", (segment.num_rows, segment.width), segment.vectors_checksum)
+
+
+def read_index(index_root: str | Path, stored: StoredIndex) -> Any:
+    """Read an approximate index. Raises IndexCorruptedError."""
+    path = Path(index_root, SEGMENTS_FOLDER, f"{stored.index_id}.faiss")
+    verify(path, stored.checksum)
+    try:
+        return faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise corrupted(path, f"a FAISS index, found {str(error).splitlines()[0]}") from error
+
+
+def items_path(index_root: str | Path, stored: StoredItems) -> Path:
+    """Where the items of a snapshot lie."""
+    return Path(index_root, SEGMENTS_FOLDER, f"{stored.items_id}.arrow")
+
+
+def discard_snapshot(index_root: str | Path, snapshot_id: str) -> None:
+    """Make a snapshot be none, whatever of it is left; segments are left to `prune_snapshots`. Raises OSError."""
+    shutil.rmtree(Path(index_root, snapshot_id), ignore_errors=True)
+    Path(index_root, snapshot_id, MANIFEST_NAME).unlink(missing_ok=True)
 
 
 def prune_snapshots(index_root: str | Path, keep: Collection[str], *, older_than_s: float = 0.0) -> int:
-    """Remove all snapshots but `keep`, then the segments that none of those left serves; return the bytes freed.
+    """Remove all snapshots but `keep`, then the files that none of those left names; return the bytes freed.
 
     Only what was written more than `older_than_s` seconds ago goes: a snapshot that another process is publishing is
-    younger than that, and is left alone.
+    younger than that, and is left alone. Where a manifest that stays cannot be read, no shared file goes.
     """
     root, before = Path(index_root), time.time() - older_than_s
-    folders = [path for path in root.iterdir() if path.is_dir() and path.name != SEGMENTS_FOLDER]
+    folders = [path for path in root.iterdir() if path.is_dir() and path.name not in _RESERVED]
     doomed = [path for path in folders if path.name not in keep and path.stat().st_mtime <= before]
     left = [path for path in folders if path not in doomed and (path / MANIFEST_NAME).exists()]
-    used = {served.segment.segment_id for path in left for served in read_manifest(path).segments}
+    used = {name for path in left for name in _names_in(read_manifest(path))}
     freed = 0
     for path in doomed:
         (path / MANIFEST_NAME).unlink(missing_ok=True)
@@ -300,101 +308,123 @@ def prune_snapshots(index_root: str | Path, keep: Collection[str], *, older_than
     return freed
 
 
+def _names_in(manifest: Manifest) -> set[str]:
+    names = {served.segment.segment_id for served in manifest.segments}
+    names |= {index.index_id for index in manifest.indexes}
+    return names | ({manifest.items.items_id} if manifest.items else set())
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _check_rows(snapshot_id: str, rows: Sequence[SegmentRows]) -> None:
+    if len({part.generation for part in rows}) != len(rows):
+        raise ValueError(f"publishing snapshot {snapshot_id}: expected each generation once, found one twice")
+    revisions = np.sort(np.concatenate([np.empty(0, np.int64), *(part.revisions for part in rows)]))
+    repeated = revisions[1:][revisions[1:] == revisions[:-1]]
+    if len(repeated):
+        raise ValueError(
+            f"publishing snapshot {snapshot_id}: expected one row per revision, found {len(repeated)} repeated such as "
+            f"{repeated[0]}"
+        )
+
+
 def _segments_for(
     folder: Path, part: SegmentRows, old: Sequence[SegmentInfo]
 ) -> list[tuple[SegmentInfo, NDArray[np.bool_]]]:
-    """Return the segments that hold the wanted rows of one generation and which of their rows are current."""
-    item_ids = as_strings(part.item_ids)
-    revisions = np.asarray(part.revisions, dtype=np.int64)
-    if len(revisions) != len(item_ids):
-        raise ValueError(f"publishing {part.generation}: expected {len(item_ids)} revisions, found {len(revisions)}")
-    missing = np.ones(len(item_ids), dtype=bool)
-    found: list[tuple[SegmentInfo, NDArray[np.bool_], NDArray[np.int32]]] = []
+    """Return the segments that hold the wanted rows of one generation and which of their rows are live."""
+    order = np.argsort(part.revisions, kind="stable")
+    revisions = part.revisions[order]
+    missing = np.ones(len(revisions), dtype=bool)
+    found: list[tuple[SegmentInfo, NDArray[np.bool_]]] = []
     for segment in old:
-        rows = read_segment_rows(folder, segment)
-        positions = (
-            pc.index_in(as_strings(rows["item_id"]), value_set=item_ids).fill_null(-1).to_numpy().astype(np.int64)
-        )
-        current = positions >= 0
-        current[current] = missing[positions[current]]
-        current[current] = revisions[positions[current]] == rows["revision"].to_numpy()[current]
-        missing[positions[current]] = False
-        found.append((segment, current, positions[current]))
-    new = np.flatnonzero(missing)
+        stored = read_revisions(folder.parent, segment)
+        places = np.minimum(np.searchsorted(revisions, stored), max(0, len(revisions) - 1))
+        live = (revisions[places] == stored) & missing[places] if len(revisions) else np.zeros(len(stored), bool)
+        missing[places[live]] = False
+        found.append((segment, live))
     num_stored = sum(segment.num_rows for segment in old)
-    num_dead = num_stored - (len(item_ids) - len(new))
+    new = np.flatnonzero(missing)
+    num_dead = num_stored - (len(revisions) - len(new))
     if num_dead > MAX_DEAD_SHARE * (num_stored + len(new)) or len(old) + bool(len(new)) > MAX_SEGMENTS:
-        if not len(item_ids):
-            return []
-        vectors = _gather(folder, part, found, new)
-        return [(_write_new(folder, part.generation, vectors, item_ids, revisions), np.ones(len(vectors), dtype=bool))]
-    result = [(segment, current) for segment, current, _ in found if current.any()]
+        found, new = [], np.arange(len(revisions))
+    result = [(segment, live) for segment, live in found if live.any()]
     if len(new):
-        vectors = part.load(new)
-        segment = _write_new(folder, part.generation, vectors, item_ids.take(pa.array(new)), revisions[new])
+        segment = _write_segment(folder, part.generation, revisions[new], lambda rows: part.load(order[new[rows]]))
+        crash_point("snapshot-after-segment")
         result.append((segment, np.ones(len(new), dtype=bool)))
     return result
 
 
-def _gather(
-    folder: Path,
-    part: SegmentRows,
-    found: Sequence[tuple[SegmentInfo, NDArray[np.bool_], NDArray[np.int32]]],
-    new: NDArray[np.int64],
-) -> NDArray[np.float32]:
-    """Collect the current vectors of several segments, and load those that none has."""
-    loaded = part.load(new) if len(new) else None
-    width = found[0][0].width if found else (0 if loaded is None else loaded.shape[1])
-    vectors = np.empty((len(new) + sum(len(positions) for _, _, positions in found), width), dtype=np.float32)
-    for segment, current, positions in found:
-        vectors[positions] = read_segment_vectors(folder, segment, current)
-    if loaded is not None:
-        vectors[new] = loaded
-    return vectors
-
-
-def _write_new(
-    folder: Path, generation: str, vectors: NDArray[np.float32], item_ids: pa.Array, revisions: NDArray[np.int64]
-) -> SegmentInfo:
+def _write_segment(folder: Path, generation: str, revisions: NDArray[np.int64], load: LoadVectors) -> SegmentInfo:
     segment_id = f"{generation}-{uuid.uuid4().hex[:12]}"
-    segment = write_segment(folder, segment_id, vectors, item_ids, revisions, generation)
-    crash_point("snapshot-after-segment")
-    return segment
+    widths: set[int] = set()
+
+    def chunks() -> Any:
+        for start in range(0, len(revisions), WRITE_ROWS):
+            rows = np.arange(start, min(start + WRITE_ROWS, len(revisions)))
+            vectors = np.ascontiguousarray(load(rows), dtype="<f4")
+            widths.add(vectors.shape[1])
+            if vectors.shape[0] != len(rows) or len(widths) != 1:
+                raise ValueError(f"writing segment {segment_id}: expected {len(rows)} rows, found {vectors.shape}")
+            yield vectors
+
+    vectors_checksum = write_checked(Path(folder, f"{segment_id}.vectors"), chunks())
+    revisions_checksum = write_checked(Path(folder, f"{segment_id}.revisions"), [np.ascontiguousarray(revisions)])
+    return SegmentInfo(
+        segment_id=segment_id,
+        generation=generation,
+        num_rows=len(revisions),
+        width=widths.pop(),
+        vectors_checksum=vectors_checksum,
+        revisions_checksum=revisions_checksum,
+    )
 
 
-def as_strings(values: ArrayLike | pa.Array) -> pa.Array:
-    """Return item ids as one Arrow array of large strings."""
-    if isinstance(values, pa.ChunkedArray):
-        values = values.combine_chunks()
-    if isinstance(values, pa.Array):
-        return values.cast(pa.large_string())
-    return pa.array(np.asarray(values).tolist(), pa.large_string())
+def _write_items(folder: Path, items: pa.Table) -> StoredItems:
+    items_id = f"items-{uuid.uuid4().hex[:12]}"
+    digest = publish_file(Path(folder, f"{items_id}.arrow"), lambda part: write_sidecar(part, items))
+    return StoredItems(items_id=items_id, num_items=items.num_rows, checksum=digest)
 
 
-def _publish_file(target: Path, write: Callable[[str], object]) -> str:
-    """Write a file that must not exist under a temporary name, link it into place, return its sha256."""
-    part = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")
-    try:
-        write(str(part))
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        # A link fails where a rename would replace.
-        os.link(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-    return digest
+def _indexes_for(
+    folder: Path, served: Sequence[ServedSegment], old: Sequence[StoredIndex], config: SearchConfig
+) -> tuple[StoredIndex, ...]:
+    """Approximate indexes over the segments of each width, where the configuration asks for one and it is good enough.
 
-
-def _verify(path: Path, expected: str) -> None:
-    try:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise _corrupted(path, f"a file, found {error}") from error
-    if found != expected:
-        raise _corrupted(path, f"sha256 {expected[:12]}, found {found[:12]}")
-
-
-def _corrupted(path: Path, expectation: str) -> IndexCorruptedError:
-    return IndexCorruptedError(f"opening index snapshot: expected {expectation} ({path}); rebuild the index")
+    An index is used again where it covers these very segments, or all but a few rows of them.
+    """
+    result: list[StoredIndex] = []
+    for width in dict.fromkeys(entry.segment.width for entry in served):
+        members = [entry for entry in served if entry.segment.width == width]
+        kind = config.kind_for(sum(entry.num_live for entry in members))
+        if kind == "flat":
+            continue
+        segments = [entry.segment for entry in members]
+        names = tuple(segment.segment_id for segment in segments)
+        usable = [
+            index
+            for index in old
+            if set(index.segment_ids) <= set(names)
+            and (index.report.kind, index.report.recall_target) == (kind, config.recall_target)
+            and sum(s.num_rows for s in segments if s.segment_id not in index.segment_ids)
+            <= MAX_UNINDEXED_SHARE * sum(s.num_rows for s in segments)
+        ]
+        if usable:
+            result.append(usable[-1])
+            continue
+        vectors = np.empty((sum(segment.num_rows for segment in segments), width), np.float32)
+        start = 0
+        for segment in segments:
+            read_vectors(folder.parent, segment, vectors[start : start + segment.num_rows])
+            start += segment.num_rows
+        chosen = choose_index(kind, vectors, config.recall_target)
+        if chosen is None:
+            continue
+        index, report = chosen
+        index_id = f"{report.kind}-{uuid.uuid4().hex[:12]}"
+        path = Path(folder, f"{index_id}.faiss")
+        digest = publish_file(path, partial(faiss.write_index, index))
+        result.append(StoredIndex(index_id=index_id, width=width, segment_ids=names, checksum=digest, report=report))
+    return tuple(result)

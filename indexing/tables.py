@@ -26,9 +26,17 @@ from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
-from graceful.errors import GracefulError, UnknownFormatError
+from graceful.errors import GracefulError, StorageError, UnknownFormatError, is_disk_full
 from graceful.files import crash_point, exists, file_ages, join, move, read_bytes, read_json, remove, write_json
-from graceful.indexing.checked_files import CheckedFile, first_line, key_range, named, write_checked
+from graceful.indexing.checked_files import (
+    CheckedFile,
+    digest_of,
+    first_line,
+    key_range,
+    named,
+    nullable,
+    write_checked,
+)
 
 FORMAT_VERSION = "2"
 _CONFIGURATION = {
@@ -47,6 +55,11 @@ MERGE_FILES = 8
 MERGED_BYTES = 96 * 2**20
 ORPHAN_AGE_S = 3600.0
 """A file that no version names is left alone until it is this old: its writer may be about to commit it."""
+# What object stores and file systems say when they cannot be read at all, which is no damage.
+_NOT_REACHED = (
+    "generic s3 error", "generic gcs error", "generic microsoftazure error", "permission denied",
+    "error sending request", "timed out", "input/output error", "stale file handle",
+)  # fmt: skip
 STAGING = "_staging"
 _HEAD = "_head.json"
 
@@ -167,7 +180,7 @@ class VersionedTable:
         self._pinned: TableSnapshot | None = None
         if create and not exists(join(uri, "_delta_log")):
             self._create()
-        head = _newest_written(uri)  # before the log is read: it may only be older
+        head, digest = _newest_written(uri)  # before the log is read: it may only be older
         self._table = self._open()
         found = self._table.metadata().configuration.get(_FORMAT_KEY)
         if found != FORMAT_VERSION:
@@ -180,6 +193,8 @@ class VersionedTable:
                 f"opening the table: expected version {head}, found {self._table.version()} (the log of {uri} lost its "
                 "newest entries); restore the folder _delta_log from a backup"
             )
+        if head is not None and digest is not None and head == self._table.version():
+            self._verify_entry(head, digest)
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
@@ -200,6 +215,10 @@ class VersionedTable:
         """Number of the newest version."""
         self._update()
         return int(self._table.version())
+
+    def identity(self) -> str:
+        """The identifier that the table was given when it was made."""
+        return str(self._table.metadata().id)
 
     def committed(self, unit: str) -> bool:
         """Tell whether a unit of work has committed."""
@@ -306,9 +325,11 @@ class VersionedTable:
                 f"committing to {self.uri}: expected version {version}, found a newer one (another writer finished "
                 "first); read again and retry"
             ) from error
+        except (DeltaError, OSError) as error:
+            raise self._refused(error) from error
         crash_point("table-committed")
         self._update()
-        write_json(join(self.uri, _HEAD), {"version": int(self._table.version())})
+        self._write_head()
 
     @contextmanager
     def discarding(self, files: Sequence[DataFile]) -> Iterator[None]:
@@ -368,6 +389,10 @@ class VersionedTable:
                 return gone
         raise TableConflictError(f"rewriting {self.uri}: others rewrote it {_ATTEMPTS} times; try again")
 
+    def drop(self, files: Sequence[DataFile], *, at: int) -> None:
+        """Take files out of the newest version. Raises TableConflictError where one was rewritten since `at`."""
+        self.commit([], files, at=at, serial=(_REWRITE,))
+
     def delete_rows(self, column: str, values: Sequence[str]) -> int:
         """Write the files that hold any of the values again without those rows. The log does not name the values."""
         wanted = pa.array(values, pa.string())
@@ -420,6 +445,11 @@ class VersionedTable:
             remove(location)
         return gone + orphans
 
+    def superseded(self) -> list[str]:
+        """Paths, in the table, of files that older versions name and the newest does not: a vacuum deletes them."""
+        self._update()
+        return list(self._table.vacuum(retention_hours=0, dry_run=True, enforce_retention_duration=False))
+
     def orphans(self, keep_versions: Sequence[int] = (), *, older_than_s: float = ORPHAN_AGE_S) -> list[str]:
         """Files below the table that neither the newest version nor a kept one names, and that are old enough."""
         ages = file_ages(self.uri)
@@ -443,6 +473,34 @@ class VersionedTable:
                 raise_if_key_not_exists=False,
             )
 
+    def _write_head(self) -> None:
+        """Write down which entry of the log is the newest, and its digest; the commit is through whatever comes of it.
+
+        Where this fails (a full disk), the next commit writes it down.
+        """
+        version = int(self._table.version())
+        with suppress(OSError):
+            write_json(join(self.uri, _HEAD), {"version": version, "digest": digest_of(self._entry(version))})
+
+    def _entry(self, version: int) -> bytes:
+        return read_bytes(join(self.uri, "_delta_log", f"{version:020d}.json"))
+
+    def _verify_entry(self, version: int, digest: str) -> None:
+        """Compare the newest entry of the log with its digest: an emptied one is an entry to Delta, without rows."""
+        try:
+            found = digest_of(self._entry(version))
+        except FileNotFoundError:
+            return  # a checkpoint holds what it said
+        if found != digest:
+            raise DamagedLogError(
+                f"opening the table: expected entry {version} of the log with digest {digest}, found {found} (the log "
+                f"of {self.uri} is damaged); restore the folder _delta_log from a backup"
+            )
+
+    def _refused(self, error: Exception) -> StorageError:
+        said = "disk full: free space and run again" if is_disk_full(error) else first_line(error)
+        return StorageError(f"committing to {self.uri}: {said}")
+
     def _open(self, version: int | None = None) -> DeltaTable:
         try:
             return DeltaTable(self.uri, version=version)
@@ -451,21 +509,27 @@ class VersionedTable:
                 f"opening the table: expected one at {self.uri}, found none; restore it from a backup, or see "
                 "'graceful doctor'"
             ) from None
-        except DeltaError as error:
-            raise self._torn(error) from error
+        except (DeltaError, OSError) as error:
+            raise self._unreadable(error) from error
 
     def _update(self) -> None:
         try:
             self._table.update_incremental()
         except TableNotFoundError:
             raise MissingTableError(f"reading the table: expected one at {self.uri}, found none; restore it") from None
-        except DeltaError as error:
-            raise self._torn(error) from error
+        except (DeltaError, OSError) as error:
+            raise self._unreadable(error) from error
 
-    def _torn(self, error: Exception) -> DamagedLogError:
+    def _unreadable(self, error: Exception) -> GracefulError:
+        log = join(self.uri, "_delta_log")
+        if any(words in str(error).lower() for words in _NOT_REACHED):
+            return StorageError(
+                f"reading a table: expected the storage to answer, found {first_line(error)} ({log}); see that it can "
+                "be reached and read, and run again"
+            )
         return DamagedLogError(
-            f"opening the table: expected a whole log, found {first_line(error)} ({join(self.uri, '_delta_log')}); "
-            "restore the folder _delta_log from a backup"
+            f"opening the table: expected a whole log, found {first_line(error)} ({log}); restore the folder "
+            "_delta_log from a backup, or see 'graceful doctor'"
         )
 
     def _at(self, version: int) -> DeltaTable:
@@ -525,6 +589,14 @@ class VersionedTable:
         return written
 
 
+def in_use(folder: str, names: Sequence[str]) -> bool:
+    """Tell whether something was ever committed to one of the tables of a folder: those beside it are not new then."""
+    return any(
+        exists(join(folder, name, _HEAD)) or exists(join(folder, name, "_delta_log", f"{1:020d}.json"))
+        for name in names
+    )
+
+
 def _alike(files: Sequence[DataFile], at_least: int) -> list[list[DataFile]]:
     """Groups of files to merge: those of about the same size, a factor of eight apart, where there are enough."""
     tiers: dict[int, list[DataFile]] = defaultdict(list)
@@ -535,7 +607,7 @@ def _alike(files: Sequence[DataFile], at_least: int) -> list[list[DataFile]]:
 
 
 def _concat(tables: Sequence[pa.Table]) -> pa.Table:
-    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    return pa.concat_tables([nullable(table) for table in tables])
 
 
 def _stored_field(field: pa.Field, rows: pa.Table) -> pa.Field:
@@ -544,9 +616,13 @@ def _stored_field(field: pa.Field, rows: pa.Table) -> pa.Field:
     return found if pa.types.is_fixed_size_binary(found.type) else field
 
 
-def _newest_written(uri: str) -> int | None:
-    """The newest version that a commit has written down; never newer than the log, unless the log lost something."""
+def _newest_written(uri: str) -> tuple[int | None, str | None]:
+    """The newest version that a commit has written down, and the digest of its entry in the log.
+
+    Never newer than the log, unless the log lost something.
+    """
     try:
-        return int(read_json(join(uri, _HEAD))["version"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+        head = read_json(join(uri, _HEAD))
+        return int(head["version"]), head.get("digest")
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None, None

@@ -27,8 +27,10 @@ ORDER = {
         "indexing", "indexing.checked_files", "indexing.columns", "indexing.embedding_files", "indexing.tables",
         "indexing.revisions", "indexing.matching", "indexing.exact", "indexing.leases", "indexing.view",
         "indexing.items", "indexing.gallery", "indexing.planner", "indexing.embed",
-        "indexing.embedding_pool", "indexing.reindex", "indexing.maintenance", "indexing.cache", "indexing.snapshots",
-        "indexing.search",
+        "indexing.embedding_pool", "indexing.reindex", "indexing.maintenance", "indexing.doctor",
+        "indexing.selftest", "indexing.cache",
+        "indexing.derived_files", "indexing.index_choice", "indexing.kinds", "indexing.sidecar",
+        "indexing.snapshots", "indexing.search", "indexing.following",
     ),
     "evaluation": (
         "evaluation", "evaluation.outcomes", "evaluation.retrieval", "evaluation.flips", "evaluation.matrix",
@@ -49,9 +51,10 @@ ORDER = {
         "flows.update.rollout", "flows.update.act", "flows.update.freeze",
         "flows.update.train", "flows.update.judge", "flows.update.conclude", "flows.update.diagnosis",
         "flows.update.publish", "flows.update.order", "flows.update.replay", "flows.update.flow",
-        "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.http",
+        "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.sharded", "flows.search.http",
         "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
-        "flows.commands.status", "flows.commands.evaluations",
+        "flows.commands.status", "flows.commands.doctor",
+        "flows.commands.selftest", "flows.commands.evaluations",
         "flows.commands.history", "flows.commands.adopt", "flows.commands.accept",
         "flows.commands.images", "flows.commands.updates", "flows.commands.suggestions",
         "flows.commands.demo_world", "flows.commands.demo", "flows.api", "flows.terminal", "flows.cli",
@@ -65,7 +68,13 @@ EVERYWHERE = ("numpy", "pydantic", "pydantic_core", *LEAF)
 # Library -> modules that may import it; a package stands for all its modules.
 ALLOWED = {
     "prefect": ("flows.runtime.flow_ui", "flows.schedule", "flows.update.flow"),
-    "ray": ("training.launch", "indexing.embedding_pool", "flows.runtime.cluster", "flows.runtime.jobs"),
+    "ray": (
+        "training.launch",
+        "indexing.embedding_pool",
+        "flows.runtime.cluster",
+        "flows.runtime.jobs",
+        "flows.search.sharded",
+    ),
     "torch": ("training",),
     "torchvision": ("training",),
     "safetensors": ("training",),
@@ -73,9 +82,9 @@ ALLOWED = {
     "sklearn": ("training.materialise",),
     "PIL": ("training.images", "training.measure"),
     "cachetools": ("training.images",),
-    "faiss": ("indexing.search", "indexing.snapshots"),
+    "faiss": ("indexing.kinds", "indexing.search", "indexing.snapshots"),
     "deltalake": ("indexing.tables",),
-    "xxhash": ("indexing.checked_files", "indexing.revisions"),
+    "xxhash": ("indexing.checked_files", "indexing.derived_files", "indexing.revisions"),
     "pyarrow": ("indexing", "training", "flows"),
     "scipy": ("evaluation",),
     "matplotlib": ("evaluation.report",),
@@ -206,7 +215,7 @@ def test_the_package_is_imported_in_a_fraction_of_a_second():
     assert float(done.stdout) < 0.3, "seconds of this processor"
 
 
-@pytest.mark.parametrize("module", ["status", "history", "setup", "check", "evaluations", "suggestions"])
+@pytest.mark.parametrize("module", ["status", "doctor", "history", "setup", "check", "evaluations", "suggestions"])
 def test_light_command_loads_no_framework(module):
     """status, rollback, delete, collect, history, check, init: they must answer within a second."""
     heavy = ("torch", "ray", "faiss", "prefect", "matplotlib", "torchvision")

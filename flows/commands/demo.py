@@ -27,7 +27,7 @@ from graceful.evaluation.policy import RolloutPolicy
 from graceful.evaluation.retrieval import metric_of
 from graceful.files import join
 from graceful.flows.commands.demo_world import SyntheticGeneration, SyntheticModels, labelled
-from graceful.flows.search.views import publish_view
+from graceful.flows.search.views import open_view
 from graceful.flows.settings.config import GalleryConfig
 from graceful.flows.store.evaluation_set import EvaluationSet, save_evaluation_set
 from graceful.flows.store.evaluations import Evaluation
@@ -40,7 +40,6 @@ from graceful.flows.update.publish import publish
 from graceful.flows.update.serving import ingest, rollback
 from graceful.indexing.embed import EmbedUnit
 from graceful.indexing.reindex import ReindexReport
-from graceful.indexing.search import open_snapshot
 
 T = TypeVar("T")
 
@@ -302,11 +301,13 @@ class Demo:
         workspace = self.workspace
         champion = workspace.registry.serving().champion
         assert champion is not None
-        snapshot = publish_view(workspace, champion, workspace.view(champion))
+        followed = open_view(workspace, champion)
         vectors, _ = self.models.generations[champion].encode([self.query])
-        found = open_snapshot(join(workspace.index_location(), snapshot)).search(vectors, 3)
+        found = followed.index.search(vectors, 3)
+        entries = followed.book.entries(found.revisions)
         product = self.query.removeprefix("synthetic:").split("/")[0]
-        rows = zip(found.item_ids[0], found.scores[0], found.generations[0], strict=True)
+        item_ids = [entries[int(revision)][0] for revision in found.revisions[0]]
+        rows = zip(item_ids, found.scores[0], found.generations[0], strict=True)
         hits = [Found(str(i), float(s), str(g), str(i).startswith(f"{product}-")) for i, s, g in rows]
         self.result.searches[name] = hits
         self.console.print(f"   a customer's photo of {product}, asked of {champion}:")

@@ -52,7 +52,7 @@ def create_workspace(
         write_bytes(target, TEMPLATE.encode())
     else:
         written = False
-    _create_tables(root)
+    Workspace(root).create()
     return Created(target, written, lines)
 
 
@@ -80,7 +80,3 @@ def _from_pictures(
 
 def _name_of(root: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", os.path.basename(root.rstrip("/")).lower()).strip("-") or "image-search"
-
-
-def _create_tables(root: str) -> None:
-    Workspace(root).create()

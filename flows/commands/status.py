@@ -7,12 +7,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from graceful.errors import GracefulError
-from graceful.files import exists, join, remove
+from graceful.files import crash_point, join, list_files, remove
 from graceful.flows.store.evaluation_set import evaluation_set_uri, named_in_set
 from graceful.flows.store.events import Decided, Trained, UpdateStarted
 from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.flows.update.serving import delete, go_forward, reject, retire, revoke, rollback
-from graceful.indexing.maintenance import collect, forget
+from graceful.indexing.maintenance import collect, forget, survey
+from graceful.indexing.tables import ORPHAN_AGE_S
 from graceful.training.manifest import read_manifest
 
 
@@ -61,6 +62,10 @@ def delete_items(root: str, item_ids: list[str], *, forget: bool) -> dict[str, A
     workspace = open_workspace(root)
     known = workspace.gallery.items.find(item_ids)["revision"].is_valid().to_pylist()
     unknown = [item_id for item_id, is_known in zip(item_ids, known, strict=True) if not is_known]
+    if unknown and forget:  # one that was killed when the rows had gone and their files had not
+        for table in (workspace.gallery.vectors_table, workspace.gallery.items_table):
+            if not workspace.gallery.leased_versions():
+                table.vacuum()
     if unknown:
         raise UnknownItemError(
             f"deleting items: expected ids of the gallery, found {len(unknown)} that are not (first "
@@ -77,11 +82,12 @@ def forget_items(workspace: Workspace, item_ids: list[str]) -> dict[str, Any]:
     stored = workspace.gallery.items_table.snapshot().rows(["item_id", "content_sha256"])
     stored = stored.filter(pc.is_in(stored["item_id"], value_set=pa.array(item_ids, pa.string())))
     hashes = sorted(set(stored["content_sha256"].to_pylist()) - {""})  # of every revision
-    revisions = forget(workspace.gallery, item_ids)
-    for generation in workspace.registry.generations():
-        if exists(join(workspace.root, "caches", generation)):
-            workspace.cache(generation).forget(hashes)
+    # The gallery last: killed before, the same command finds the items, and with them their hashes, again.
+    for generation in _caches(workspace):
+        workspace.cache(generation).forget(hashes)
     remove(workspace.index_location())
+    crash_point("forget-before-gallery")
+    revisions = forget(workspace.gallery, item_ids)
     trained_on, named_in = _where_named(workspace, set(hashes))
     return {"revisions_removed": revisions, "cannot_remove_from_weights_of": trained_on, "still_named_in": named_in}
 
@@ -132,11 +138,24 @@ def revoke_certificate(root: str, query: str, gallery: str, reason: str, *, yes:
     return {"revoked": list(pair), "hidden": revoke(workspace, *pair, reason=reason, yes=yes)}
 
 
-def collect_garbage(root: str) -> dict[str, Any]:
-    """Drop vectors that nobody can read."""
+def collect_garbage(root: str, *, dry_run: bool = False, orphan_age_s: float = ORPHAN_AGE_S) -> dict[str, Any]:
+    """Drop vectors that nobody can read, and files that nothing names; `dry_run` only counts them."""
     from graceful.flows.settings.config import load_workspace_config
 
     workspace = open_workspace(root)
-    config = load_workspace_config(root)
-    supported = config.gallery.supported_query_generations
-    return asdict(collect(workspace.gallery, lambda: workspace.protected(supported)))
+    supported = load_workspace_config(root).gallery.supported_query_generations
+
+    def protected() -> list[list[str]]:
+        return workspace.protected(supported)
+
+    if dry_run:
+        return {"dry_run": True, **asdict(survey(workspace.gallery, protected(), orphan_age_s=orphan_age_s))}
+    found = collect(workspace.gallery, protected, orphan_age_s=orphan_age_s)
+    in_caches = sum(workspace.cache(name).remove_orphans(orphan_age_s) for name in _caches(workspace))
+    return {"dry_run": False, **asdict(found), "files_of_caches": in_caches}
+
+
+def _caches(workspace: Workspace) -> list[str]:
+    """Generations that have a cache, whether the lineage knows them or not."""
+    folder = join(workspace.root, "caches")
+    return sorted({path.removeprefix(folder).strip("/").split("/")[0] for path in list_files(folder)})

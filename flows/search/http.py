@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, MutableMapping
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -29,13 +29,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from graceful.flows.search.searcher import (
     GallerySearcher,
     Hit,
+    IncompleteAnswerError,
     ServedSnapshot,
+    ServingSearcher,
     UnreadableQueryError,
 )
-from graceful.flows.store.workspace import open_workspace, require_workspace
+from graceful.flows.settings.config import load_search_config
+from graceful.flows.store.workspace import Workspace, open_workspace, require_workspace
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
 
-REFRESH_S = 5.0
 MAX_BODY_BYTES = 32 * 2**20
 MAX_K = 1_000
 
@@ -72,12 +74,16 @@ class Answer(BaseModel):
     hits: list[FoundItem]
 
 
+OpenSearcher = Callable[[Workspace], ServingSearcher]
+
+
 class SearchState:
     """The searcher behind the application, and how the last look at the serving state went."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, open_searcher: OpenSearcher) -> None:
         self.root = root
-        self.searcher: GallerySearcher | None = None
+        self.open_searcher = open_searcher
+        self.searcher: ServingSearcher | None = None
         self.error: str | None = None
         self.looked_at = 0.0
         self.moved_at = 0.0
@@ -87,7 +93,7 @@ class SearchState:
         """Look at the serving state; never raises: what went wrong is kept for /status."""
         try:
             if self.searcher is None:
-                self.searcher = GallerySearcher(open_workspace(self.root))
+                self.searcher = self.open_searcher(open_workspace(self.root))
                 moved = True
             else:
                 moved = self.searcher.refresh()
@@ -100,7 +106,8 @@ class SearchState:
         self.looked_at = time.time()
         if moved and self.searcher is not None:
             self.moved_at = self.looked_at
-            _log.info("serving %s (snapshot %s)", self.searcher.generation, self.searcher.snapshot_id)
+            served = self.searcher.served
+            _log.info("serving %s (snapshot %s)", served.generation, served.snapshot_id)
 
     def served(self) -> ServedSnapshot:
         """What answers now; 503 where nothing does."""
@@ -127,14 +134,18 @@ class SearchState:
         }
 
 
-def make_app(root: str, *, refresh_s: float = REFRESH_S) -> FastAPI:
-    """Return the application over a workspace; it looks at the serving state every `refresh_s` seconds."""
-    state = SearchState(root)
+def make_app(root: str, *, refresh_s: float | None = None, open_searcher: OpenSearcher = GallerySearcher) -> FastAPI:
+    """Return the application over a workspace.
+
+    It looks at the gallery and the serving state every `refresh_s` seconds, by default as the configuration says.
+    """
+    state = SearchState(root, open_searcher)
+    seconds = load_search_config(root).refresh_s if refresh_s is None else refresh_s
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(state.refresh)
-        following = asyncio.create_task(_follow(state, refresh_s))
+        following = asyncio.create_task(_follow(state, seconds))
         try:
             yield
         finally:
@@ -178,19 +189,31 @@ def make_app(root: str, *, refresh_s: float = REFRESH_S) -> FastAPI:
                 hits = await run_in_threadpool(state.search_payload, served, body, k)
         except (UnreadableQueryError, WidthMismatchError, NonFiniteEmbeddingError) as error:
             raise HTTPException(422, str(error)) from None
+        except IncompleteAnswerError as error:
+            raise HTTPException(503, str(error), {"retry-after": "1"}) from None
         found = [FoundItem(**asdict(hit)) for hit in hits]
         return Answer(query_generation=served.generation, snapshot_id=served.snapshot_id, hits=found)
 
     return app
 
 
-def serve_searches(root: str, host: str, port: int) -> None:
-    """Answer searches over HTTP until interrupted."""
+def serve_searches(root: str, host: str, port: int, num_shards: int = 0, address: str = "local") -> None:
+    """Answer searches over HTTP until interrupted.
+
+    With `num_shards` the index lies in so many processes of a Ray cluster, which is started here, or is at `address`.
+    """
     require_workspace(root)
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     _log.info("searches of %s: POST http://%s:%d/search", root, host, port)
-    uvicorn.run(make_app(root), host=host, port=port, log_level="warning", access_log=False)
+    if not num_shards:
+        uvicorn.run(make_app(root), host=host, port=port, log_level="warning", access_log=False)
+        return
+    from graceful.flows.search.sharded import open_sharded_searcher
+
+    with open_sharded_searcher(num_shards, address) as open_searcher:
+        app = make_app(root, open_searcher=open_searcher)
+        uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)
 
 
 async def _follow(state: SearchState, refresh_s: float) -> None:

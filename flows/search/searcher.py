@@ -1,27 +1,39 @@
-"""GallerySearcher: an encoder, a view and an index, for applications. No Prefect, no Ray.
+"""GallerySearcher: an encoder and an index that follows the gallery, for applications. No Prefect, no Ray.
 
-The searcher reads the serving state, publishes an index snapshot of the champion's view when there is none for that
-state of the gallery, and searches it. Invariant: an answer comes whole from one `ServedSnapshot`: the query is encoded
-by the generation whose view is searched, never by another, also while `refresh` moves on.
+The searcher reads the serving state and searches what the champion sees. Invariant: an answer comes whole from one
+`ServedSnapshot`: the query is encoded by the generation whose view is searched, never by another, also while `refresh`
+moves on. What a refresh costs depends on what has changed, not on the gallery.
 """
 
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from graceful.errors import GracefulError
-from graceful.files import join
-from graceful.flows.search.views import publish_view, snapshot_id_of
+from graceful.flows.search.views import open_follower, target_of
+from graceful.flows.settings.config import load_supported_clients
 from graceful.flows.store.workspace import Workspace
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
-from graceful.indexing.search import FlatSearcher, open_snapshot
+from graceful.indexing.following import Followed
+from graceful.indexing.search import SearchResult
+from graceful.indexing.sidecar import ItemEntry
 from graceful.training.encoder import SourceEncoder, open_encoder
 from graceful.training.images import UnreadableImageError, decode
 
-__all__ = ["GallerySearcher", "Hit", "NothingServedError", "ServedSnapshot", "UnreadableQueryError", "publish_view"]
+__all__ = [
+    "GallerySearcher",
+    "Hit",
+    "IncompleteAnswerError",
+    "NothingServedError",
+    "SearchedIndex",
+    "ServedSnapshot",
+    "ServingSearcher",
+    "UnreadableQueryError",
+]
 
 
 class NothingServedError(GracefulError):
@@ -30,6 +42,10 @@ class NothingServedError(GracefulError):
 
 class UnreadableQueryError(GracefulError):
     """A query image could not be embedded."""
+
+
+class IncompleteAnswerError(GracefulError):
+    """A part of the index does not answer now; what the others found is not an answer."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +59,69 @@ class Hit:
     label: str
 
 
+class SearchedIndex(Protocol):
+    """One moment of an index, in this process or in several: every answer comes from it alone."""
+
+    @property
+    def snapshot_id(self) -> str:
+        """Name of the view that is searched."""
+
+    @property
+    def num_unreadable(self) -> int:
+        """Live items that cannot be found."""
+
+    def rows_by_generation(self) -> dict[str, int]:
+        """Number of rows of each generation."""
+
+    def find(self, queries: NDArray[np.float32], k: int) -> tuple[SearchResult, dict[int, ItemEntry]]:
+        """The best `k` rows of unit queries (Q, D), and what the items found are called."""
+
+
+@dataclass(frozen=True)
+class FollowedIndex:
+    """The index of one process."""
+
+    followed: Followed
+
+    @property
+    def snapshot_id(self) -> str:
+        return self.followed.index.snapshot_id
+
+    @property
+    def num_unreadable(self) -> int:
+        return self.followed.num_unreadable
+
+    def rows_by_generation(self) -> dict[str, int]:
+        counts = self.followed.index.rows_by_generation()
+        return {name: counts.get(name, 0) for name in self.followed.target.readable}
+
+    def find(self, queries: NDArray[np.float32], k: int) -> tuple[SearchResult, dict[int, ItemEntry]]:
+        found = self.followed.index.search(queries, k)
+        return found, self.followed.book.entries(found.revisions[found.revisions >= 0])
+
+
 @dataclass(frozen=True)
 class ServedSnapshot:
     """What one answer comes from: a generation's encoder and an index of what that generation sees."""
 
     generation: str
-    snapshot_id: str
-    rows_by_generation: dict[str, int]
-    num_unreadable: int
     encoder: SourceEncoder = field(repr=False)
-    index: FlatSearcher = field(repr=False)
-    items: dict[str, tuple[str, str]] = field(repr=False)
+    index: SearchedIndex = field(repr=False)
+
+    @property
+    def snapshot_id(self) -> str:
+        """Name of the view that is searched; the same view has the same name everywhere."""
+        return self.index.snapshot_id
+
+    @property
+    def num_unreadable(self) -> int:
+        """Items that cannot be found: this generation may read no vector of theirs."""
+        return self.index.num_unreadable
+
+    @property
+    def rows_by_generation(self) -> dict[str, int]:
+        """Number of items read from each generation's vectors. Costs a pass over all rows."""
+        return self.index.rows_by_generation()
 
     @property
     def width(self) -> int:
@@ -103,15 +171,26 @@ class ServedSnapshot:
             raise NonFiniteEmbeddingError(
                 "searching: expected finite query vectors that are not zero, found NaN, infinity or zero; encode again"
             )
-        found = self.index.search((vectors / norms).astype(np.float32), k)
+        found, entries = self.index.find((vectors / norms).astype(np.float32), k)
         return [
             [
-                Hit(str(item), float(score), str(generation), *self.items.get(str(item), ("", "")))
-                for item, score, generation in zip(*row, strict=True)
-                if item is not None
+                Hit(entry[0], float(score), str(generation), *entry[1:])
+                for revision, score, generation in zip(*row, strict=True)
+                if revision >= 0 and (entry := entries[int(revision)])
             ]
-            for row in zip(found.item_ids, found.scores, found.generations, strict=True)
+            for row in zip(found.revisions, found.scores, found.generations, strict=True)
         ]
+
+
+class ServingSearcher(Protocol):
+    """What the HTTP endpoint needs of a searcher."""
+
+    @property
+    def served(self) -> ServedSnapshot:
+        """What is served now; take it once per request."""
+
+    def refresh(self) -> bool:
+        """Follow the serving state and the gallery; True when another snapshot serves now."""
 
 
 class GallerySearcher:
@@ -122,6 +201,7 @@ class GallerySearcher:
         self._workspace = workspace
         self._pinned = query_generation
         self._lock = threading.Lock()
+        self._follower = open_follower(workspace)
         self._served: ServedSnapshot | None = None
         self.refresh()
 
@@ -147,33 +227,13 @@ class GallerySearcher:
         When nothing has moved this reads two versions and the certificates, no view.
         """
         with self._lock:
-            registry = self._workspace.registry
-            generation = self._pinned or registry.serving().champion
-            if generation is None:
-                raise NothingServedError(
-                    "searching: expected a serving generation, found none; run 'graceful update' first"
-                )
-            now = self._workspace.gallery.version()
-            if self._served and self._served.snapshot_id == snapshot_id_of(
-                generation, now, registry.readable(generation)
-            ):
-                return False
-            view = self._workspace.view(generation)
-            known = self._served.encoder if self._served and self._served.generation == generation else None
-            encoder = known or open_encoder(self._workspace.generation_uri(generation))
-            snapshot_id = publish_view(self._workspace, generation, view, encoder.card.prefix_widths)
-            items = view.items(["item_id", "source", "label"])
-            columns = (items[name].to_pylist() for name in items.column_names)
-            self._served = ServedSnapshot(
-                generation=generation,
-                snapshot_id=snapshot_id,
-                rows_by_generation=view.rows_by_generation(),
-                num_unreadable=len(view.unreadable()),
-                encoder=encoder,
-                index=open_snapshot(join(self._workspace.index_location(), snapshot_id)),
-                items={item_id: (source, label) for item_id, source, label in zip(*columns, strict=True)},
-            )
-            return True
+            generation, encoder = serving_encoder(self._workspace, self._pinned, self._served)
+            target = target_of(self._workspace, generation, encoder.card.prefix_widths)
+            followed = self._follower.follow(target)
+            before = self._served
+            if before is None or not isinstance(before.index, FollowedIndex) or before.index.followed is not followed:
+                self._served = ServedSnapshot(generation, encoder, FollowedIndex(followed))
+            return before is None or before.snapshot_id != followed.index.snapshot_id
 
     def search_images(self, sources: Sequence[str], k: int = 10) -> list[list[Hit]]:
         """Encode images and return the best `k` items of each; see `ServedSnapshot.search_images`."""
@@ -182,3 +242,22 @@ class GallerySearcher:
     def search_vectors(self, vectors: NDArray[np.float32], k: int = 10) -> list[list[Hit]]:
         """Return the best `k` items for query vectors (n, D) of the serving generation."""
         return self.served.search_vectors(vectors, k)
+
+
+def serving_encoder(
+    workspace: Workspace, pinned: str | None, served: ServedSnapshot | None
+) -> tuple[str, SourceEncoder]:
+    """The generation that is to serve and its encoder, which is opened unless it serves already.
+
+    Raises:
+        NothingServedError: no generation serves yet.
+        UnsupportedGenerationError: one was asked for by name whose items are no longer kept.
+    """
+    generation = pinned or workspace.registry.serving().champion
+    if pinned is not None:
+        workspace.may_query(pinned, load_supported_clients(workspace.root))
+    if generation is None:
+        raise NothingServedError("searching: expected a serving generation, found none; run 'graceful update' first")
+    if served is not None and served.generation == generation:
+        return generation, served.encoder
+    return generation, open_encoder(workspace.generation_uri(generation))

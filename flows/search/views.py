@@ -1,66 +1,30 @@
-"""Publishes what a query generation sees as an index snapshot. No encoder, no torch: vectors that are stored."""
+"""The index of what a query generation sees in a workspace. No encoder, no torch: vectors that are stored."""
 
-import hashlib
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from graceful.files import exists, join, read_json, write_json
+from graceful.files import join
+from graceful.flows.settings.config import load_search_config
 from graceful.flows.store.workspace import Workspace
-from graceful.indexing.gallery import GalleryVersion, View
-from graceful.indexing.snapshots import SegmentRows, prune_snapshots, publish_snapshot, read_manifest
-
-_KEPT_S = 3600.0
+from graceful.indexing.following import Followed, IndexFollower, Target
+from graceful.indexing.index_choice import SearchConfig
 
 
-def publish_view(workspace: Workspace, query_generation: str, view: View, prefix_widths: Sequence[int] = ()) -> str:
-    """Publish an index snapshot of a view unless it is there; segments of the newest snapshot are reused."""
-    snapshot_id = snapshot_id_of(query_generation, view.version, view.readable)
-    root = workspace.index_location()
-    if exists(join(root, snapshot_id, "manifest.json")):
-        return snapshot_id
-    newest = join(root, "newest.json")
-    reuse = None
-    if exists(newest):
-        previous = join(root, read_json(newest)["snapshot"])
-        reuse = read_manifest(previous) if exists(join(previous, "manifest.json")) else None
-    rows = []
-    for generation in view.readable:
-        positions = view.owned_by(generation)
-        if len(positions):
-            rows.append(_segment_rows(view, generation, positions))
-    version = {"items": view.version.items, "vectors": view.version.vectors}
-    try:
-        publish_snapshot(root, snapshot_id, query_generation, version, rows, reuse, prefix_widths=prefix_widths)
-    except FileExistsError:
-        return snapshot_id  # another process was faster; the name says what is in it
-    write_json(newest, {"snapshot": snapshot_id})
-    _prune(root)
-    return snapshot_id
+def open_follower(workspace: Workspace, config: SearchConfig | None = None) -> IndexFollower:
+    """A follower of the workspace's gallery, as its configuration says."""
+    return IndexFollower(workspace.gallery, index_folder(workspace), config or load_search_config(workspace.root))
 
 
-def _prune(root: str) -> None:
-    """Remove snapshots that nobody opens any more: all but the newest of each query generation, after an hour."""
-    newest: dict[str, Path] = {}
-    for manifest in sorted(Path(root).glob("*/manifest.json"), key=lambda path: path.stat().st_mtime):
-        newest[manifest.parent.name.rpartition("-")[0]] = manifest.parent
-    with suppress(FileNotFoundError):  # another process prunes as well
-        prune_snapshots(root, [path.name for path in newest.values()], older_than_s=_KEPT_S)
+def index_folder(workspace: Workspace) -> str:
+    """Where the index of this very gallery lies: one made anew under the same name has another."""
+    return join(workspace.index_location(), workspace.gallery.identity())
 
 
-def snapshot_id_of(query_generation: str, version: GalleryVersion, readable: Sequence[str]) -> str:
-    """Name of the index of one view: the same view has the same name everywhere."""
-    content = f"{query_generation}/{version.items}/{version.vectors}/{','.join(readable)}"
-    return f"{query_generation}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+def target_of(workspace: Workspace, query_generation: str, prefix_widths: Sequence[int] = ()) -> Target:
+    """What a query generation may read now: its certificates decide."""
+    readable = workspace.registry.readable(query_generation)
+    return Target(query_generation, tuple(readable), tuple(sorted(prefix_widths)))
 
 
-def _segment_rows(view: View, generation: str, positions: NDArray[np.int64]) -> SegmentRows:
-    return SegmentRows(
-        generation,
-        view.column("item_id", positions),
-        view.revisions[positions],
-        lambda chosen: view.vectors(positions[chosen]),
-    )
+def open_view(workspace: Workspace, query_generation: str, prefix_widths: Sequence[int] = ()) -> Followed:
+    """Open the index of what a query generation sees now; it is built, and kept for the next time, if there is none."""
+    return open_follower(workspace).follow(target_of(workspace, query_generation, prefix_widths))

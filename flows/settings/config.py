@@ -22,6 +22,7 @@ from graceful.files import is_remote, join, read_bytes
 from graceful.flows.settings.cron import check_cron, check_timezone
 from graceful.flows.settings.template import TEMPLATE
 from graceful.flows.store.evaluation_set import EvaluationConfig
+from graceful.indexing.index_choice import SearchConfig
 from graceful.indexing.planner import ORDERS
 from graceful.training.datasets import DatasetConfig
 from graceful.training.job import TrainingConfig
@@ -59,6 +60,10 @@ class GalleryConfig(BaseModel):
     )
     supported_query_generations: tuple[str, ...] = Field(
         default=(), description="Older generations whose clients still query."
+    )
+    collect_after_update: bool = Field(
+        default=True,
+        description="After an update drop vectors that nobody can read, as 'graceful collect'.",
     )
     max_mix_drift: float = Field(
         default=0.02, ge=0, le=1, description="Share of the gallery that may change owner between evidence and move."
@@ -135,6 +140,9 @@ class ReplayConfig(BaseModel):
     )
 
 
+_WHERE_IT_RUNS = dict.fromkeys(("cluster", "schedule", "search", "replay", "name"), True)
+
+
 class PipelineConfig(BaseModel):
     """Everything an update of a workspace needs to know."""
 
@@ -152,6 +160,7 @@ class PipelineConfig(BaseModel):
     )
     policy: RolloutPolicy = Field(default=RolloutPolicy(), description="Limits of the decision.")
     gallery: GalleryConfig = Field(default=GalleryConfig(), description="Gallery and re-index.")
+    search: SearchConfig = Field(default=SearchConfig(), description="How searches are answered.")
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="Ray.")
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="Scheduled retraining.")
     prices: PricesConfig = Field(default=PricesConfig(), description="Prices, where they are known.")
@@ -159,7 +168,7 @@ class PipelineConfig(BaseModel):
 
     def digest(self) -> str:
         """Digest of what shapes a generation and its decision; where it runs does not."""
-        shaping = self.model_dump(mode="json", exclude={"cluster", "schedule", "replay", "name"})
+        shaping = self.model_dump(mode="json", exclude={**_WHERE_IT_RUNS, "gallery": {"collect_after_update"}})
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -195,6 +204,40 @@ def load_workspace_config(root: str, overrides: dict[str, Any] | None = None) ->
             f"{join(root, CONFIG_FILE)}); run 'graceful init {root} --from <pictures>', or edit it"
         )
     return load_config(join(root, CONFIG_FILE), root, overrides)
+
+
+def load_supported_clients(root: str) -> tuple[str, ...]:
+    """Old generations that a workspace's configuration lets query, whatever else it says. Raises ConfigError."""
+    named = _raw_config(root).get("gallery", {}).get("supported_query_generations", ())
+    return tuple(str(name) for name in named)
+
+
+def _raw_config(root: str) -> dict[str, Any]:
+    path = join(root, CONFIG_FILE)
+    try:
+        return tomllib.loads(read_bytes(path).decode())
+    except FileNotFoundError:
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"reading the configuration: {error} ({path})") from None
+
+
+def load_search_config(root: str) -> SearchConfig:
+    """Read how a workspace's searches are answered, whatever else its configuration says; defaults where it has none.
+
+    Raises:
+        ConfigError: the file cannot be read, or its table `search` is wrong.
+    """
+    path, raw = join(root, CONFIG_FILE), _raw_config(root)
+    try:
+        return SearchConfig.model_validate(raw.get("search", {}))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(["search", *(str(part) for part in problem["loc"])])
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ConfigError(
+            f"reading the configuration: {place}: {message}, found {problem.get('input')!r} ({path})"
+        ) from None
 
 
 def is_unedited(root: str) -> bool:

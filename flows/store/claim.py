@@ -16,13 +16,13 @@ from contextlib import contextmanager, suppress
 import pyarrow as pa
 
 from graceful.errors import GracefulError
-from graceful.files import join
+from graceful.files import exists, join
 from graceful.indexing.tables import TableConflictError, VersionedTable
 from graceful.processes import process_start
 
 LIFETIME_S = 120.0
 _RENEW_S = 30.0
-_SCHEMA = pa.schema([("sequence", pa.int64()), ("claim", pa.string())])
+CLAIM_SCHEMA = pa.schema([("sequence", pa.int64()), ("claim", pa.string())])
 
 
 class UpdateInProgressError(GracefulError):
@@ -36,7 +36,7 @@ def claim(root: str, purpose: str, *, wait_s: float = 0.0) -> Iterator[None]:
     Raises:
         UpdateInProgressError: another update holds it.
     """
-    table = VersionedTable(join(root, "registry", "claims"), _SCHEMA, create=True)
+    table = VersionedTable(join(root, "registry", "claims"), CLAIM_SCHEMA, create=True)
     me = {
         "purpose": purpose,
         "host": socket.gethostname(),
@@ -65,6 +65,15 @@ def claim(root: str, purpose: str, *, wait_s: float = 0.0) -> Iterator[None]:
         with suppress(Exception):
             _write_if_mine(table, me, expires_at=0.0)
             table.compact()
+
+
+def holder(root: str) -> tuple[dict[str, object], bool]:
+    """Who took the workspace's claim last, and whether it is still held; ({}, False) where nobody ever did."""
+    location = join(root, "registry", "claims")
+    if not exists(location):
+        return {}, False
+    found = _newest(VersionedTable(location, CLAIM_SCHEMA))[2]
+    return found, _alive(found)
 
 
 def _take(table: VersionedTable, me: dict[str, object]) -> bool:
@@ -104,7 +113,7 @@ def _newest(table: VersionedTable) -> tuple[int, int, dict[str, object]]:
 
 
 def _write(table: VersionedTable, version: int, sequence: int, holder: dict[str, object]) -> bool:
-    row = pa.Table.from_pylist([{"sequence": sequence, "claim": json.dumps(holder)}], schema=_SCHEMA)
+    row = pa.Table.from_pylist([{"sequence": sequence, "claim": json.dumps(holder)}], schema=CLAIM_SCHEMA)
     try:
         return table.append(row, expected_version=version)
     except TableConflictError:

@@ -34,7 +34,7 @@ from graceful.flows.store.events import (
     to_text,
 )
 from graceful.indexing.planner import PLAN_ITEMS_SCHEMA
-from graceful.indexing.tables import TableConflictError, VersionedTable
+from graceful.indexing.tables import TableConflictError, VersionedTable, in_use
 from graceful.training.generation import ordinal_of
 
 LINEAGE_SCHEMA = pa.schema(
@@ -125,6 +125,7 @@ class Registry:
     def __init__(self, location: str, *, create: bool = False) -> None:
         """Open the registry; with `create` it is made empty where there is none."""
         self.location = location
+        create = create and not in_use(location, ("lineage", "certificates", "plans", "serving"))
         self._lineage = VersionedTable(join(location, "lineage"), LINEAGE_SCHEMA, create=create)
         self._certificates = VersionedTable(join(location, "certificates"), CERTIFICATES_SCHEMA, create=create)
         self._plans = VersionedTable(join(location, "plans"), PLANS_SCHEMA, create=create)

@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 
 from graceful.errors import GracefulError
-from graceful.files import exists, is_remote, join
+from graceful.files import crash_point, exists, is_remote, join, write_json
 from graceful.flows.store.registry import Registry
 from graceful.indexing.cache import EmbeddingCache
 from graceful.indexing.gallery import Gallery, GalleryVersion, View
 from graceful.indexing.reindex import EmbedFunction
+from graceful.indexing.tables import MissingTableError
 from graceful.training.generation import ordinal_of
 
+_CREATED = "created.json"
 EmbedWith = Callable[[str], EmbedFunction]
 """Generation id -> function that embeds units with that generation's encoder."""
 
@@ -48,10 +50,23 @@ class Workspace:
         return Registry(join(self.root, "registry"), create=self._create)
 
     def create(self) -> None:
-        """Make the tables that are not there."""
-        self._create = True
+        """Make the tables of a new workspace; one that was made before is only opened.
+
+        Raises:
+            MissingTableError: it was made before, and a table is gone: nothing empty takes its place.
+        """
+        marker = join(self.root, "registry", _CREATED)
+        self._create = not exists(marker)
+        if self._create and exists(join(self.root, "gallery", "items")) and self.gallery.view([]).num_items:
+            raise MissingTableError(
+                f"creating the workspace: expected an empty gallery, found items and no registry ({self.root}); "
+                "restore the folder 'registry' from a backup, or choose another folder"
+            )
         self.gallery.version()
         self.registry.serving()
+        crash_point("workspace-before-marker")
+        if self._create:
+            write_json(marker, {"format_version": 1})
 
     def cache(self, generation: str) -> EmbeddingCache:
         """The embedding cache of a generation."""

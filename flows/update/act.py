@@ -24,6 +24,7 @@ from graceful.flows.update.rollout import (
     promote,
 )
 from graceful.flows.update.serving import abandon, operator
+from graceful.indexing.maintenance import Collection, collect
 from graceful.indexing.reindex import ReindexReport
 
 T = TypeVar("T")
@@ -106,6 +107,8 @@ def decide_and_act(
     report = report.plus(do("re-index", lambda: carry_on(case.workspace, case.gallery, case.progress)))
     do("conclude", lambda: case.conclude(evaluation.decision))
     do("publish", lambda: case.publish(decided, evaluation))
+    if case.gallery.collect_after_update:
+        do("collect", lambda: _collect(case))
     return decided, evaluation, report
 
 
@@ -144,6 +147,12 @@ def _embed_before_move(case: Case, rollout: Rollout) -> ReindexReport:
     rows = plan.num_items if plan.before_move == "all" else plan.num_wave_zero
     with case.progress.track(f"embedding with {rollout.generation} before the move", rows) as advance:
         return embed_before_move(case.workspace, rollout, plan, on_rows=advance)
+
+
+def _collect(case: Case) -> Collection:
+    """Drop what nobody can read. The newest generation keeps its own, whatever was decided: it may wait for a word."""
+    workspace, supported = case.workspace, case.gallery.supported_query_generations
+    return collect(workspace.gallery, lambda: workspace.protected(supported))
 
 
 def _move(case: Case, rollout: Rollout) -> None:

@@ -19,7 +19,7 @@ from graceful.flows.store.claim import claim
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
 from graceful.flows.store.events import Decided, Overridden, Promoted
 from graceful.flows.store.workspace import Workspace
-from graceful.flows.update.act import Case, Order, Step, decide_and_act, plain
+from graceful.flows.update.act import Case, Order, Step, carry_on, decide_and_act, plain
 from graceful.flows.update.conclude import completed, conclude, release_when_due
 from graceful.flows.update.freeze import Inputs, freeze
 from graceful.flows.update.gate import MoveRefusedError
@@ -96,7 +96,10 @@ def update(
         known = recorded(inputs)
         if known is not None and completed(inputs):
             evaluation = read_evaluation(inputs.workspace.evaluation_uri(known.evaluation))
-            return _result(inputs, known, evaluation, ReindexReport(), repeated=True)
+            held.close()
+            # Decided and done; what cannot be read since (a damaged file that was dropped) is embedded all the same.
+            report = do("re-index", lambda: carry_on(session.workspace, session.config.gallery, session.progress))
+            return _result(inputs, known, evaluation, report, repeated=True)
         references = [
             do(f"extend cache of {name}", lambda name=name: extend_cache(inputs, name))  # type: ignore[misc]
             for name in inputs.frozen.predecessors

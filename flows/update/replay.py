@@ -26,6 +26,7 @@ from graceful.flows.store.evaluation_set import load_evaluation_set
 from graceful.flows.store.evaluations import read_evaluation
 from graceful.flows.store.events import Overridden, UpdateStarted
 from graceful.flows.store.items import item_table
+from graceful.flows.store.workspace import Workspace
 from graceful.flows.update import train as making
 from graceful.flows.update.bench import Bench
 from graceful.flows.update.diagnosis import classification_nfr, constrained_pairs, matrices
@@ -91,6 +92,7 @@ def replay(config: PipelineConfig, root: str, progress: Progress, step: Step = p
     """Replay a history in a workspace; run again, it goes on where it stopped. Each update takes `order.update`."""
     history = replay_table(config)
     started = time.monotonic()
+    Workspace(root).create()
     with open_session(root, config, progress) as session, claim(root, "a replay"):
         gallery = history.gallery or config.evaluation.gallery or config.evaluation.queries
         step("ingest gallery", lambda: _ingest_gallery(session, gallery))

@@ -311,7 +311,9 @@ def continue_plan(
     """Carry out the active plan of the champion to its end; stops before a wave when another plan took its place."""
     serving = workspace.registry.serving()
     if serving.active_plan is None:
-        return ReindexReport()
+        if serving.champion is None:
+            return ReindexReport()
+        return _embed_unreadable(workspace, serving.champion, unit_rows, on_rows)
     plan, items = workspace.registry.plan(serving.active_plan)
     if plan.generation != serving.champion:
         # A full backfill that has not moved yet belongs to its update.

@@ -83,7 +83,7 @@ def test_holder_on_another_machine_is_believed_until_its_claim_runs_out(tmp_path
     from graceful.files import join
     from graceful.indexing.tables import VersionedTable
 
-    table = VersionedTable(join(root, "registry", "claims"), claiming._SCHEMA)
+    table = VersionedTable(join(root, "registry", "claims"), claiming.CLAIM_SCHEMA)
 
     def write(expires_at: float) -> None:
         version, sequence, _ = claiming._newest(table)

@@ -15,9 +15,9 @@ from graceful.flows.cli import app, reported_errors
 from tests.flows import tiny
 
 COMMANDS = [
-    "accept", "adopt", "check", "collect", "decide", "delete", "demo", "flips", "history",
+    "accept", "adopt", "check", "collect", "decide", "delete", "demo", "doctor", "flips", "history",
     "ingest", "init", "promote", "reject", "replay", "report", "retire", "revoke", "rollback",
-    "search", "serve", "status", "update",
+    "search", "selftest", "serve", "status", "update",
 ]  # fmt: skip
 
 

@@ -22,13 +22,20 @@ pytestmark = pytest.mark.timeout(400)
 STEPS = [
     "freeze inputs", "extend cache of {champion}", "train candidate", "embed evaluation set with {champion}",
     "embed evaluation set with {candidate}", "judge", "publish the decision", "embed before the move",
-    "move serving state", "re-index", "conclude", "publish",
+    "move serving state", "re-index", "conclude", "publish", "collect",
 ]  # fmt: skip
 INSIDE = [
     "evaluation-written", "decided", "certified", "protected", "plan-saved", "before-serving-moves",
     "after-serving-moved", "vectors-before-commit", "vectors-after-commit", "wave-done",
 ]  # fmt: skip
-MOVED = ("after-serving-moved", "after move serving state", "after re-index", "after conclude", "after publish")
+MOVED = (
+    "after-serving-moved",
+    "after move serving state",
+    "after re-index",
+    "after conclude",
+    "after publish",
+    "after collect",
+)
 
 
 @pytest.fixture(scope="module")

@@ -242,11 +242,10 @@ def test_embedding_cache_and_evaluation_files_live_there_too(workspace):
 def test_search_builds_its_index_on_this_machine(workspace, tmp_path, monkeypatch):
     """FAISS reads local files; the index is derived state."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    from graceful.flows.search.searcher import publish_view
-    from graceful.indexing.search import SwappableSearcher
+    from graceful.flows.search.views import open_view
 
-    snapshot = publish_view(workspace, G1, workspace.view(G1))
-    searcher = SwappableSearcher(f"{workspace.index_location()}/{snapshot}")
+    followed = open_view(workspace, G1)
     assert list((tmp_path / "cache").rglob("manifest.json"))
     query = SyntheticGeneration(G1).encode(["synthetic:id002/g1"])[0]
-    assert searcher.search(query, 1).item_ids[0][0] == "item-002-1"
+    found = followed.index.search(query, 1).revisions[0]
+    assert followed.book.entries(found)[int(found[0])][0] == "item-002-1"

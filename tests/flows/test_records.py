@@ -1,16 +1,20 @@
 """Records of an unknown form are refused by name and place: in the lineage, and in a stored evaluation."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from graceful.errors import GracefulError, UnknownFormatError
+from graceful.files import set_crash_hook
 from graceful.flows.store.evaluations import EvaluationMissingError, read_evaluation, recompute
 from graceful.flows.store.events import KINDS, Held, Promoted, UpdateCompleted
 from graceful.flows.store.registry import LINEAGE_SCHEMA, Registry
-from graceful.indexing.tables import VersionedTable
+from graceful.flows.store.workspace import Workspace
+from graceful.indexing.tables import MissingTableError, VersionedTable
+from tests.synthetic import item_row
 
 
 @pytest.fixture
@@ -77,3 +81,43 @@ def test_an_event_that_is_not_known_is_refused_by_kind_and_place(tmp_path, kind,
         registry.history()
     for word in (words, kind, "e1", str(tmp_path)):
         assert word in str(refused.value)
+
+
+def test_nothing_empty_takes_the_place_of_a_table_that_is_gone(tmp_path):
+    """Neither `init` nor `replay`, which create what a new workspace needs, may do so where one was."""
+    root = str(tmp_path / "ws")
+    for _ in range(2):
+        Workspace(root).create()
+    Workspace(root).gallery.ingest(pa.Table.from_pylist([item_row("one", "id1", "a")]))
+    for table in ("gallery/vectors", "gallery/items", "registry/serving"):
+        shutil.move(tmp_path / "ws" / table, tmp_path / "away")
+        with pytest.raises(MissingTableError, match=f"{table}, found none; restore it"):
+            Workspace(root).create()
+        assert not (tmp_path / "ws" / table).exists()
+        shutil.move(tmp_path / "away", tmp_path / "ws" / table)
+    shutil.move(tmp_path / "ws" / "registry", tmp_path / "away")
+    with pytest.raises(MissingTableError, match="found items and no registry"):
+        Workspace(root).create()
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_workspace_whose_creation_was_killed_is_created_by_the_next_one(tmp_path, kills):
+    root = str(tmp_path / "ws")
+
+    class CrashError(BaseException):
+        pass
+
+    for _ in range(kills):
+
+        def crash(name):
+            if name == "workspace-before-marker":
+                raise CrashError
+
+        set_crash_hook(crash)
+        try:
+            with pytest.raises(CrashError):
+                Workspace(root).create()
+        finally:
+            set_crash_hook(None)
+    Workspace(root).create()
+    assert Workspace(root).gallery.view([]).num_items == 0

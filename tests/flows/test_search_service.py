@@ -1,28 +1,32 @@
 """The HTTP endpoint over a small gallery of digits: answers, refusals, and following the serving state."""
 
 import io
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from graceful.flows.search.http import MAX_BODY_BYTES, make_app
-from graceful.flows.search.searcher import GallerySearcher, publish_view
-from graceful.flows.store.workspace import open_workspace
-from graceful.flows.update.serving import rollback
+from graceful.flows.search.searcher import GallerySearcher
+from graceful.flows.search.views import open_follower
+from graceful.flows.settings.config import ConfigError
+from graceful.flows.store.workspace import UnsupportedGenerationError, Workspace, open_workspace
+from graceful.flows.update.serving import release_previous, rollback
+from graceful.indexing.embedding_files import write_embedding_file
 from graceful.indexing.exact import WidthMismatchError
-from graceful.indexing.gallery import GalleryVersion
-from graceful.indexing.search import IndexCorruptedError
+from graceful.indexing.following import Target
+from graceful.indexing.gallery import Gallery
 from tests.flows import running, tiny
 
 
@@ -62,7 +66,7 @@ def image_of(root: Path, row: int) -> bytes:
 
 def gallery_row(root: Path) -> tuple[str, int]:
     """An item of the gallery, and its row in the data set."""
-    item_id = str(open_workspace(str(root)).gallery.view([]).item_ids[7])
+    item_id = str(open_workspace(str(root)).gallery.view(()).item_ids[7])
     return item_id, int(item_id.rpartition("#")[2])
 
 
@@ -168,8 +172,8 @@ def test_without_a_generation_that_serves_health_says_so_until_one_does(tmp_path
         assert client.get("/status").json()["query_generation"] == generation
 
 
-def test_searches_go_on_while_the_service_follows_an_update_a_rollback_and_past_a_damaged_snapshot(
-    tmp_path: Path,
+def test_searches_go_on_while_the_service_follows_an_update_and_a_rollback_over_a_damaged_index(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = tiny.new_workspace(tmp_path / "ws")
     first = updated(root)
@@ -195,49 +199,74 @@ def test_searches_go_on_while_the_service_follows_an_update_a_rollback_and_past_
             second = updated(root)
             until(lambda: seen == [first, second])
 
-            # A damaged segment: the next snapshot cannot be opened, the served one stays and /status tells why.
-            opened = open_workspace(str(root))
-            publish_view(opened, first, opened.view(first))
-            segments = root / "index" / "segments"
-            damaged = {path: path.read_bytes() for path in segments.glob("*.faiss")}
-            for path, content in damaged.items():
-                path.write_bytes(content[:-8] + b"\0\1\2\3\4\5\6\7")
-            rollback(opened, reason="test")
-            until(lambda: not client.get("/status").json()["last_look"]["ok"])
-            told = client.get("/status").json()
-            assert IndexCorruptedError.__name__ in told["last_look"]["error"]
-            assert told["query_generation"] == second
-            for path, content in damaged.items():
-                path.write_bytes(content)
+            # What is served is in memory; the files are read by whoever opens the index next.
+            for path in (root / "index").rglob("*"):
+                if path.is_file():
+                    path.write_bytes(path.read_bytes()[:-8] + b"\0\1\2\3\4\5\6\7")
+            rollback(open_workspace(str(root)), reason="test")
             until(lambda: seen == [first, second, first])
             assert client.get("/status").json()["last_look"]["ok"]
         finally:
             stop.set()
             searching.join()
     assert wrong == []
+    caplog.clear()
+    with TestClient(make_app(str(root), refresh_s=0.1)) as client:
+        answer = client.post("/search?k=1", content=payload).json()
+    assert (answer["hits"][0]["item_id"], answer["query_generation"]) == (item_id, first)
+    assert caplog.text.count("built again from the gallery") == 1
 
 
 def test_refreshing_without_a_change_reads_no_view(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_workspace(str(workspace))
     searcher = GallerySearcher(opened)
-    monkeypatch.setattr(opened, "view", lambda *_: pytest.fail("the view was read"))
+    monkeypatch.setattr(opened.gallery, "view", lambda *_: pytest.fail("the view was read"))
+    monkeypatch.setattr(opened.gallery, "lease", lambda *_: pytest.fail("a lease was taken"))
     assert searcher.refresh() is False
 
 
-def test_only_the_newest_snapshot_of_each_query_generation_stays(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_deleted_photo_is_gone_within_a_second_and_nothing_is_published_for_it(tmp_path: Path) -> None:
+    root = tiny.new_workspace(tmp_path / "ws")
+    updated(root)
+    item_id, row = gallery_row(root)
+    with TestClient(make_app(str(root))) as client:
+
+        def first() -> str:
+            return str(client.post("/search?k=1", content=image_of(root, row)).json()["hits"][0]["item_id"])
+
+        assert first() == item_id
+        published = sorted((root / "index").rglob("*"))
+        open_workspace(str(root)).gallery.delete([item_id])
+        started = time.monotonic()
+        while first() == item_id:
+            time.sleep(0.01)
+        assert time.monotonic() - started < 1
+        assert client.get("/status").json()["unreadable"] == 0
+        assert sorted((root / "index").rglob("*")) == published
+
+
+def test_a_workspace_whose_index_cannot_be_written_is_searched_in_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("graceful.flows.search.views._KEPT_S", 0.0)
-    opened = open_workspace(str(workspace))
-    generation, index = GallerySearcher(opened).generation, Path(opened.index_location())
-    view = opened.view(generation)
-    for vectors in (101, 102, 103):
-        publish_view(opened, generation, replace(view, version=GalleryVersion(view.version.items, vectors)))
-    publish_view(opened, "g000-another", view)
-    left = sorted(path.parent.name for path in index.glob("*/manifest.json"))
-    assert [name.rpartition("-")[0] for name in left] == ["g000-another", generation]
-    assert len(list((index / "segments").glob("*.faiss"))) == 1  # all of them share it
-    assert GallerySearcher(opened).search_vectors(np.ones((1, 16), np.float32), 3)
+    root = tiny.new_workspace(tmp_path / "ws")
+    updated(root)
+    (root / "index").write_bytes(b"no folder")
+    searcher = GallerySearcher(open_workspace(str(root)))
+    assert len(searcher.search_vectors(np.ones((1, 16), np.float32), 3)[0]) == 3
+    assert caplog.text.count("kept in memory") == 1
+
+
+def test_the_index_is_of_the_kind_that_the_configuration_asks_for(tmp_path: Path) -> None:
+    root = tiny.new_workspace(tmp_path / "ws")
+    updated(root)
+    tiny.write_config(root, root / "digits.parquet", {"search.index": "ivf", "search.recall_target": 0.05})
+    searcher = GallerySearcher(open_workspace(str(root)))
+    assert searcher.search_vectors(np.ones((1, 16), np.float32), 3)[0]
+    manifest = next((root / "index").glob("*/*/manifest.json")).read_text()
+    assert '"kind": "ivf"' in manifest
+    tiny.write_config(root, root / "digits.parquet", {"search.index": "tree"})
+    with pytest.raises(ConfigError, match=r"search\.index"):
+        GallerySearcher(open_workspace(str(root)))
 
 
 def test_query_vectors_of_another_width_are_refused_by_name(workspace: Path) -> None:
@@ -250,3 +279,37 @@ def test_the_endpoint_imports_neither_prefect_nor_ray() -> None:
     code = "import sys, graceful.flows.search.http; print([m for m in ('prefect', 'ray') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=110, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_released_client_is_refused_by_name_and_a_supported_one_is_served(tmp_path: Path) -> None:
+    root = tiny.new_workspace(tmp_path / "ws")
+    first = updated(root)
+    tiny.write_config(root, root / "digits.parquet", {"training.seed": 1})
+    second = updated(root)
+    workspace = open_workspace(str(root))
+    assert GallerySearcher(workspace, first).generation == first, "a rollback returns to it"
+    release_previous(workspace)
+    with pytest.raises(UnsupportedGenerationError, match=f"querying as {first}: .* may query: {second}; list old"):
+        GallerySearcher(workspace, first)
+    changed = {"training.seed": 1, "gallery.supported_query_generations": [first]}
+    tiny.write_config(root, root / "digits.parquet", changed)
+    assert GallerySearcher(workspace, first).generation == first
+
+
+def test_a_gallery_made_anew_beside_an_old_index_is_not_answered_from_that_index(tmp_path: Path) -> None:
+    """Both galleries have the same name, the same versions and the same revisions."""
+    found = []
+    for content in (1.0, -1.0):
+        gallery = Gallery(str(tmp_path / "gallery"), create=True)
+        workspace = Workspace(str(tmp_path))
+        vector = np.full((1, 4), content / 2, np.float32)
+        digest = {"content_sha256": [str(content)], "label": [""], "attributes": ["{}"]}
+        result = gallery.ingest(pa.table({"item_id": ["one"], "source": ["one"], **digest}))
+        staged = gallery.staging_file("g001-aaaaaa", "unit")
+        write_embedding_file(staged, pa.table({"revision": result.revisions}), vector)
+        gallery.commit_vectors("g001-aaaaaa", "unit")
+        followed = open_follower(workspace).follow(Target("g001-aaaaaa", ("g001-aaaaaa",), ()))
+        found.append(float(followed.index.search(np.full((1, 4), 0.5, np.float32), 1).scores[0, 0]))
+        shutil.rmtree(tmp_path / "gallery")
+    assert found == pytest.approx([1.0, -1.0])
+    assert len(list((tmp_path / "index").iterdir())) == 2

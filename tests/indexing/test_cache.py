@@ -8,6 +8,7 @@ import pytest
 from graceful.files import list_files, read_bytes, set_crash_hook
 from graceful.indexing.cache import EmbeddingCache
 from graceful.indexing.embed import embed_units
+from graceful.indexing.tables import VersionedTable
 from tests.synthetic import SyntheticGeneration, open_synthetic
 
 GENERATION = SyntheticGeneration("g001-aaaaaa", unreadable=frozenset({"synthetic:id9/9"}))
@@ -131,3 +132,21 @@ def test_forgotten_image_can_be_embedded_again(location):
     cache.forget(["hash-1", "hash-2"])
     assert cache.extend(*images(1, 2), Embedder())[0] == 2
     assert cache.missing(images(1, 2)[0]) == []
+
+
+def test_same_images_embedded_by_two_at_once_are_stored_once_and_stay(location, monkeypatch):
+    """The slower one discards its file; it must not be the file that the faster one has committed."""
+    take_in, done = VersionedTable.take_in, []
+
+    def overtaken(*given, **named):
+        file = take_in(*given, **named)
+        if not done:
+            done.append(file)
+            EmbeddingCache(location).extend(*images(1, 2), Embedder())
+        return file
+
+    cache = EmbeddingCache(location)
+    monkeypatch.setattr(VersionedTable, "take_in", overtaken)
+    cache.extend(*images(1, 2), Embedder())
+    assert done
+    assert not np.isnan(EmbeddingCache(location).read(images(1, 2)[0])).any()

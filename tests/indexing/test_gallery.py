@@ -11,6 +11,7 @@ import pytest
 
 from graceful.files import exists, join, set_crash_hook
 from graceful.indexing import tables
+from graceful.indexing.checked_files import DamagedFileError
 from graceful.indexing.embed import embed_units
 from graceful.indexing.embedding_files import read_embeddings, write_embedding_file
 from graceful.indexing.gallery import Gallery, GalleryVersion, VectorCommit, gallery_exists
@@ -377,3 +378,57 @@ def test_unit_is_named_by_what_it_holds(gallery):
     assert names[0] == names[-1]
     held = np.sort(revision(gallery, "item-1", "item-2")).astype("<i8").tobytes()
     assert names[0] == [hashlib.sha256(held).hexdigest()[:24]]
+
+
+def embed_twice_at_once(gallery):
+    gallery.ingest(batch(1, 2))
+    other = Gallery(gallery.location)
+    done = []
+
+    def overtake(name):
+        if name == "vectors-before-commit" and not done:
+            done.append(name)
+            set_crash_hook(None)
+            assert embed_all(other, G1).embedded == 2
+
+    set_crash_hook(overtake)
+    try:
+        assert embed_all(gallery, G1).duplicate == 2
+    finally:
+        set_crash_hook(None)
+    view = Gallery(gallery.location).view([G1])
+    assert owners(view) == {"item-1": G1, "item-2": G1}
+    assert view.vectors(np.arange(2)).shape[0] == 2
+
+
+def test_unit_that_two_handles_embed_at_once_is_kept_once_and_its_file_stays(gallery):
+    """The slower one takes its file back; it must not be the file that the faster one has committed."""
+    embed_twice_at_once(gallery)
+
+
+def test_handles_that_share_the_file_of_a_unit_would_lose_it(gallery, monkeypatch):
+    """The test above can fail: this is what it is there for."""
+    shared = lambda self, generation, unit: join(self.staging_location(), generation, f"{unit}.parquet")  # noqa: E731
+    monkeypatch.setattr(Gallery, "staging_file", shared)
+    with pytest.raises(DamagedFileError, match="found none"):
+        embed_twice_at_once(gallery)
+
+
+def test_unit_whose_staged_file_was_cleared_away_is_embedded_again(gallery):
+    """Forgetting an item clears the staging area, whoever else is about to commit."""
+    gallery.ingest(batch(1, 2, 3))
+    gallery.delete(["item-3"])
+    cleared = []
+
+    def embed(units, on_unit):
+        def clear_first(done):
+            if not cleared:
+                cleared.append(done)
+                forget(Gallery(gallery.location), ["item-3"])
+            on_unit(done)
+
+        embedder(G1)(units, clear_first)
+
+    asked = gallery.missing_vectors(G1)
+    assert embed_missing(gallery, G1, embed, revisions=asked).embedded == 2
+    assert owners(gallery.view([G1])) == {"item-1": G1, "item-2": G1}
