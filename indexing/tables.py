@@ -27,7 +27,18 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, RemoveAction
 
 from graceful.errors import GracefulError, StorageError, UnknownFormatError, is_disk_full
-from graceful.files import crash_point, exists, file_ages, join, move, read_bytes, read_json, remove, write_json
+from graceful.files import (
+    crash_point,
+    exists,
+    file_ages,
+    file_stats,
+    join,
+    move,
+    read_bytes,
+    read_json,
+    remove,
+    write_json,
+)
 from graceful.indexing.checked_files import (
     CheckedFile,
     digest_of,
@@ -432,7 +443,7 @@ class VersionedTable:
         Whoever keeps versions of its readers takes `at` first and asks for them then: a reader that comes later pins
         `at` or a later version. Orphans of killed writers, staged files among them, go once they are old enough.
         """
-        there = file_ages(self.uri)
+        there = file_stats(self.uri)
         version = self.version() if at is None else at
         named_before = self._at(version).vacuum(
             retention_hours=0, dry_run=False, enforce_retention_duration=False, keep_versions=list(keep_versions)
@@ -452,7 +463,7 @@ class VersionedTable:
 
     def orphans(self, keep_versions: Sequence[int] = (), *, older_than_s: float = ORPHAN_AGE_S) -> list[str]:
         """Files below the table that neither the newest version nor a kept one names, and that are old enough."""
-        ages = file_ages(self.uri)
+        ages = file_ages(self.uri) if older_than_s > 0 else dict.fromkeys(file_stats(self.uri), 0.0)
         named_ = {file.path for version in (None, *keep_versions) for file in self._files_at(version)}
         return [
             join(self.uri, path)
