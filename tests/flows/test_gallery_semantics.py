@@ -20,6 +20,7 @@ from graceful.flows.update.serving import (
 )
 from graceful.indexing.checked_files import DamagedFileError
 from graceful.indexing.maintenance import LeasedError, collect, forget
+from tests.flows.moves import carry_out_whole, move_only
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, items
 
 G1, G2, G3 = "g001-aaaaaa", "g002-bbbbbb", "g003-cccccc"
@@ -43,19 +44,6 @@ def rollout(generation, *, fraction=0.5, before_move="wave_zero", certified=(G1,
     pairs = ((generation, generation), *((generation, name) for name in certified))
     key = key or f"update-{generation}"
     return Rollout(key, generation, f"decision-{key}", fraction, "random", before_move, pairs, wave_rows=wave_rows)
-
-
-def carry_out_whole(workspace, rollout, *, champion):
-    plan = prepare(workspace, rollout)
-    embed_before_move(workspace, rollout, plan)
-    promote(workspace, rollout, plan, champion=champion)
-    return continue_plan(workspace)
-
-
-def move_only(workspace, rollout, *, champion):
-    plan = prepare(workspace, rollout)
-    embed_before_move(workspace, rollout, plan)
-    promote(workspace, rollout, plan, champion=champion)
 
 
 def owners(workspace, query_generation):

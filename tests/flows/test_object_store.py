@@ -19,12 +19,13 @@ from graceful.flows.store.claim import UpdateInProgressError, claim
 from graceful.flows.store.events import Decided
 from graceful.flows.store.registry import ServingMovedError
 from graceful.flows.store.workspace import Workspace, require_workspace
-from graceful.flows.update.rollout import Rollout, continue_plan, embed_before_move, prepare, promote
+from graceful.flows.update.rollout import Rollout
 from graceful.flows.update.serving import delete, ingest, release_previous, rollback
 from graceful.indexing.maintenance import collect, forget
 from graceful.training.datasets import load_images
 from graceful.training.images import read_payloads
 from tests.flows import running, tiny
+from tests.flows.moves import carry_out_whole
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, items
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -134,7 +135,7 @@ def workspace(bucket, request):
     name = request.node.name.replace("[", "-").rstrip("]")
     opened = Workspace(f"{bucket}/{name}", models, create=True)
     ingest(opened, items(4, 3))
-    carry_out(opened, rollout(G1, fraction=1.0, before_move="all", certified=[]), champion=None)
+    carry_out_whole(opened, rollout(G1, fraction=1.0, before_move="all", certified=[]), champion=None)
     return opened
 
 
@@ -146,20 +147,13 @@ def rollout(generation, *, fraction=0.5, before_move="wave_zero", certified=(G1,
     )  # fmt: skip
 
 
-def carry_out(workspace, wanted, *, champion):
-    plan = prepare(workspace, wanted)
-    embed_before_move(workspace, wanted, plan)
-    promote(workspace, wanted, plan, champion=champion)
-    return continue_plan(workspace)
-
-
 def rows(workspace, generation):
     return workspace.view(generation).rows_by_generation()
 
 
 def test_gallery_is_reindexed_in_part_and_rolled_back(workspace):
     assert rows(workspace, G1) == {G1: NUM_ITEMS}
-    report = carry_out(workspace, rollout(G2), champion=G1)
+    report = carry_out_whole(workspace, rollout(G2), champion=G1)
     assert (report.embedded, report.failures) == (6, ())
     reopened = Workspace(workspace.root, workspace.embed_with)
     require_workspace(workspace.root)
@@ -215,7 +209,7 @@ def test_claim_excludes_a_second_update(workspace):
 
 
 def test_deleted_item_is_forgotten_and_unread_vectors_are_collected(workspace):
-    carry_out(workspace, rollout(G2, fraction=1.0), champion=G1)
+    carry_out_whole(workspace, rollout(G2, fraction=1.0), champion=G1)
     release_previous(workspace)
     assert collect(workspace.gallery, workspace.protected).generations == (G1,)
     assert rows(workspace, G2) == {G1: 0, G2: NUM_ITEMS}
