@@ -143,8 +143,26 @@ def file_stats(location: str) -> dict[str, tuple[float, int]]:
 
 
 def file_ages(location: str) -> dict[str, float]:
-    """Age in seconds of every file below a folder, by its path in it; empty where the folder is absent."""
-    return {path: age_s for path, (age_s, _) in file_stats(location).items()}
+    """Age in seconds of every file below a folder, by its path in it; empty where the folder is absent.
+
+    By the clock of the storage, which stamped the files: a clock of this machine that is wrong, or steps, makes no file
+    older than it is.
+    """
+    behind_s = time.time() - _storage_time(location)
+    return {path: age_s - behind_s for path, (age_s, _) in file_stats(location).items()}
+
+
+def _storage_time(location: str) -> float:
+    """What the storage takes the time for: the stamp of a file that is written and removed; else this machine's."""
+    filesystem, path = resolve(join(location, f"_clock-{uuid.uuid4().hex[:8]}"))
+    try:
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(b"now")
+        stamp = filesystem.get_file_info(path).mtime_ns
+        filesystem.delete_file(path)
+    except OSError:  # a folder that is not there or may not be written
+        return time.time()
+    return time.time() if stamp is None else stamp / 1e9
 
 
 def move(source: str, target: str) -> None:

@@ -114,7 +114,7 @@ class CheckedFile:
         except FileNotFoundError as error:
             raise damaged(location, "a file", "none") from error
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise damaged(location, "a Parquet file", first_line(error)) from error
+            raise damaged(location, "a Parquet file", in_one_line(error)) from error
         if self._content is not None and len(self._content) <= SMALL_BYTES:
             self.verify()
         else:
@@ -131,16 +131,13 @@ class CheckedFile:
         return int(self._file.metadata.num_rows)
 
     def group_ranges(self, key: str) -> NDArray[np.int64]:
-        """First row, number of rows, lowest and highest key of every row group, (R, 4)."""
-        metadata, start, found = self._file.metadata, 0, []
+        """Lowest and highest key of every row group, (R, 2)."""
+        metadata, found = self._file.metadata, []
         column = self._file.schema_arrow.get_field_index(key)
         for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            statistics = group.column(column).statistics
-            lowest, highest = (statistics.min, statistics.max) if statistics and statistics.has_min_max else (0, -1)
-            found.append((start, group.num_rows, lowest, highest))
-            start += group.num_rows
-        return np.array(found, np.int64).reshape(-1, 4)
+            statistics = metadata.row_group(number).column(column).statistics
+            found.append((statistics.min, statistics.max) if statistics and statistics.has_min_max else (0, -1))
+        return np.array(found, np.int64).reshape(-1, 2)
 
     def group_starts(self) -> NDArray[np.int64]:
         """First row of every row group, (R,)."""
@@ -160,7 +157,7 @@ class CheckedFile:
                 expected = sum(metadata.row_group(number).num_rows for number in groups)
                 rows = self._file.read_row_groups(list(groups), columns=names)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise damaged(self.location, "what was written", first_line(error)) from error
+            raise damaged(self.location, "what was written", in_one_line(error)) from error
         # A page of a type that the reader does not know is passed over without a word.
         if rows.num_rows != expected or any(len(column) != expected for column in rows.columns):
             raise damaged(self.location, f"{expected} rows", f"{rows.num_rows}")
@@ -239,11 +236,6 @@ def damaged(location: str, expected: str, found: str) -> DamagedFileError:
         f"reading a stored file: expected {expected}, found {found} ({location}); "
         "restore it from a backup, or run 'graceful doctor'"
     )
-
-
-def first_line(error: BaseException) -> str:
-    """What a library said, on one line."""
-    return in_one_line(error)
 
 
 def _is_number(kind: pa.DataType) -> bool:

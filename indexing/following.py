@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from graceful.errors import UnknownFormatError
+from graceful.errors import UnknownFormatError, in_one_line
 from graceful.indexing.checked_files import DamagedFileError
 from graceful.indexing.derived_files import IndexCorruptedError
 from graceful.indexing.gallery import Gallery
@@ -98,8 +98,7 @@ def leased(gallery: Gallery, warn: Callable[[str], object]) -> Iterator[GalleryV
         try:
             pinned = lease.enter_context(gallery.lease())
         except Exception as error:  # what a store says to whoever may only read has many types
-            line = " ".join(str(error).split())[:160]
-            warn(f"reading the gallery without a lease: {line}; a collection may end a long read")
+            warn(f"reading the gallery without a lease: {in_one_line(error)}; a collection may end a long read")
             pinned = gallery.version()
         yield pinned
 

@@ -30,7 +30,15 @@ from graceful.files import crash_point, exists, join, list_files, move, remove
 from graceful.indexing.checked_files import CheckedFile, DamagedFileError
 from graceful.indexing.columns import ColumnCache
 from graceful.indexing.embedding_files import read_embeddings, read_rows, write_embedding_file
-from graceful.indexing.items import ITEMS_SCHEMA, NEW_ITEM_COLUMNS, NOTHING, REPEATED_COLUMNS, IngestResult, Items
+from graceful.indexing.items import (
+    ITEMS_SCHEMA,
+    NEW_ITEM_COLUMNS,
+    NOTHING,
+    REPEATED_COLUMNS,
+    IngestResult,
+    Items,
+    as_mask,
+)
 from graceful.indexing.leases import LIFETIME_S, GalleryVersion, Lease, Leases
 from graceful.indexing.revisions import Positions, is_member
 from graceful.indexing.tables import (
@@ -250,15 +258,15 @@ class Gallery:
         """
         columns = ["revision", "item_id", "source", "label", "replaces", "deleted"]
         rows = self.items.rows_added(since.items, until.items, columns)
-        vectors = self.vectors_table.changes(since.vectors, until.vectors)
-        if rows is None or vectors is None:
+        files = self.vectors_table.files_added(since.vectors, until.vectors)
+        if rows is None or files is None:
             return None
         replaced = np.sort(rows["replaces"].to_numpy())
         replaced = replaced[replaced != NOTHING]
-        gone = is_member(rows["revision"].to_numpy(), replaced) | (rows["deleted"].to_numpy(zero_copy_only=False) == 1)
+        gone = is_member(rows["revision"].to_numpy(), replaced) | as_mask(rows["deleted"])
         added = []
         try:
-            for file in vectors.added:
+            for file in files:
                 location = join(self.vectors_table.uri, file.path)
                 (revisions,) = self._columns.read(location, "revision")
                 added.append(VectorRows(str(file.partition), revisions, _loader(location)))
@@ -287,12 +295,12 @@ class Gallery:
         """Which rows of a unit are still live, and which are stored already."""
         if since is not None:
             dead = self.items.rows_added(since.items, now.items, ["replaces"])
-            vectors = self.vectors_table.changes(since.vectors, now.vectors)
-            if dead is not None and vectors is not None:
+            files = self.vectors_table.files_added(since.vectors, now.vectors)
+            if dead is not None and files is not None:
                 gone = np.sort(dead["replaces"].to_numpy())
                 stored = np.zeros(len(revisions), bool)
                 try:
-                    for file in vectors.added:
+                    for file in files:
                         if file.partition == generation:
                             location = join(self.vectors_table.uri, file.path)
                             stored |= is_member(revisions, np.sort(self._columns.read(location, "revision")[0]))

@@ -25,6 +25,7 @@ from graceful.indexing.columns import ColumnCache
 from graceful.indexing.revisions import (
     NUM_BUCKETS,
     NUMBER_BITS,
+    bucket_of_revision,
     buckets_of,
     hashes_of,
     is_member,
@@ -45,6 +46,8 @@ ITEMS_SCHEMA = pa.schema(
         ("source_key", pa.int64()),
     ]
 )
+_STATE = pa.schema([ITEMS_SCHEMA.field(name) for name in ("revision", "replaces", "deleted")])
+"""What tells which revisions are live."""
 REPEATED_COLUMNS = ("label", "attributes", "replaces")
 NEW_ITEM_COLUMNS = ("item_id", "source", "content_sha256", "label", "attributes")
 NOTHING = -1
@@ -97,27 +100,19 @@ class Items:
         if self._live is not None and self._live[0] == version:
             live = self._live[1]
             return live[slice(*np.searchsorted(live, [first << NUMBER_BITS, last << NUMBER_BITS]))]
-        snapshot, buckets = self.table.snapshot(version), np.arange(first, last)
-        names = ("revision", "replaces", "deleted")
-        parts = [self._of_buckets(snapshot.location(file), buckets, names) for file in snapshot.files]
-        rows = pa.concat_tables([pa.schema([ITEMS_SCHEMA.field(name) for name in names]).empty_table(), *parts])
-        there = np.sort(rows["revision"].to_numpy()[~as_mask(rows["deleted"])], kind="stable")
-        low, high = np.searchsorted(there, [first << NUMBER_BITS, last << NUMBER_BITS])
-        return _without(there[low:high], rows["replaces"].to_numpy())
+        live = self._live_of_buckets(self.table.snapshot(version), np.arange(first, last))
+        return live[slice(*np.searchsorted(live, [first << NUMBER_BITS, last << NUMBER_BITS]))]
 
     def are_live(self, revisions: NDArray[np.int64], version: int) -> NDArray[np.bool_]:
         """Tell which revisions (n,) are live; of few of them, only their buckets are read."""
+        if not len(revisions):
+            return np.zeros(0, bool)
         known = self._live
         snapshot = self.table.snapshot(version)
         num_rows = sum(file.num_rows for file in snapshot.files)
         if (known is not None and known[0] == version) or len(revisions) * _FEW > num_rows:
             return is_member(revisions, self.live(version))
-        buckets = np.unique(revisions >> NUMBER_BITS)
-        names = ("revision", "replaces", "deleted")
-        parts = [self._of_buckets(snapshot.location(file), buckets, names) for file in snapshot.files]
-        rows = pa.concat_tables([pa.schema([ITEMS_SCHEMA.field(name) for name in names]).empty_table(), *parts])
-        there = rows["revision"].to_numpy()[~as_mask(rows["deleted"])]
-        return is_member(revisions, _without(np.sort(there), rows["replaces"].to_numpy()))
+        return is_member(revisions, self._live_of_buckets(snapshot, np.unique(bucket_of_revision(revisions))))
 
     def find(self, item_ids: Sequence[str] | pa.Array, version: int | None = None) -> pa.Table:
         """Latest row of each item id, tombstones included, in the order asked; all null where it is not known."""
@@ -164,7 +159,6 @@ class Items:
         snapshot = self.table.snapshot(version)
         wanted = np.unique(hashes_of(sources))
         names = pa.array(sources, pa.string())
-        live = self.live(snapshot.version)
         parts = [ITEMS_SCHEMA.empty_table()]
         for file in snapshot.files:
             location = snapshot.location(file)
@@ -172,22 +166,21 @@ class Items:
             if not len(hit):
                 continue
             opened = CheckedFile(location)
-            ranges = opened.group_ranges("revision")
-            groups = np.unique(np.searchsorted(ranges[:, 0], hit, side="right") - 1)
+            groups = np.unique(np.searchsorted(opened.group_starts(), hit, side="right") - 1)
             rows = opened.read(ITEMS_SCHEMA.names, groups.tolist()).cast(ITEMS_SCHEMA)
-            rows = rows.filter(pc.is_in(rows["source"], value_set=names))
-            parts.append(rows.filter(pa.array(is_member(rows["revision"].to_numpy(), live))))
-        return pa.concat_tables(parts).combine_chunks()
+            parts.append(rows.filter(pc.is_in(rows["source"], value_set=names)))
+        found = pa.concat_tables(parts).combine_chunks()
+        return found.filter(pa.array(self.are_live(found["revision"].to_numpy(), snapshot.version)))
 
     def rows_added(self, since: int, until: int, columns: Sequence[str]) -> pa.Table | None:
         """Columns of the rows that were committed after one version, up to another; None where the log cannot tell."""
-        changes = self.table.changes(since, until)
-        if changes is None:
+        files = self.table.files_added(since, until)
+        if files is None:
             return None
         schema = pa.schema([ITEMS_SCHEMA.field(name) for name in columns])
         parts = [schema.empty_table()]
         try:
-            for file in changes.added:
+            for file in files:
                 parts.append(CheckedFile(join(self.table.uri, file.path)).read(columns).cast(schema))
         except DamagedFileError:  # merged and collected since; a file that is really damaged is met again
             return None
@@ -216,7 +209,7 @@ class Items:
             for _ in attempts():
                 snapshot = self.table.snapshot()
                 latest = self.find(ids, snapshot.version)
-                latest = latest.filter(pc.fill_null(pc.invert(latest["deleted"]), False))
+                latest = not_deleted(latest)
                 if not latest.num_rows:
                     return 0
                 blank = pa.array([""] * latest.num_rows, pa.string())
@@ -303,19 +296,25 @@ class Items:
         schema = pa.schema([ITEMS_SCHEMA.field(name) for name in columns])
         return opened.read(columns, groups).cast(schema) if groups else schema.empty_table()
 
+    def _live_of_buckets(self, snapshot: TableSnapshot, buckets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Live revisions, ascending: all of these buckets (ascending), and some of others in the same row groups."""
+        parts = [self._of_buckets(snapshot.location(file), buckets, _STATE.names) for file in snapshot.files]
+        rows = pa.concat_tables([_STATE.empty_table(), *parts])
+        there = np.sort(rows["revision"].to_numpy()[~as_mask(rows["deleted"])], kind="stable")
+        return _without(there, rows["replaces"].to_numpy())
+
     def _live_of(self, snapshot: TableSnapshot) -> NDArray[np.int64]:
-        names = ("revision", "replaces", "deleted")
-        parts = self.columns.read_all([snapshot.location(file) for file in snapshot.files], *names)
+        parts = self.columns.read_all([snapshot.location(file) for file in snapshot.files], *_STATE.names)
         if not parts:
             return np.empty(0, np.int64)
         revisions, replaces, deleted = (np.concatenate(column) for column in zip(*parts, strict=True))
         return _without(np.sort(revisions[deleted == 0], kind="stable"), replaces)
 
     def _live_from(self, known: tuple[int, NDArray[np.int64]], version: int) -> NDArray[np.int64] | None:
-        rows = self.rows_added(known[0], version, ["revision", "replaces", "deleted"])
+        rows = self.rows_added(known[0], version, _STATE.names)
         if rows is None:
             return None
-        new = rows["revision"].to_numpy()[rows["deleted"].to_numpy(zero_copy_only=False) == 0]
+        new = rows["revision"].to_numpy()[~as_mask(rows["deleted"])]
         if not rows.num_rows:
             return known[1]
         return _without(np.sort(np.concatenate([known[1], new]), kind="stable"), rows["replaces"].to_numpy())
@@ -371,14 +370,19 @@ def _counter(bucket: int) -> str:
 def _groups_with(opened: CheckedFile, lowest: NDArray[np.int64], highest: NDArray[np.int64]) -> list[int]:
     """Row groups whose range of revisions meets one of the ranges [lowest, highest], ascending and disjoint."""
     ranges = opened.group_ranges("revision")
-    first = np.searchsorted(highest, ranges[:, 2])
-    met = (first < len(lowest)) & (lowest[np.minimum(first, len(lowest) - 1)] <= ranges[:, 3])
+    first = np.searchsorted(highest, ranges[:, 0])
+    met = (first < len(lowest)) & (lowest[np.minimum(first, len(lowest) - 1)] <= ranges[:, 1])
     return np.flatnonzero(met).tolist()
 
 
 def _without(ordered: NDArray[np.int64], gone: NDArray[np.int64]) -> NDArray[np.int64]:
     gone = gone[gone != NOTHING]
     return ordered[~is_member(ordered, np.sort(gone))] if len(gone) else ordered
+
+
+def not_deleted(latest: pa.Table) -> pa.Table:
+    """Of the rows that `find` gives: those that are known and no tombstone."""
+    return latest.filter(pc.fill_null(pc.invert(latest["deleted"]), False))
 
 
 def as_mask(values: pa.Array | pa.ChunkedArray) -> NDArray[np.bool_]:

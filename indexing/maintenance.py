@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from graceful.errors import GracefulError, UsageError
 from graceful.files import crash_point, file_stats, join, list_files, remove
 from graceful.indexing.gallery import PROTECTION, Gallery, GalleryVersion
+from graceful.indexing.items import not_deleted
 from graceful.indexing.revisions import is_member
 from graceful.indexing.tables import ORPHAN_AGE_S, DataFile, TableSnapshot
 
@@ -147,7 +148,7 @@ def forget(gallery: Gallery, item_ids: Sequence[str], *, orphan_age_s: float = O
     if leases:
         raise LeasedError(f"forgetting items: expected no open lease, found {len(leases)}; wait for the readers to end")
     latest = gallery.items.find(list(item_ids))
-    alive = latest.filter(pc.fill_null(pc.invert(latest["deleted"]), False))
+    alive = not_deleted(latest)
     if alive.num_rows:
         raise UsageError(
             f"forgetting items: expected deleted items, found live ones ({alive['item_id'][0]}); delete them first"

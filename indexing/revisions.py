@@ -21,13 +21,8 @@ _NUMBERS = (1 << NUMBER_BITS) - 1
 _MOST_NUMBERS = 8
 
 
-def hash_of(value: str) -> int:
-    """XXH3 of a text as a signed 64-bit number."""
-    return int.from_bytes(xxhash.xxh3_64_digest(value.encode()), "big", signed=True)
-
-
 def hashes_of(values: Sequence[str] | pa.Array | pa.ChunkedArray) -> NDArray[np.int64]:
-    """`hash_of` every value, (n,) int64."""
+    """XXH3 of every text as a signed 64-bit number, (n,)."""
     texts = values.to_pylist() if isinstance(values, pa.Array | pa.ChunkedArray) else values
     digest = xxhash.xxh3_64_digest
     joined = b"".join([digest(text.encode()) for text in texts])

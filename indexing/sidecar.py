@@ -75,11 +75,6 @@ class ItemBook:
         """Items that are live, readable or not."""
         return len(self._revisions) + len(self._added) - len(self._dead)
 
-    @property
-    def num_changes(self) -> int:
-        """Items added or removed since the sidecar was written."""
-        return len(self._added) + len(self._dead)
-
     def copy(self) -> ItemBook:
         """The same items in a book of its own; costs what has changed since the sidecar was written."""
         other = ItemBook(self._table)

@@ -26,12 +26,22 @@ from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
 
-from graceful.errors import GracefulError, StorageError, UnknownFormatError, is_disk_full
-from graceful.files import crash_point, exists, file_ages, join, move, read_bytes, read_json, remove, write_json
+from graceful.errors import GracefulError, StorageError, UnknownFormatError, in_one_line, is_disk_full
+from graceful.files import (
+    crash_point,
+    exists,
+    file_ages,
+    file_stats,
+    join,
+    move,
+    read_bytes,
+    read_json,
+    remove,
+    write_json,
+)
 from graceful.indexing.checked_files import (
     CheckedFile,
     digest_of,
-    first_line,
     key_range,
     named,
     nullable,
@@ -86,14 +96,6 @@ class DataFile:
     partition: str | None = None
     lowest: int = 0
     highest: int = -1
-
-
-@dataclass(frozen=True)
-class TableChange:
-    """Files that commits added or took away; what rewrote rows without changing what anybody sees is left out."""
-
-    added: tuple[DataFile, ...]
-    removed: tuple[DataFile, ...]
 
 
 def attempts(limit: int = _ATTEMPTS) -> Iterator[int]:
@@ -229,21 +231,20 @@ class VersionedTable:
         """A counter at the version last looked at; 0 before its first commit."""
         return int(self._table.transaction_version(name) or 0)
 
-    def changes(self, since: int, until: int) -> TableChange | None:
-        """What the commits after `since`, up to `until`, added and removed; None where the log no longer tells."""
+    def files_added(self, since: int, until: int) -> list[DataFile] | None:
+        """Files that the commits after `since`, up to `until`, added; None where the log no longer tells.
+
+        What rewrote rows without changing what anybody sees is left out.
+        """
         added: list[DataFile] = []
-        removed: list[DataFile] = []
         for version in range(since + 1, until + 1):
             try:
                 text = read_bytes(join(self.uri, "_delta_log", f"{version:020d}.json"))
                 actions = [json.loads(line) for line in text.splitlines() if line]
             except (FileNotFoundError, ValueError):
                 return None
-            for action in actions:
-                for kind, files in (("add", added), ("remove", removed)):
-                    if action.get(kind, {}).get("dataChange"):
-                        files.append(self._file_in(action[kind]))
-        return TableChange(tuple(added), tuple(removed))
+            added += [self._file_in(action["add"]) for action in actions if action.get("add", {}).get("dataChange")]
+        return added
 
     # Writing ----------------------------------------------------------------------------------------------------------
 
@@ -266,22 +267,19 @@ class VersionedTable:
 
     def write(self, rows: pa.Table, *, partition: str | None = None) -> DataFile:
         """Write rows into one new file, sorted by the key, that no version names yet."""
-        folder = self._folder(partition)
         if self.key is not None:
             rows = rows.sort_by(self.key)
         names = [name for name in self.schema.names if name != self.partition_by]
         schema = pa.schema([_stored_field(self.schema.field(name), rows) for name in names])
-        place = join(self.uri, folder) if folder else self.uri
-        written = write_checked(place, rows.select(names).cast(schema), key=self.key, repeated=self.repeated)
-        path = join(folder, written.name) if folder else written.name
+        folder = join(self.uri, *self._folders(partition))
+        written = write_checked(folder, rows.select(names).cast(schema), key=self.key, repeated=self.repeated)
+        path = "/".join([*self._folders(partition), written.name])
         return DataFile(path, written.num_rows, written.size_bytes, partition, written.lowest, written.highest)
 
     def take_in(self, staged: str, stem: str, keys: pa.Table, *, partition: str | None = None) -> DataFile:
         """Give a file that a worker wrote its final name; no version names it yet. `keys` are its key columns."""
         content = read_bytes(staged)
-        folder = self._folder(partition)
-        name = named(stem, content)
-        path = join(folder, name) if folder else name
+        path = "/".join([*self._folders(partition), named(stem, content)])
         move(staged, join(self.uri, path))
         return DataFile(path, keys.num_rows, len(content), partition, *key_range(keys, self.key))
 
@@ -432,7 +430,7 @@ class VersionedTable:
         Whoever keeps versions of its readers takes `at` first and asks for them then: a reader that comes later pins
         `at` or a later version. Orphans of killed writers, staged files among them, go once they are old enough.
         """
-        there = file_ages(self.uri)
+        there = file_stats(self.uri)
         version = self.version() if at is None else at
         named_before = self._at(version).vacuum(
             retention_hours=0, dry_run=False, enforce_retention_duration=False, keep_versions=list(keep_versions)
@@ -452,7 +450,7 @@ class VersionedTable:
 
     def orphans(self, keep_versions: Sequence[int] = (), *, older_than_s: float = ORPHAN_AGE_S) -> list[str]:
         """Files below the table that neither the newest version nor a kept one names, and that are old enough."""
-        ages = file_ages(self.uri)
+        ages = file_ages(self.uri) if older_than_s > 0 else dict.fromkeys(file_stats(self.uri), 0.0)
         named_ = {file.path for version in (None, *keep_versions) for file in self._files_at(version)}
         return [
             join(self.uri, path)
@@ -498,7 +496,7 @@ class VersionedTable:
             )
 
     def _refused(self, error: Exception) -> StorageError:
-        said = "disk full: free space and run again" if is_disk_full(error) else first_line(error)
+        said = "disk full: free space and run again" if is_disk_full(error) else in_one_line(error)
         return StorageError(f"committing to {self.uri}: {said}")
 
     def _open(self, version: int | None = None) -> DeltaTable:
@@ -524,11 +522,11 @@ class VersionedTable:
         log = join(self.uri, "_delta_log")
         if any(words in str(error).lower() for words in _NOT_REACHED):
             return StorageError(
-                f"reading a table: expected the storage to answer, found {first_line(error)} ({log}); see that it can "
+                f"reading a table: expected the storage to answer, found {in_one_line(error)} ({log}); see that it can "
                 "be reached and read, and run again"
             )
         return DamagedLogError(
-            f"opening the table: expected a whole log, found {first_line(error)} ({log}); restore the folder "
+            f"opening the table: expected a whole log, found {in_one_line(error)} ({log}); restore the folder "
             "_delta_log from a backup, or see 'graceful doctor'"
         )
 
@@ -546,8 +544,8 @@ class VersionedTable:
                 raise
             return ()  # a version that no longer exists keeps nothing
 
-    def _folder(self, partition: str | None) -> str:
-        return "" if partition is None else f"{self.partition_by}={partition}"
+    def _folders(self, partition: str | None) -> list[str]:
+        return [] if partition is None else [f"{self.partition_by}={partition}"]
 
     def _partition_values(self, file: DataFile) -> dict[str, str | None]:
         return {self.partition_by: file.partition} if self.partition_by else {}

@@ -129,7 +129,8 @@ class Demo:
     def __init__(self, root: str, console: Console) -> None:
         self.console = console
         self.models = SyntheticModels()
-        self.workspace = Workspace(root, self.models, create=True)
+        self.workspace = Workspace(root, self.models)
+        self.workspace.create()
         self.result = DemoResult(root)
         products = [f"product{number:03d}" for number in range(PRODUCTS)]
         gallery, self.items = labelled(products, [f"shelf{number}" for number in range(PICTURES_EACH)])

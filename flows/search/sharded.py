@@ -70,7 +70,7 @@ class Shard:
         workspace = open_workspace(root)
         place = join(index_folder(workspace), SHARDS_FOLDER, f"{buckets[0]:03d}-{buckets[1]:03d}")
         self._follower = IndexFollower(workspace.gallery, place, config, buckets)
-        self._states: dict[str, Followed] = {}
+        self._states: dict[str, tuple[Followed, ShardCounts]] = {}
         self._one_writer = threading.Lock()
 
     def prepare(self, target: Target, version: GalleryVersion) -> ShardCounts:
@@ -78,18 +78,23 @@ class Shard:
         with self._one_writer:
             followed = self._follower.follow(target, version)
             name = followed.index.snapshot_id
+            held = self._states.get(name)
+            if held is None or held[0] is not followed:
+                rows = followed.index.rows_by_generation()
+                counts = ShardCounts(followed.num_unreadable, {one: rows.get(one, 0) for one in target.readable})
+                held = (followed, counts)
             kept = [(known, state) for known, state in self._states.items() if known != name]
-            self._states = dict([*kept, (name, followed)][-KEPT_STATES:])
-        counts = followed.index.rows_by_generation()
-        return ShardCounts(followed.num_unreadable, {name: counts.get(name, 0) for name in target.readable})
+            self._states = dict([*kept, (name, held)][-KEPT_STATES:])
+            return held[1]
 
     def find(
         self, snapshot_id: str, queries: NDArray[np.float32], k: int
     ) -> tuple[SearchResult, dict[int, ItemEntry]] | None:
         """Search one state; None where this shard does not hold it."""
-        followed = self._states.get(snapshot_id)
-        if followed is None:
+        held = self._states.get(snapshot_id)
+        if held is None:
             return None
+        followed, _ = held
         found = followed.index.search(queries, k)
         return found, followed.book.entries(found.revisions[found.revisions >= 0])
 

@@ -10,11 +10,10 @@ import os
 from collections.abc import Sequence
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from graceful.errors import GracefulError
 from graceful.files import resolve
-from graceful.indexing.items import Items
+from graceful.indexing.items import Items, not_deleted
 from graceful.training.images import split_source
 from graceful.training.manifest import LabelledImages
 
@@ -92,8 +91,7 @@ def settle_ids(items: pa.Table, stored: Items, *, replace: bool = False) -> pa.T
     digests = items["content_sha256"].to_pylist()
     _refuse(_clashes_within(ids, sources), "within the batch", "give each collection a name with --prefix")
     if not replace:
-        latest = stored.find(ids)
-        live = latest.filter(pc.fill_null(pc.invert(latest["deleted"]), False))
+        live = not_deleted(stored.find(ids))
         known = {
             row["item_id"]: (row["source"], row["content_sha256"])
             for row in live.select(["item_id", "source", "content_sha256"]).to_pylist()

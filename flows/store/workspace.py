@@ -14,7 +14,7 @@ from graceful.flows.store.registry import Registry
 from graceful.indexing.cache import EmbeddingCache
 from graceful.indexing.gallery import Gallery, GalleryVersion, View
 from graceful.indexing.reindex import EmbedFunction
-from graceful.indexing.tables import MissingTableError
+from graceful.indexing.tables import MissingTableError, in_use
 from graceful.training.generation import ordinal_of
 
 _CREATED = "created.json"
@@ -56,7 +56,8 @@ class Workspace:
             MissingTableError: it was made before, and a table is gone: nothing empty takes its place.
         """
         marker = join(self.root, "registry", _CREATED)
-        self._create = not exists(marker)
+        used = in_use(join(self.root, "registry"), ("lineage", "serving"))
+        self._create = not exists(marker) and not used
         if self._create and exists(join(self.root, "gallery", "items")) and self.gallery.view([]).num_items:
             raise MissingTableError(
                 f"creating the workspace: expected an empty gallery, found items and no registry ({self.root}); "
@@ -65,7 +66,7 @@ class Workspace:
         self.gallery.version()
         self.registry.serving()
         crash_point("workspace-before-marker")
-        if self._create:
+        if not exists(marker):
             write_json(marker, {"format_version": 1})
 
     def cache(self, generation: str) -> EmbeddingCache:

@@ -33,7 +33,6 @@ class Comparison:
     """
 
     then: View
-    num_readable_now: int
     num_readable_then: int
     hidden: NDArray[np.int64]
 
@@ -59,21 +58,10 @@ def compare(
     if champion is None:
         readable_now = np.zeros(then.num_items, bool)
     else:
-        readable_now = _same_rows(workspace.view(champion, pinned), then).owner >= 0
+        # Views of one version have the same items in the same order; only what can be read differs.
+        readable_now = workspace.view(champion, pinned).owner >= 0
     hidden = np.flatnonzero(readable_now & (then.owner < 0))
-    return Comparison(then, int(readable_now.sum()), int((then.owner >= 0).sum()), hidden)
-
-
-def _same_rows(now: View, then: View) -> View:
-    """Two views of one version have the same live items in the same order; only what can be read differs."""
-    assert np.array_equal(now.revisions, then.revisions), "views of two versions are compared"
-    return now
-
-
-def num_hidden(workspace: Workspace, generation: str) -> int:
-    """How many items the champion can read and this query generation could not."""
-    champion = workspace.registry.serving().champion
-    return 0 if champion is None else len(compare(workspace, generation, champion).hidden)
+    return Comparison(then, int((then.owner >= 0).sum()), hidden)
 
 
 def move(

@@ -1,5 +1,7 @@
 """Every row of the table "what happens / what follows from the reading rule", on the real tables."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -18,6 +20,7 @@ from graceful.flows.update.serving import (
 )
 from graceful.indexing.checked_files import DamagedFileError
 from graceful.indexing.maintenance import LeasedError, collect, forget
+from tests.flows.moves import carry_out_whole, move_only
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, items
 
 G1, G2, G3 = "g001-aaaaaa", "g002-bbbbbb", "g003-cccccc"
@@ -43,19 +46,6 @@ def rollout(generation, *, fraction=0.5, before_move="wave_zero", certified=(G1,
     return Rollout(key, generation, f"decision-{key}", fraction, "random", before_move, pairs, wave_rows=wave_rows)
 
 
-def carry_out_whole(workspace, rollout, *, champion):
-    plan = prepare(workspace, rollout)
-    embed_before_move(workspace, rollout, plan)
-    promote(workspace, rollout, plan, champion=champion)
-    return continue_plan(workspace)
-
-
-def move_only(workspace, rollout, *, champion):
-    plan = prepare(workspace, rollout)
-    embed_before_move(workspace, rollout, plan)
-    promote(workspace, rollout, plan, champion=champion)
-
-
 def owners(workspace, query_generation):
     view = workspace.view(query_generation)
     names = [view.readable[code] if code >= 0 else None for code in view.owner]
@@ -74,12 +64,14 @@ def test_bootstrap_embeds_everything_before_the_first_generation_serves(workspac
 
 
 def test_ingest_while_a_candidate_trains_is_read_by_the_candidate_through_its_certificate(workspace):
+    """When: ingest while a candidate trains."""
     ingest(workspace, one_item("late"))
     workspace.registry.certify([(G2, G2), (G2, G1)], reason="test")
     assert owners(workspace, G2)["late"] == G1
 
 
 def test_ingest_while_a_candidate_trains_is_unreadable_and_embedded_first_without_a_certificate(workspace):
+    """When: ingest while a candidate trains."""
     ingest(workspace, one_item("late"))
     workspace.registry.certify([(G2, G2)], reason="test")
     assert owners(workspace, G2)["late"] is None
@@ -88,6 +80,7 @@ def test_ingest_while_a_candidate_trains_is_unreadable_and_embedded_first_withou
 
 
 def test_image_changed_while_a_wave_embeds_the_old_bytes_is_dropped_counted_and_embedded_again(workspace, models):
+    """When: an image changes while a wave embeds the old one."""
     plan_of = rollout(G2, fraction=1.0, wave_rows=100)
     move_only(workspace, plan_of, champion=G1)
     changed = []
@@ -107,6 +100,7 @@ def test_image_changed_while_a_wave_embeds_the_old_bytes_is_dropped_counted_and_
 
 
 def test_deleted_item_is_gone_from_every_view_after_a_rollback_too(workspace):
+    """When: an item is deleted."""
     carry_out_whole(workspace, rollout(G2), champion=G1)
     assert delete(workspace, ["item-000-0", "never-there"]) == 1
     assert "item-000-0" not in owners(workspace, G2)
@@ -140,6 +134,7 @@ def test_forget_refuses_live_items_and_open_leases(workspace):
 
 
 def test_hold_after_a_wave_leaves_vectors_that_nobody_sees_and_that_are_collected(workspace):
+    """When: a decision to hold after some waves."""
     plan = prepare(workspace, rollout(G2, fraction=0.5))
     items_of_plan = workspace.registry.plan(plan.plan_id)[1]
     from graceful.indexing.reindex import carry_out
@@ -174,6 +169,7 @@ def test_collection_keeps_the_files_that_a_lease_pins(workspace):
 
 
 def test_rollback_after_a_part_was_reindexed_moves_one_pointer_and_skips_the_newer_vectors(workspace):
+    """When: rollback with 40 % re-indexed."""
     before = owners(workspace, G1)
     carry_out_whole(workspace, rollout(G2, fraction=0.4), champion=G1)
     assert list(owners(workspace, G2).values()).count(G2) == 5
@@ -187,6 +183,7 @@ def test_rollback_after_a_part_was_reindexed_moves_one_pointer_and_skips_the_new
 
 
 def test_items_ingested_since_the_promotion_are_found_after_a_rollback_until_previous_is_released(workspace):
+    """When: items ingested since a promotion."""
     carry_out_whole(workspace, rollout(G2), champion=G1)
     ingest(workspace, one_item("in-probation"))
     assert generations_to_write(workspace) == [G2, G1]
@@ -199,6 +196,7 @@ def test_items_ingested_since_the_promotion_are_found_after_a_rollback_until_pre
 
 
 def test_next_promotion_supersedes_the_active_plan_and_its_late_wave_is_harmless(workspace):
+    """When: the next promotion comes before a re-index has ended."""
     first = rollout(G2, fraction=1.0)
     move_only(workspace, first, champion=G1)
     plan_items = workspace.registry.plan("update-g002-bbbbbb-g002-bbbbbb")[1]
@@ -218,6 +216,7 @@ def test_next_promotion_supersedes_the_active_plan_and_its_late_wave_is_harmless
 
 
 def test_old_client_reads_what_is_certified_for_it_and_is_refused_by_name_otherwise(workspace):
+    """When: an old client goes on querying."""
     carry_out_whole(workspace, rollout(G2, fraction=1.0), champion=G1)
     carry_out_whole(workspace, rollout(G3, fraction=1.0, certified=[G1, G2]), champion=G2)
     assert generations_to_write(workspace, supported=[G1]) == [G3, G2, G1]
@@ -231,6 +230,7 @@ def test_old_client_reads_what_is_certified_for_it_and_is_refused_by_name_otherw
 
 
 def test_live_generation_that_fails_its_certificate_is_wave_zero_and_embedded_before_the_move(workspace):
+    """When: a generation's rows get no certificate for the candidate."""
     carry_out_whole(workspace, rollout(G2, fraction=0.25), champion=G1)
     third = rollout(G3, fraction=0.5, certified=[G1])
     plan = prepare(workspace, third)
@@ -244,6 +244,7 @@ def test_live_generation_that_fails_its_certificate_is_wave_zero_and_embedded_be
 
 
 def test_full_backfill_writes_both_generations_from_its_start_and_moves_last(workspace, models):
+    """When: a full backfill."""
     whole = rollout(G2, fraction=1.0, before_move="all", certified=[])
     plan = prepare(workspace, whole)
     arrived = []
@@ -297,3 +298,13 @@ def test_resuming_an_update_does_not_repeat_a_promotion_that_was_rolled_back(wor
     rollback(workspace)
     promote(workspace, second, prepare(workspace, second), champion=G1)
     assert workspace.registry.serving().champion == G1
+
+
+def test_every_row_of_the_table_of_the_architecture_page_is_a_test_here():
+    """What the page says happens is what a test of that row shows."""
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
+    table = page.split("| what happens | what follows |")[1].split("\n\n")[0]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ")]
+    told = {test.__doc__ for name, test in globals().items() if name.startswith("test_")}
+    assert len(rows) == 10
+    assert [row for row in rows if f"When: {row}." not in told] == []

@@ -6,23 +6,26 @@ import os
 import threading
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
-from graceful.files import exists, list_files, read_bytes, write_bytes
+from graceful.files import exists, list_files, read_bytes, set_crash_hook, write_bytes
 from graceful.flows.cli import app
+from graceful.flows.commands.status import forget_items
 from graceful.flows.runtime.session import open_session
 from graceful.flows.settings.config import load_workspace_config
 from graceful.flows.store.claim import UpdateInProgressError, claim
 from graceful.flows.store.events import Decided
 from graceful.flows.store.registry import ServingMovedError
 from graceful.flows.store.workspace import Workspace, require_workspace
-from graceful.flows.update.rollout import Rollout, continue_plan, embed_before_move, prepare, promote
+from graceful.flows.update.rollout import Rollout
 from graceful.flows.update.serving import delete, ingest, release_previous, rollback
 from graceful.indexing.maintenance import collect, forget
 from graceful.training.datasets import load_images
 from graceful.training.images import read_payloads
 from tests.flows import running, tiny
+from tests.flows.moves import carry_out_whole
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, items
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -129,9 +132,10 @@ def test_whole_updates_run_in_the_store_and_are_searched_and_rolled_back(
 def workspace(bucket, request):
     """Twelve items, served by the first generation."""
     models = SyntheticModels(*[SyntheticGeneration(name) for name in (G1, G2)])
-    opened = Workspace(f"{bucket}/{request.node.name}", models, create=True)
+    name = request.node.name.replace("[", "-").rstrip("]")
+    opened = Workspace(f"{bucket}/{name}", models, create=True)
     ingest(opened, items(4, 3))
-    carry_out(opened, rollout(G1, fraction=1.0, before_move="all", certified=[]), champion=None)
+    carry_out_whole(opened, rollout(G1, fraction=1.0, before_move="all", certified=[]), champion=None)
     return opened
 
 
@@ -143,20 +147,13 @@ def rollout(generation, *, fraction=0.5, before_move="wave_zero", certified=(G1,
     )  # fmt: skip
 
 
-def carry_out(workspace, wanted, *, champion):
-    plan = prepare(workspace, wanted)
-    embed_before_move(workspace, wanted, plan)
-    promote(workspace, wanted, plan, champion=champion)
-    return continue_plan(workspace)
-
-
 def rows(workspace, generation):
     return workspace.view(generation).rows_by_generation()
 
 
 def test_gallery_is_reindexed_in_part_and_rolled_back(workspace):
     assert rows(workspace, G1) == {G1: NUM_ITEMS}
-    report = carry_out(workspace, rollout(G2), champion=G1)
+    report = carry_out_whole(workspace, rollout(G2), champion=G1)
     assert (report.embedded, report.failures) == (6, ())
     reopened = Workspace(workspace.root, workspace.embed_with)
     require_workspace(workspace.root)
@@ -212,9 +209,7 @@ def test_claim_excludes_a_second_update(workspace):
 
 
 def test_deleted_item_is_forgotten_and_unread_vectors_are_collected(workspace):
-    import pyarrow as pa
-
-    carry_out(workspace, rollout(G2, fraction=1.0), champion=G1)
+    carry_out_whole(workspace, rollout(G2, fraction=1.0), champion=G1)
     release_previous(workspace)
     assert collect(workspace.gallery, workspace.protected).generations == (G1,)
     assert rows(workspace, G2) == {G1: 0, G2: NUM_ITEMS}
@@ -226,6 +221,50 @@ def test_deleted_item_is_forgotten_and_unread_vectors_are_collected(workspace):
     ingest(workspace, pa.Table.from_pylist([item_row("late", "id001", "x")]))
     assert rows(workspace, G2) == {G1: 0, G2: NUM_ITEMS}
     assert not exists(f"{workspace.root}/nothing")
+
+
+FORGET_POINTS = [
+    "table-file-written", "table-committed", "items-ingested", "vectors-before-commit", "vectors-after-commit",
+    "forget-before-gallery", "rewrite-before-commit", "rewrite-after-commit", "collect-after-leases",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("point", FORGET_POINTS)
+def test_forgotten_item_is_nowhere_in_the_store_whatever_was_killed(workspace, point):
+    """Every byte below the root is looked at: for the id, the source, the content hash and the vectors."""
+    secret = item_row("the-secret-item", "the-secret-person", "its-image")
+    table = pa.Table.from_pylist([secret])
+
+    class CrashError(BaseException):
+        pass
+
+    def killed_once_then_again(act):
+        hits = []
+
+        def crash(name):
+            if name == point and not hits:
+                hits.append(name)
+                raise CrashError
+
+        set_crash_hook(crash)
+        try:
+            act()
+        except CrashError:
+            act()
+        finally:
+            set_crash_hook(None)
+
+    cache = workspace.cache(G1)
+    cache.extend([secret["content_sha256"]], [secret["source"]], workspace.embed_with(G1))
+    killed_once_then_again(lambda: ingest(workspace, table))
+    killed_once_then_again(lambda: delete(workspace, [secret["item_id"]]))
+    killed_once_then_again(lambda: forget_items(workspace, [secret["item_id"]]))
+    killed_once_then_again(lambda: collect(workspace.gallery, workspace.protected, orphan_age_s=0))
+    vectors = [SyntheticGeneration(name).encode([secret["source"]])[0].tobytes() for name in (G1, G2)]
+    words = [secret[name].encode() for name in ("item_id", "source", "content_sha256")]
+    for file in list_files(workspace.root):
+        content = read_bytes(file)
+        assert not [word for word in (*words, *vectors) if word in content], file
 
 
 def test_embedding_cache_and_evaluation_files_live_there_too(workspace):

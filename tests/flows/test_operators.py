@@ -13,12 +13,13 @@ from graceful.flows.cli import app
 from graceful.flows.commands.selftest import try_storage
 from graceful.flows.commands.status import collect_garbage, delete_items
 from graceful.flows.store.workspace import Workspace
-from graceful.flows.update.rollout import Rollout, continue_plan, embed_before_move, prepare, promote
+from graceful.flows.update.rollout import Rollout, continue_plan
 from graceful.flows.update.serving import ingest
 from graceful.indexing import items as items_module
 from graceful.indexing.checked_files import forget_verified
 from graceful.indexing.maintenance import collect
 from tests.flows import tiny
+from tests.flows.moves import carry_out_whole
 from tests.synthetic import SyntheticGeneration, SyntheticModels, items
 
 G1, G2 = "g001-aaaaaa", "g002-bbbbbb"
@@ -34,10 +35,7 @@ def root(tmp_path):
     for generation, fraction, before, champion in ((G1, 1.0, "all", None), (G2, 0.5, "wave_zero", G1)):
         pairs = ((generation, generation), *([(generation, champion)] if champion else []))
         wanted = Rollout("u-" + generation, generation, "d-" + generation, fraction, "random", before, pairs)
-        plan = prepare(workspace, wanted)
-        embed_before_move(workspace, wanted, plan)
-        promote(workspace, wanted, plan, champion=champion)
-        continue_plan(workspace)
+        carry_out_whole(workspace, wanted, champion=champion)
     return place
 
 

@@ -9,7 +9,7 @@ from graceful.flows.store.events import Decided, Trained
 from graceful.flows.store.registry import UncertifiedGenerationError
 from graceful.flows.store.workspace import UnsupportedGenerationError, Workspace
 from graceful.flows.update.gate import MoveRefusedError
-from graceful.flows.update.rollout import Rollout, continue_plan, embed_before_move, prepare, promote
+from graceful.flows.update.rollout import Rollout, embed_before_move, prepare, promote
 from graceful.flows.update.serving import (
     abandon,
     go_forward,
@@ -21,6 +21,7 @@ from graceful.flows.update.serving import (
     rollback,
 )
 from graceful.indexing.maintenance import collect
+from tests.flows import moves
 from tests.synthetic import SyntheticGeneration, SyntheticModels, item_row, items
 
 pytestmark = pytest.mark.timeout(120)
@@ -55,10 +56,7 @@ def rollout(generation, *, before_move="wave_zero", certified=(), fraction=1.0):
 
 
 def carry_out_whole(workspace, what, *, champion):
-    plan = prepare(workspace, what)
-    embed_before_move(workspace, what, plan)
-    promote(workspace, what, plan, champion=champion)
-    continue_plan(workspace, unit_rows=2)
+    moves.carry_out_whole(workspace, what, champion=champion, unit_rows=2)
 
 
 def collect_now(workspace):

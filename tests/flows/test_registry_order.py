@@ -11,6 +11,7 @@ from graceful.flows.store.registry import DamagedPlanError, Registry, ServingMov
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.rollout import Rollout, continue_plan, embed_before_move, prepare, promote
 from graceful.flows.update.serving import NothingToRollBackError, go_forward, ingest, release_previous, rollback
+from tests.flows.moves import move_only
 from tests.synthetic import SyntheticGeneration, SyntheticModels, items
 
 pytestmark = pytest.mark.timeout(120)
@@ -59,10 +60,7 @@ def rollout(generation):
 
 
 def promote_whole(workspace, generation, champion):
-    what = rollout(generation)
-    plan = prepare(workspace, what)
-    embed_before_move(workspace, what, plan)
-    promote(workspace, what, plan, champion=champion)
+    move_only(workspace, rollout(generation), champion=champion)
 
 
 def at_the_next_move(act):

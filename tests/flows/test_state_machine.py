@@ -530,7 +530,7 @@ def test_state_machine_catches_a_committer_that_writes_twice(monkeypatch):
 
 
 BROKEN = settings(SEARCH_ONLY, max_examples=300)
-CAUGHT = (AssertionError, ExceptionGroup, KeyError, DamagedFileError, MoveRefusedError)
+CAUGHT = (AssertionError, ExceptionGroup, KeyError, DamagedFileError, MoveRefusedError, pytest.fail.Exception)
 
 
 def play(story):

@@ -1,6 +1,7 @@
 """Collecting what nobody can read, forgetting what must be gone: nothing else goes, and what goes is gone."""
 
 import functools
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -228,3 +229,23 @@ def test_reader_that_comes_while_files_are_deleted_keeps_what_it_pinned(gallery,
         assert len(view.vectors(view.owned_by(name)))
     lease.release()
     assert not Gallery(gallery.location).view([G1, G2]).unreadable().size
+
+
+def test_clock_that_steps_ahead_makes_no_orphan_of_a_file_that_is_about_to_be_committed(gallery, monkeypatch):
+    """Another machine collects while a file is written and not committed; its clock is two hours ahead."""
+    ahead = [0.0]
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + ahead[0])
+
+    def collect_elsewhere(name):
+        if name == "table-file-written" and not ahead[0]:
+            ahead[0] = 7200.0
+            collect(Gallery(gallery.location), lambda: [[G1, G2]])
+
+    set_crash_hook(collect_elsewhere)
+    try:
+        gallery.ingest(batch(7))
+    finally:
+        set_crash_hook(None)
+    assert ahead[0]
+    assert "item-7" in Gallery(gallery.location).view([G1, G2]).item_ids
