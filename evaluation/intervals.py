@@ -130,21 +130,34 @@ def share_bounds(hits: NDArray[np.bool_], clusters: NDArray[Any], alpha: float =
     num_clusters = len(sizes)
     icc = intra_cluster_correlation(hits, clusters)
     num_flipped = int((sums > 0).sum())
-    few = num_clusters < FEW_CLUSTERS or num_flipped < FEW_FLIPPED_CLUSTERS
-    floor = 1.0 if num_flipped < CLUSTERS_COUNT_ONCE else ICC_FLOOR if few else 0.0
+    floor = icc_floor(num_clusters, num_flipped)
     floored = icc < floor
     icc = max(icc, floor)
-    design_effect = 1 + ((sizes**2).sum() / n - 1) * icc
-    if num_clusters > 1:
-        freedom = (stats.t.ppf(1 - alpha, n - 1) / stats.t.ppf(1 - alpha, num_clusters - 1)) ** 2
-        effective = min(n / design_effect * freedom, float(n))
-    else:
-        effective = 1.0
+    design_effect, effective = effective_sample(n, num_clusters, float((sizes**2).sum()), icc, alpha)
     value = float(hits.mean())
     lower, upper = clopper_pearson(min(value * effective, effective), effective, alpha)
-    return ShareBounds(
-        n, num_clusters, int(hits.sum()), value, lower, upper, icc, float(design_effect), float(effective), floored
-    )
+    return ShareBounds(n, num_clusters, int(hits.sum()), value, lower, upper, icc, design_effect, effective, floored)
+
+
+def icc_floor(num_clusters: int, num_flipped: int) -> float:
+    """Least intra-cluster correlation that `share_bounds` assumes when `num_flipped` of the clusters hold a hit."""
+    if num_flipped < CLUSTERS_COUNT_ONCE:
+        return 1.0
+    return ICC_FLOOR if num_clusters < FEW_CLUSTERS or num_flipped < FEW_FLIPPED_CLUSTERS else 0.0
+
+
+def effective_sample(
+    n: float, num_clusters: int, sum_of_squares: float, icc: float, alpha: float
+) -> tuple[float, float]:
+    """Design effect, and the independent queries that n queries in clusters are worth.
+
+    `sum_of_squares` is the sum of the squared cluster sizes: design effect 1 + (sum m^2 / n - 1) ICC.
+    """
+    design_effect = 1 + (sum_of_squares / n - 1) * icc
+    if num_clusters < 2:
+        return float(design_effect), 1.0
+    freedom = (stats.t.ppf(1 - alpha, n - 1) / stats.t.ppf(1 - alpha, num_clusters - 1)) ** 2
+    return float(design_effect), float(min(n / design_effect * freedom, n))
 
 
 def nfr_bound(

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import special, stats
+
+from graceful.evaluation.intervals import clopper_pearson, effective_sample, icc_floor
 
 MAX_QUERIES = 10_000_000  # more than this is answered with None: "no number of queries that anyone could collect"
 MAX_EXACT_QUERIES = 50_000  # above it the normal approximation is within a few per cent, and the exact search slow
@@ -68,6 +71,49 @@ def queries_for_nfr(
     else:
         n = int(np.argmax(enough)) + 1
     return _ceil(n * design_effect)
+
+
+def identities_for_nfr(
+    max_nfr: float, queries_per_identity: float | Sequence[float] = 1.0, alpha: float = 0.05
+) -> int | None:
+    """Fewest identities with which the bound of the negative flip rate passes when *nothing* flips.
+
+    With fewer, no update can ever pass the limit, however many queries each identity has: see `share_bounds`, whose
+    bound this is for equally many queries per identity.
+
+    Args:
+        max_nfr: the limit of the negative flip rate, a share in (0, 1).
+        queries_per_identity: one number, or the numbers that were found, one per identity: further identities are
+            then taken to be alike, and uneven ones count for less.
+        alpha: error level of the bound (the gate takes NFR bounds at half of its own).
+
+    Returns:
+        The number of identities, or None when more than MAX_QUERIES queries would be needed.
+
+    >>> identities_for_nfr(0.02, 1, alpha=0.025), identities_for_nfr(0.02, 60, alpha=0.025)
+    (183, 185)
+    """
+    sizes = np.atleast_1d(np.asarray(queries_per_identity, np.float64))
+    if not 0 < max_nfr < 1 or not len(sizes) or not (sizes >= 1).all():
+        raise ValueError(
+            f"planning identities: expected a limit in (0, 1) and at least one query per identity, found {max_nfr} "
+            f"and {queries_per_identity}"
+        )
+    mean, square = float(sizes.mean()), float((sizes**2).mean())
+
+    def passes(identities: int) -> bool:
+        n = identities * mean
+        _, effective = effective_sample(n, identities, identities * square, icc_floor(identities, 0), alpha)
+        return clopper_pearson(0, effective, alpha)[1] <= max_nfr
+
+    most = max(1, int(MAX_QUERIES / mean))
+    if not passes(most):
+        return None
+    least = 0  # the bound falls with every identity
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (least, middle) if passes(middle) else (middle, most)
+    return most
 
 
 def queries_for_margin(

@@ -40,7 +40,13 @@ if TYPE_CHECKING:
     )
     from graceful.evaluation.outcomes import outcome_from_ranks
     from graceful.evaluation.policy import RolloutPolicy
-    from graceful.evaluation.power import minimal_detectable_difference, nfr_power, queries_for_margin, queries_for_nfr
+    from graceful.evaluation.power import (
+        identities_for_nfr,
+        minimal_detectable_difference,
+        nfr_power,
+        queries_for_margin,
+        queries_for_nfr,
+    )
     from graceful.evaluation.retrieval import (
         average_precision_at_r,
         cmc_curve,
@@ -86,6 +92,7 @@ _HOME = {
     "update_gain": "evaluation.matrix",
     "outcome_from_ranks": "evaluation.outcomes",
     "RolloutPolicy": "evaluation.policy",
+    "identities_for_nfr": "evaluation.power",
     "minimal_detectable_difference": "evaluation.power",
     "nfr_power": "evaluation.power",
     "queries_for_margin": "evaluation.power",
@@ -129,6 +136,7 @@ __all__ = [
     "difference_bands",
     "flip_rates",
     "forward_compatibility",
+    "identities_for_nfr",
     "judge_outcomes",
     "mean_average_precision",
     "mean_average_precision_at_r",

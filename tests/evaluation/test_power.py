@@ -5,8 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from graceful.evaluation.intervals import clopper_pearson
-from graceful.evaluation.power import minimal_detectable_difference, nfr_power, queries_for_margin, queries_for_nfr
+from graceful.evaluation.intervals import clopper_pearson, share_bounds
+from graceful.evaluation.power import (
+    identities_for_nfr,
+    minimal_detectable_difference,
+    nfr_power,
+    queries_for_margin,
+    queries_for_nfr,
+)
 
 
 @pytest.mark.parametrize(("n", "one_sided", "points"), [(10_000, False, 1.25), (1000, False, 3.96), (1000, True, 3.52)])
@@ -51,3 +57,31 @@ def test_margin_sizes_have_the_power_they_promise() -> None:
     flips = rng.multinomial(n, [0.05, 0.05, 0.9], 4000)
     mean = (flips[:, 1] - flips[:, 0]) / n
     assert np.mean(mean - 1.645 * np.sqrt(0.1 / n) >= -0.02) == pytest.approx(0.8, abs=0.03)
+
+
+@pytest.mark.parametrize("limit", [0.01, 0.02, 0.05])
+@pytest.mark.parametrize("alpha", [0.05, 0.025])
+@pytest.mark.parametrize("sizes", [[1], [2], [5], [20], [100], [1, 1, 1, 37], [3, 4]])
+def test_identities_are_the_fewest_with_which_no_flip_at_all_passes(
+    limit: float, alpha: float, sizes: list[int]
+) -> None:
+    def upper(identities: int) -> float:
+        clusters = np.repeat(np.arange(identities), np.resize(sizes, identities))
+        return share_bounds(np.zeros(len(clusters), bool), clusters, alpha).upper
+
+    fewest = identities_for_nfr(limit, sizes, alpha)
+    assert fewest is not None
+    whole = len(sizes) * -(-fewest // len(sizes))  # whole rounds of the pattern: the same mean sizes
+    assert upper(whole) <= limit < upper(whole - len(sizes))
+    if len(sizes) == 1:
+        assert identities_for_nfr(limit, float(sizes[0]), alpha) == fewest == whole
+
+
+def test_identities_golden_numbers_and_refusals() -> None:
+    assert identities_for_nfr(0.02, 1, 0.025) == 183
+    assert identities_for_nfr(0.02, 60, 0.025) == 185  # queries of the same identities hardly count
+    assert identities_for_nfr(0.5, 1, 0.05) == 5
+    assert identities_for_nfr(1e-9) is None
+    for limit, per in ((0.0, 1), (1.0, 1), (0.02, 0), (0.02, [])):
+        with pytest.raises(ValueError, match="planning identities"):
+            identities_for_nfr(limit, per)
