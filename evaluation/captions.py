@@ -10,10 +10,14 @@ from numpy.typing import NDArray
 
 from graceful.evaluation.backfill import area_under_curve
 from graceful.evaluation.decision import Decision
-from graceful.evaluation.evidence import Evidence, StateEvidence
+from graceful.evaluation.evidence import NFR_FAMILIES, OVERALL, Evidence, StateEvidence
 from graceful.evaluation.guards import Reason
 from graceful.evaluation.matrix import CompatibilityMatrix, average_compatibility, average_multimodel, criterion
+from graceful.evaluation.outcomes import parse_state
 from graceful.evaluation.policy import RolloutPolicy
+from graceful.evaluation.ways import Curve, effective_queries
+
+FULLY = "with everything re-embedded"
 
 
 def matrix_markdown(matrix: CompatibilityMatrix) -> str:
@@ -27,22 +31,6 @@ def matrix_markdown(matrix: CompatibilityMatrix) -> str:
             cells.append(f"**{text}**" if met[t, k] == 1 else f"{text} (x)" if met[t, k] == 0 else text)
         lines.append(f"| {generation} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", matrix_caption(matrix)])
-
-
-def decision_markdown(decision: Decision) -> str:
-    """The decision and the guards that led to it, as Markdown."""
-    lines = [
-        f"## {decision.outcome}",
-        "",
-        decision.summary,
-        "",
-        "| guard | where | limit | measured | bound | n | verdict |",
-    ]
-    lines.append("|---" * 7 + "|")
-    for row in map(reason_row, decision.reasons[: decision.num_decisive]):
-        keys = ("guard", "where", "limit", "value", "bound", "n", "verdict")
-        lines.append("| " + " | ".join(str(row[key]).replace("|", "/") for key in keys) + " |")
-    return "\n".join(lines)
 
 
 def matrix_caption(matrix: CompatibilityMatrix) -> str:
@@ -108,14 +96,51 @@ def curve_caption(states: Sequence[StateEvidence], decision: Decision, policy: R
     )
 
 
+def no_curve_caption(state: StateEvidence, drawn: Sequence[Curve]) -> str:
+    """What to conclude where the whole gallery would be re-embedded before the move: there is no backfill curve."""
+    text = (
+        "This is no backfill curve of the gallery as it is: no stored vector may be read by the candidate, so "
+        "everything is re-embedded before it serves, and every fraction is one and the same state: "
+        f"{points(state.difference)} points against what is served now (at least {points(state.difference_lower)}). "
+    )
+    for curve in drawn:
+        first = curve.points[0]
+        if first.value is not None and state.baseline is not None:
+            text += (
+                f"The line ({curve.title}) is what was measured beside it and would not be served today: with nothing "
+                f"re-embedded {points(first.value - state.baseline)} points. "
+            )
+    return text.rstrip()
+
+
+def flips_caption(states: Sequence[StateEvidence], policy: RolloutPolicy) -> str:
+    """What to conclude from flips by fraction, of the states that users live through."""
+    known = [state for state in states if state.nfr is not None]
+    if not known:
+        return "No flips were measured."
+    worst = max(known, key=lambda state: state.nfr or 0.0)
+    limit = "" if policy.max_nfr is None else f" The limit is {share_text(policy.max_nfr)}."
+    wins = "" if worst.pfr is None else f", {percent(worst.pfr)} are won"
+    each = "" if not worst.nfr or worst.pfr is None else f": {worst.pfr / worst.nfr:.1f} for each one lost"
+    where = (
+        f"Most is lost at {share_text(worst.fraction)} re-embedded"
+        if len(known) > 1
+        else f"Users would live through one state alone, {moment(worst.fraction)}"
+    )
+    return (
+        f"{where}: {percent(worst.nfr)} of the searches work now and "
+        f"fail then (at most {percent(worst.nfr_upper)}){wins}{each}.{limit} Bars are one-sided bounds, each with "
+        f"confidence {share_text(1 - policy.alpha / NFR_FAMILIES)}."
+    )
+
+
 def metric_name(evidence: Evidence) -> str:
     """recall@1, recall@5, mAP."""
     return f"recall@{evidence.k}" if evidence.metric == "recall@k" else evidence.metric
 
 
-def reason_row(reason: Reason) -> dict[str, Any]:
-    """A guard as texts, by column."""
-    where = reason.scope if reason.state is None or reason.scope == reason.state else f"{reason.scope}, {reason.state}"
+def reason_row(reason: Reason, evidence: Evidence | None = None) -> dict[str, Any]:
+    """A guard as texts, by column; with the evidence also the effective n that its bound rests on."""
     form = {"quality": points, "dip": points, "certificate": points, "cost": number}.get(reason.guard, percent)
     unit = {"quality": " points", "dip": " points", "certificate": " points", "cost": " days"}.get(reason.guard, "")
     numbers = {
@@ -123,7 +148,50 @@ def reason_row(reason: Reason) -> dict[str, Any]:
         for name, value in (("limit", reason.threshold), ("value", reason.value), ("bound", reason.bound))
     }
     n = "" if reason.n is None else f"{reason.n:,}"
-    return {"guard": reason.guard, "where": where, **numbers, "n": n, "verdict": reason.verdict, "text": reason.text}
+    states = () if evidence is None else (*evidence.states, *evidence.hoped_states)
+    state = next((s for s in states if (s.scope, s.state) == (reason.scope, reason.state)), None)
+    if n and state is not None and reason.guard in ("quality", "dip", "NFR"):
+        effective = effective_queries(state, reason.guard)
+        n += "" if effective is None else f" ({effective:,.0f})"
+    return {
+        "guard": reason.guard,
+        "where": where_text(reason),
+        **numbers,
+        "n": n,
+        "verdict": reason.verdict,
+        "text": reason.text,
+    }
+
+
+def moment(fraction: float, *, whole: bool = False) -> str:
+    """A state in words.
+
+    >>> moment(0.0), moment(0.25), moment(1.0)
+    ('with nothing re-embedded yet', 'with 25 % re-embedded', 'with everything re-embedded')
+    """
+    if whole or fraction == 1:
+        return FULLY
+    return f"with {share_text(fraction)} re-embedded" if fraction else "with nothing re-embedded yet"
+
+
+def where_text(reason: Reason) -> str:
+    """Where a guard looks: at which searches, in which state.
+
+    >>> where_text(Reason(guard="NFR", state="fraction/0.5", verdict="PASS", text=""))
+    'all searches, with 50 % re-embedded'
+    """
+    if reason.guard == "wave zero":
+        return "vectors it may not read"
+    if reason.guard == "certificate":
+        return f"vectors of {reason.scope}"
+    scope = "all searches" if reason.scope == OVERALL else reason.scope
+    if reason.state is None:
+        return "" if reason.guard == "cost" else scope
+    state = parse_state(reason.state)
+    if state.fraction is None:
+        return "on its own gallery" if state.query_generation == state.gallery_generation else reason.state
+    before = f", {'+'.join(state.wave_zero)} before" if state.wave_zero else ""
+    return f"{scope}, {moment(state.fraction)}{before}"
 
 
 def points(share: float | None) -> str:
@@ -143,6 +211,18 @@ def share_text(share: float) -> str:
     ('5 %', '100 %')
     """
     return f"{100 * share:g} %"
+
+
+def duration(hours: float) -> str:
+    """Hours in the unit that reads best.
+
+    >>> duration(0.001), duration(0.05), duration(30)
+    ('3.6 s', '3.0 min', '30.0 h')
+    """
+    seconds = 3600 * hours
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if hours < 1 else f"{hours:.1f} h"
 
 
 def number(value: object) -> str:

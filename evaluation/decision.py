@@ -32,8 +32,10 @@ from graceful.evaluation.evidence import (
 from graceful.evaluation.guards import (
     Option,
     Reason,
+    as_hoped,
     full_option,
     limit_of,
+    most_hopeful,
     pays,
     percent,
     rollout_options,
@@ -98,8 +100,7 @@ def decide(evidence: Evidence, policy: RolloutPolicy) -> Decision:
     paying = Option(full.name, full.fraction, (*full.reasons, pays(evidence, policy)))
     if paying.verdict == "PASS":
         return _full_backfill(evidence, paying, rollouts, everything)
-    # A rollout that waits for certificates would serve other states than today's wave 0 does: those that come then.
-    then = evidence.model_copy(update={"states": evidence.hoped_states}) if evidence.hoped_states else evidence
+    then = as_hoped(evidence)
     waiting = rollout_options(then, policy)
     undecided = [option for option in (*waiting, paying) if option.verdict == "UNKNOWN"]
     if undecided:
@@ -267,8 +268,7 @@ def _full_backfill(
 def _inconclusive(
     evidence: Evidence, policy: RolloutPolicy, undecided: Sequence[Option], everything: Iterable[Reason]
 ) -> Decision:
-    hopeful = [option for option in undecided if all(map(_on_good_side, option.with_verdict("UNKNOWN")))]
-    option = (hopeful or list(undecided))[0]
+    option = most_hopeful(undecided)
     open_reasons = option.with_verdict("UNKNOWN")
     needs = [(further_queries(reason, evidence, policy), reason) for reason in open_reasons]
     unreachable = [reason for number, reason in needs if number is None]
@@ -286,15 +286,6 @@ def _inconclusive(
         decisive=open_reasons,
         others=everything,
     )
-
-
-def _on_good_side(reason: Reason) -> bool:
-    """Whether the guard would pass if more queries gave the same numbers. Wave 0: its certificates may still pass."""
-    if reason.guard == "wave zero":
-        return True
-    if reason.value is None or reason.threshold is None:
-        return False
-    return reason.value >= reason.threshold if reason.guard in ("quality", "dip") else reason.value <= reason.threshold
 
 
 def further_queries(reason: Reason, evidence: Evidence, policy: RolloutPolicy) -> int | None:

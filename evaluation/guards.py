@@ -106,6 +106,20 @@ def pays(evidence: Evidence, policy: RolloutPolicy) -> Reason:
     )  # fmt: skip
 
 
+def as_hoped(evidence: Evidence) -> Evidence:
+    """The evidence with the states that come once all open certificates pass, where those were measured.
+
+    A rollout that waits for certificates would serve these and not those of today's wave 0.
+    """
+    return evidence.model_copy(update={"states": evidence.hoped_states}) if evidence.hoped_states else evidence
+
+
+def most_hopeful(undecided: Sequence[Option]) -> Option:
+    """The cheapest open option of which every open guard is on its good side; else the cheapest."""
+    hopeful = [option for option in undecided if all(map(_on_good_side, option.with_verdict("UNKNOWN")))]
+    return (hopeful or list(undecided))[0]
+
+
 def state_of(evidence: Evidence, scope: str, fraction: float) -> StateEvidence:
     """The evidence about one state; it must exist (missing states are found before anything is judged)."""
     return next(state for state in evidence.states if state.scope == scope and state.fraction == fraction)
@@ -150,6 +164,15 @@ def limit_of(value: float | None) -> float:
 def percent(share: float | None) -> str:
     """A share as text."""
     return "not measured" if share is None else f"{100 * share:.2f} %"
+
+
+def _on_good_side(reason: Reason) -> bool:
+    """Whether the guard would pass if more queries gave the same numbers. Wave 0: its certificates may still pass."""
+    if reason.guard == "wave zero":
+        return True
+    if reason.value is None or reason.threshold is None:
+        return False
+    return reason.value >= reason.threshold if reason.guard in ("quality", "dip") else reason.value <= reason.threshold
 
 
 def _scopes(evidence: Evidence) -> list[str]:

@@ -1,18 +1,17 @@
-"""One self-contained HTML page about one decision, its plots, and short Markdown for a flow's UI.
+"""One self-contained HTML page about one decision, its pictures for a flow's UI, and what both are made of.
 
-The page needs no script and no network: styles and plots (SVG) are inside it. Decision and reasons come first. Every
-plot has a caption that says what to conclude, made from the numbers. Only this module imports matplotlib and jinja2,
-and it draws without pyplot, so that importing it changes no global state.
+The page needs no script and no network: styles, plots (SVG) and pictures are inside it. What a person in a hurry asks
+comes first: decision, reason, losses and wins, cost, next command. Every plot has a caption that says what to conclude,
+made from the numbers. Only this module imports jinja2.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -20,9 +19,13 @@ from numpy.typing import NDArray
 
 from graceful.evaluation.captions import (
     curve_caption,
+    duration,
+    flips_caption,
     matrix_caption,
     metric_name,
+    moment,
     nfr_caption,
+    no_curve_caption,
     number,
     percent,
     points,
@@ -30,33 +33,43 @@ from graceful.evaluation.captions import (
     share_text,
 )
 from graceful.evaluation.decision import Decision
-from graceful.evaluation.evidence import OVERALL, Evidence, StateEvidence
-from graceful.evaluation.flips import flips_by_slice
-from graceful.evaluation.matrix import CompatibilityMatrix, criterion
-from graceful.evaluation.outcomes import SERVED, Outcomes, fraction_state
-from graceful.evaluation.policy import RolloutPolicy
+from graceful.evaluation.evidence import NFR_FAMILIES, OVERALL, Evidence, PairedDifference, StateEvidence
+from graceful.evaluation.headline import headline, in_words
+from graceful.evaluation.intervals import share_bounds
+from graceful.evaluation.matrix import CompatibilityMatrix
+from graceful.evaluation.outcomes import SERVED, Outcomes, compare
+from graceful.evaluation.plots import (
+    ForestRow,
+    cost_figure,
+    curve_figure,
+    flips_figure,
+    forest_figure,
+    heatmap,
+    matrix_figure,
+    png,
+    svg,
+)
+from graceful.evaluation.policy import RolloutPolicy, verdict_not_above, verdict_not_below
+from graceful.evaluation.ways import CARRIED_OUT, Curve, LivedStates, curves, is_whole_gallery, lived_states
 
 TEMPLATE = "report.html.j2"
-INK, MUTED, RULE = "#1b2733", "#5b6875", "#d8dee4"
-ACCENT, GOOD, BAD, MISSING = "#1f5fbf", "#1a7f4b", "#b3261e", "#eef1f4"
-MET, NOT_MET = "\u2713", "\u2717"  # check mark, cross: the criterion must not be told by colour alone
-STYLE: Any = {
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": RULE,
-    "axes.labelcolor": MUTED,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "svg.hashsalt": "evaluation-report",  # the same numbers give the same bytes
-}
+MAX_FOREST_ROWS = 16
+"""Scopes that a plot shows, the worst; all of them stand in the table below it."""
 
 
-class _Curve(NamedTuple):
-    fractions: NDArray[np.float64]
-    values: NDArray[np.float64]
-    lower: NDArray[np.float64]
-    upper: NDArray[np.float64]
-    served: float
+MAX_OPEN = 6
+"""Guards that are said in words where they do not pass; the table below has all."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page that others fill: a text, a figure (SVG markup made here), rows of a table."""
+
+    title: str
+    text: str = ""
+    figure: str = ""
+    rows: Sequence[Mapping[str, Any]] = ()
+    folded: bool = False
 
 
 def render_report(
@@ -68,189 +81,250 @@ def render_report(
     nfr: NDArray[np.float64] | None = None,
     outcomes: Outcomes | None = None,
     lineage: Sequence[Mapping[str, Any]] = (),
-    extras: Mapping[str, str | Sequence[Mapping[str, Any]]] | None = None,
+    sections: Sequence[Section] = (),
+    appendix: Sequence[Section] = (),
 ) -> str:
     """Render the page.
 
-    `nfr` (G, G) is the NFR between the matrix' generations, row = before. `outcomes` gives the per-slice table.
-    `lineage` rows become a table, as do lists in `extras`; texts in `extras` become paragraphs under their title.
+    `nfr` (G, G) is the NFR between the matrix' generations, row = before. `outcomes` gives slices, and the bounds of
+    what users win. `sections` come after the slices, `appendix` after the generations, each in their
+    order; `lineage` rows become a table at the end.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters |= {"points": points, "percent": percent, "number": number, "duration": duration}
-    metric = metric_name(evidence)
-    shown = shown_state(evidence, decision)
-    plots = []
-    overall = [state for state in evidence.states if state.scope == OVERALL]
-    if overall:
-        curve = _curve_figure(_curve_of(overall), decision.fraction, metric)
-        title = f"{metric} of the served view while the gallery is re-embedded"
-        plots.append({"title": title, "svg": _svg(curve), "caption": curve_caption(overall, decision, policy)})
-    title = f"Quality matrix: {metric} in per cent"
-    plots.append({"title": title, "svg": _svg(_matrix_figure(matrix)), "caption": matrix_caption(matrix)})
-    if nfr is not None and len(matrix.generations) > 1:
-        names = matrix.generations
-        flips = _heatmap(nfr, names, names, "wrong with", "right with", "Reds")
-        title = "Negative flips between generations, in per cent of queries"
-        plots.append({"title": title, "svg": _svg(flips), "caption": nfr_caption(nfr, names)})
-    reasons = [reason_row(reason) for reason in decision.reasons]
+    environment.filters |= {
+        "points": points, "percent": percent, "number": number, "duration": duration, "share": share_text,
+    }  # fmt: skip
+    lived = lived_states(evidence, decision, policy)
+    measured = curves(evidence, outcomes, policy)
     return environment.get_template(TEMPLATE).render(
         evidence=evidence,
         decision=decision,
         policy=policy.model_dump(mode="json"),
-        metric=metric,
-        shown=shown,
-        decisive=reasons[: decision.num_decisive],
-        other_reasons=reasons[decision.num_decisive :],
-        plots=plots,
-        slices=_slice_rows(outcomes, shown, policy),
+        metric=metric_name(evidence),
+        head=headline(evidence, decision, policy, outcomes),
+        num_identities=max((state.num_clusters for state in evidence.states), default=None),
+        guards_=_guards(evidence, decision),
+        confidence={"quality": 1 - evidence.alpha, "flips": 1 - evidence.alpha / NFR_FAMILIES},
+        forests=_forests(evidence, lived, policy),
+        ways=_ways(evidence, decision, policy, measured, lived),
+        slices=_slices(evidence, policy, outcomes, lived),
+        cost=_cost(evidence, decision, measured),
+        matrices=_matrices(matrix, nfr, metric_name(evidence)),
+        sections=[_shown(section) for section in sections],
+        appendix=[_shown(section) for section in appendix],
         lineage=_table(lineage),
-        extras={title: value if isinstance(value, str) else _table(value) for title, value in (extras or {}).items()},
     )
 
 
 def matrix_png(matrix: CompatibilityMatrix, *, dpi: int = 160) -> bytes:
     """Heat map of a compatibility matrix in per cent, the criterion marked; NaN is left blank."""
-    return _png(_matrix_figure(matrix), dpi)
+    return png(matrix_figure(matrix), dpi)
 
 
-def evidence_curve_png(evidence: Evidence, decision: Decision, *, dpi: int = 160) -> bytes:
-    """Backfill curve of all queries, its simultaneous band, what is served now, and the chosen fraction."""
-    overall = [state for state in evidence.states if state.scope == OVERALL]
-    return _png(_curve_figure(_curve_of(overall), decision.fraction, metric_name(evidence)), dpi)
+def decision_pngs(
+    evidence: Evidence, decision: Decision, policy: RolloutPolicy, outcomes: Outcomes | None = None, *, dpi: int = 160
+) -> dict[str, bytes]:
+    """The figures that a decision rests on, by title, as the page has them: limits, quality and flips on the way."""
+    lived, measured = lived_states(evidence, decision, policy), curves(evidence, outcomes, policy)
+    drawn = [*_forests(evidence, lived, policy), *_ways(evidence, decision, policy, measured, lived)]
+    return {one.title: png(one.figure, dpi) for one in drawn}
 
 
-def duration(hours: float) -> str:
-    """Hours in the unit that reads best.
+def slice_rows(
+    evidence: Evidence, policy: RolloutPolicy, outcomes: Outcomes, state: StateEvidence
+) -> list[dict[str, Any]]:
+    """Every value of every slice in one state: right now and then, lost with its bounds, won; most lost first.
 
-    >>> duration(0.001), duration(0.05), duration(30)
-    ('3.6 s', '3.0 min', '30.0 h')
+    The bounds hold for each row by itself: among many slices some are far off by chance.
     """
-    seconds = 3600 * hours
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if hours < 1 else f"{hours:.1f} h"
-
-
-def shown_state(evidence: Evidence, decision: Decision) -> StateEvidence | None:
-    """The state that the headline numbers are about: the chosen one, otherwise full backfill."""
-    fraction = 1.0 if decision.fraction is None else decision.fraction
-    found = [s for s in evidence.states if s.scope == OVERALL and s.fraction == fraction]
-    return found[0] if found else None
-
-
-def _matrix_figure(matrix: CompatibilityMatrix) -> Figure:
-    names = matrix.generations
-    return _heatmap(matrix.values, names, names, "gallery of", "queries by", "Blues", criterion(matrix))
-
-
-def _heatmap(
-    values: NDArray[np.float64],
-    row_labels: Sequence[str],
-    column_labels: Sequence[str],
-    column_title: str,
-    row_title: str,
-    colours: str,
-    marks: NDArray[np.float64] | None = None,
-) -> Figure:
-    num_rows, num_columns = values.shape
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.7 + 0.78 * num_columns, 1.3 + 0.6 * num_rows), layout="constrained")
-        axes = figure.add_subplot()
-        colour_map = matplotlib.colormaps[colours].with_extremes(bad=MISSING)
-        known = values[~np.isnan(values)]
-        low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
-        spread = max(high - low, 1e-9)
-        edges = (np.arange(num_columns + 1) - 0.5, np.arange(num_rows + 1) - 0.5)
-        limits: Any = {"vmin": low - 0.15 * spread, "vmax": high + 0.25 * spread}
-        cells = np.ma.masked_invalid(values)
-        axes.pcolormesh(*edges, cells, cmap=colour_map, edgecolors="white", linewidth=2, **limits)
-        axes.invert_yaxis()
-        for row, column in np.ndindex(values.shape):
-            value = values[row, column]
-            if np.isnan(value):
-                continue
-            dark = (value - low) / spread > 0.72
-            mark = "" if marks is None or np.isnan(marks[row, column]) else (NOT_MET, MET)[int(marks[row, column])]
-            ink = "white" if dark else INK
-            axes.text(column, row - (0.12 if mark else 0), f"{100 * value:.1f}", ha="center", va="center", color=ink)
-            if mark:
-                colour = BAD if mark == NOT_MET and not dark else ink
-                axes.text(column, row + 0.25, mark, ha="center", va="center", color=colour, fontweight="bold")
-        axes.set_xticks(range(num_columns), column_labels, rotation=30, ha="right")
-        axes.set_yticks(range(num_rows), row_labels)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set_xlabel(column_title)
-        axes.set_ylabel(row_title)
-    return figure
-
-
-def _curve_figure(curve: _Curve, chosen: float | None, metric: str) -> Figure:
-    x, y = 100 * curve.fractions, 100 * curve.values
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-        axes = figure.add_subplot()
-        axes.axhline(100 * curve.served, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="served now")
-        band = (100 * curve.lower, 100 * curve.upper)
-        axes.fill_between(x, *band, color=ACCENT, alpha=0.15, linewidth=0, label="simultaneous band")
-        axes.plot(x, y, color=ACCENT, linewidth=2, marker="o", markersize=4.5, label="the candidate's view")
-        if chosen is not None:
-            place = ([100 * chosen], [float(np.interp(chosen, curve.fractions, y))])
-            ring: Any = {"markersize": 11, "markerfacecolor": "none", "markeredgecolor": GOOD, "markeredgewidth": 2}
-            axes.plot(*place, marker="o", linestyle="none", label=f"chosen: {share_text(chosen)}", **ring)
-        axes.set_xlabel("per cent of the gallery re-embedded")
-        axes.set_ylabel(f"{metric}, per cent")
-        axes.grid(axis="y", color=RULE, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(length=0)
-        axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
-    return figure
-
-
-def _curve_of(states: Sequence[StateEvidence]) -> _Curve:
-    """The metric with its band; what is served now is taken as fixed, since the band is about the difference."""
-    baseline = _array([state.baseline for state in states])
-    return _Curve(
-        fractions=_array([state.fraction for state in states]),
-        values=_array([state.value for state in states]),
-        lower=baseline + _array([state.difference_lower for state in states]),
-        upper=baseline + _array([state.difference_upper for state in states]),
-        served=float(baseline[0]),
-    )
-
-
-def _array(values: Sequence[float | None]) -> NDArray[np.float64]:
-    return np.array([np.nan if value is None else value for value in values], np.float64)
-
-
-def _svg(figure: Figure) -> str:
-    """Markup made here from numbers, with labels drawn as paths: safe to insert as it is."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _png(figure: Figure, dpi: int) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _slice_rows(outcomes: Outcomes | None, shown: StateEvidence | None, policy: RolloutPolicy) -> list[dict[str, Any]]:
-    state = None if shown is None else fraction_state(shown.fraction)
-    if outcomes is None or state is None or not {SERVED, state} <= set(outcomes.states):
-        return []
     rows = []
     for name in sorted(outcomes.slices):
-        for value, rates in flips_by_slice(outcomes, SERVED, state, name, k=policy.k).items():
-            guarded = name in policy.required_slices or f"{name}={value}" in policy.required_slices
-            rows.append({"slice": f"{name}={value}", "guarded": guarded, "rates": rates})
-    return rows
+        column = outcomes.slices[name]
+        for value in sorted(set(column.tolist()) - {""}):
+            pair = compare(outcomes, SERVED, state.state, k=evidence.k, within=column == value)
+            if not len(pair.before):
+                continue
+            lost, won = pair.right_before & ~pair.right_after, ~pair.right_before & pair.right_after
+            bounds = share_bounds(lost, outcomes.clusters[pair.counted], evidence.alpha / NFR_FAMILIES)
+            rows.append(
+                {
+                    "slice": f"{name}={value}",
+                    "guarded": name in policy.required_slices or f"{name}={value}" in policy.required_slices,
+                    "n": bounds.num_queries,
+                    "effective_n": bounds.effective_n,
+                    "right_now": float(pair.right_before.mean()),
+                    "right_then": float(pair.right_after.mean()),
+                    "nfr": bounds.value,
+                    "nfr_lower": bounds.lower,
+                    "nfr_upper": bounds.upper,
+                    "pfr": float(won.mean()),
+                }
+            )
+    return sorted(rows, key=lambda row: (-row["nfr"], row["slice"]))
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A figure with its title and what to conclude from it."""
+
+    title: str
+    figure: Figure
+    caption: str
+
+    @property
+    def svg(self) -> str:
+        return svg(self.figure, self.title)
+
+
+def _guards(evidence: Evidence, decision: Decision) -> dict[str, Any]:
+    """Every guard as a row: how many pass, those that do not, all of them; the decisive ones first."""
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for place, reason in enumerate(decision.reasons):
+        row = {**reason_row(reason, evidence), "decisive": place < decision.num_decisive}
+        key = tuple(row[name] for name in ("guard", "where", "limit", "value", "bound", "n", "verdict"))
+        known = rows.setdefault(key, {**row, "times": 0})
+        known["times"] += 1
+    found = list(rows.values())
+    left = [reason for reason in decision.reasons if reason.verdict != "PASS"]
+    open_ones = {in_words(reason, evidence): reason.verdict for reason in left}
+    return {
+        "num": len(decision.reasons),
+        "num_passed": sum(reason.verdict == "PASS" for reason in decision.reasons),
+        "open": [(verdict, said) for said, verdict in open_ones.items()][:MAX_OPEN],
+        "num_more": max(0, len(open_ones) - MAX_OPEN),
+        "all": found,
+    }
+
+
+def _forests(evidence: Evidence, lived: LivedStates, policy: RolloutPolicy) -> list[_Drawn]:
+    """Guards against their limits, each scope in the worst of the states that are lived through."""
+    fractions = {state.fraction for state in lived.states}
+    pool = evidence.hoped_states if lived.would_be and _is_hoped(evidence, lived) else evidence.states
+    states = [state for state in pool if state.fraction in fractions]
+    if not states:
+        return []
+    drawn, scopes = [], list(dict.fromkeys(state.scope for state in states))
+    losses, quality = [], []
+    for scope in scopes:
+        inside = [state for state in states if state.scope == scope]
+        most = max(inside, key=lambda s: 1.0 if s.nfr_upper is None else s.nfr_upper)
+        if most.nfr is not None:
+            verdict = (
+                "" if policy.max_nfr is None else verdict_not_above(most.nfr_lower, most.nfr_upper, policy.max_nfr)
+            )
+            losses.append(ForestRow(_label(scope, most), most.nfr, most.nfr_lower, most.nfr_upper, verdict))
+        least = min(inside, key=lambda s: -1.0 if s.difference_lower is None else s.difference_lower)
+        if least.difference is not None:
+            quality.append(_quality_row(_label(scope, least), least, policy))
+    for item in evidence.certificates:
+        if item.difference is not None:
+            quality.append(_quality_row(f"on vectors of {item.gallery_generation.partition('-')[0]}", item, policy))
+    if losses:
+        title = "Searches that work now and would fail"
+        limit = "" if policy.max_nfr is None else f"The dashed line is the limit, {share_text(policy.max_nfr)}."
+        figure = forest_figure(_worst(losses, lower_is_worse=False), policy.max_nfr, "per cent", good_side="left")
+        drawn.append(_Drawn(title, figure, limit))
+    if quality:
+        margin = policy.quality_margin_points
+        title = f"{metric_name(evidence)} against what is served now"
+        limit = "" if margin is None else f"The dashed line is the limit, {points(-margin / 100)} points."
+        figure = forest_figure(
+            _worst(quality, lower_is_worse=True), None if margin is None else -margin / 100, "points", good_side="right"
+        )
+        drawn.append(_Drawn(title, figure, limit))
+    return drawn
+
+
+def _is_hoped(evidence: Evidence, lived: LivedStates) -> bool:
+    return any(state in evidence.hoped_states for state in lived.states)
+
+
+def _label(scope: str, state: StateEvidence) -> str:
+    where = "everything" if state.state == "fraction/1" else share_text(state.fraction)
+    return f"{'all searches' if scope == OVERALL else scope}\n{where} re-embedded"
+
+
+def _quality_row(label: str, item: PairedDifference, policy: RolloutPolicy) -> ForestRow:
+    margin = policy.quality_margin_points
+    lower, upper = item.difference_lower, item.difference_upper
+    verdict = "" if margin is None else verdict_not_below(lower, upper, -margin / 100)
+    return ForestRow(label, item.difference or 0.0, lower, upper, verdict)
+
+
+def _worst(rows: Sequence[ForestRow], *, lower_is_worse: bool) -> list[ForestRow]:
+    """The first row, which is about everything, and the worst of the others."""
+    others = sorted(rows[1:], key=lambda row: row.value if lower_is_worse else -row.value)
+    return [*rows[:1], *others[: MAX_FOREST_ROWS - 1]]
+
+
+def _ways(
+    evidence: Evidence, decision: Decision, policy: RolloutPolicy, measured: Sequence[Curve], lived: LivedStates
+) -> list[_Drawn]:
+    """Quality and flips while the gallery is re-embedded."""
+    overall = [state for state in evidence.states if state.scope == OVERALL]
+    if not overall or overall[0].baseline is None:
+        return []
+    last, metric, whole = overall[-1], metric_name(evidence), is_whole_gallery(evidence)
+    chosen = decision.fraction if decision.outcome in CARRIED_OUT and not whole else None
+    caption = no_curve_caption(last, measured) if whole else curve_caption(overall, decision, policy)
+    figure = curve_figure(measured, overall[0].baseline, chosen, last.value, metric)
+    title = f"{metric}: everything is re-embedded first" if whole else f"{metric} while the gallery is re-embedded"
+    drawn = [_Drawn(title, figure, caption)]
+    if measured:
+        figure = flips_figure(measured, policy.max_nfr, chosen)
+        caption = flips_caption(lived.states or overall, policy)
+        drawn.append(_Drawn("Searches lost and won on the way", figure, caption))
+    return drawn
+
+
+def _slices(
+    evidence: Evidence, policy: RolloutPolicy, outcomes: Outcomes | None, lived: LivedStates
+) -> dict[str, Any] | None:
+    """Slices in the worst state that users live through, as a plot and as rows."""
+    state = lived.worst
+    if outcomes is None or state is None or not {SERVED, state.state} <= set(outcomes.states):
+        return None
+    rows = slice_rows(evidence, policy, outcomes, state)
+    if not rows:
+        return None
+    shown = [
+        ForestRow(
+            f"{row['slice']} (n {row['n']:,})", row["nfr"], row["nfr_lower"], row["nfr_upper"],
+            verdict_not_above(row["nfr_lower"], row["nfr_upper"], policy.max_nfr)
+            if row["guarded"] and policy.max_nfr is not None else "",
+        )
+        for row in rows[:MAX_FOREST_ROWS]
+    ]  # fmt: skip
+    figure = forest_figure(shown, policy.max_nfr, "per cent of the searches lost", good_side="left")
+    return {"rows": rows, "when": moment(state.fraction), "svg": svg(figure, "Searches lost by slice")}
+
+
+def _cost(evidence: Evidence, decision: Decision, measured: Sequence[Curve]) -> dict[str, Any] | None:
+    """What every fraction costs; against quality where there is a curve."""
+    if not evidence.costs:
+        return None
+    chosen = decision.fraction if decision.outcome in CARRIED_OUT else None
+    plot = ""
+    if measured and not is_whole_gallery(evidence):
+        figure = cost_figure(evidence.costs, measured[0], chosen, metric_name(evidence))
+        plot = svg(figure, "Cost against quality")
+    return {"rows": evidence.costs, "inputs": evidence.cost_inputs, "svg": plot}
+
+
+def _matrices(matrix: CompatibilityMatrix, nfr: NDArray[np.float64] | None, metric: str) -> list[_Drawn]:
+    drawn = [_Drawn(f"Quality matrix: {metric} in per cent", matrix_figure(matrix), matrix_caption(matrix))]
+    if nfr is not None and len(matrix.generations) > 1:
+        names = matrix.generations
+        figure = heatmap(nfr, names, names, "wrong with", "right with", "Reds")
+        title = "Negative flips between generations, each on its own gallery, in per cent of queries"
+        drawn.append(_Drawn(title, figure, nfr_caption(nfr, names)))
+    return drawn
+
+
+def _shown(section: Section) -> dict[str, Any]:
+    return {**vars(section), "table": _table(section.rows) if section.rows else None}
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

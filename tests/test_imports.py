@@ -35,8 +35,8 @@ ORDER = {
     "evaluation": (
         "evaluation", "evaluation.outcomes", "evaluation.retrieval", "evaluation.flips", "evaluation.matrix",
         "evaluation.backfill", "evaluation.intervals", "evaluation.power", "evaluation.cost", "evaluation.policy",
-        "evaluation.evidence", "evaluation.guards", "evaluation.decision", "evaluation.arrays", "evaluation.captions",
-        "evaluation.report",
+        "evaluation.evidence", "evaluation.guards", "evaluation.decision", "evaluation.arrays", "evaluation.ways",
+        "evaluation.captions", "evaluation.headline", "evaluation.plots", "evaluation.report",
     ),
     "flows": (
         "flows", "flows.store", "flows.store.items", "flows.store.evaluation_set",
@@ -87,7 +87,7 @@ ALLOWED = {
     "xxhash": ("indexing.checked_files", "indexing.derived_files", "indexing.revisions"),
     "pyarrow": ("indexing", "training", "flows"),
     "scipy": ("evaluation",),
-    "matplotlib": ("evaluation.report",),
+    "matplotlib": ("evaluation.plots", "evaluation.report"),
     "jinja2": ("evaluation.report",),
     "rich": ("flows",),
     "typer": ("flows.cli", "flows.cli_reference"),

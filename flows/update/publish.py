@@ -6,9 +6,10 @@ stable (`<pipeline>-decision`, ...), so that the UI shows their history from upd
 
 import base64
 
-from graceful.evaluation.captions import decision_markdown, matrix_markdown
+from graceful.evaluation.captions import matrix_markdown
+from graceful.evaluation.headline import decision_markdown, headline
 from graceful.evaluation.matrix import CompatibilityMatrix
-from graceful.evaluation.report import evidence_curve_png, matrix_png, render_report
+from graceful.evaluation.report import Section, decision_pngs, matrix_png, render_report
 from graceful.files import is_remote, join, write_bytes
 from graceful.flows.runtime.progress import Artifact, Progress
 from graceful.flows.store.evaluations import Evaluation
@@ -40,7 +41,7 @@ def publish(
         nfr=nfr,
         outcomes=evaluation.outcomes,
         lineage=lineage_rows(registry),
-        extras={"What the lineage has become": diagnosis(registry, evaluation, matrix)},
+        appendix=[Section("What the lineage has become", rows=diagnosis(registry, evaluation, matrix))],
     )
     report = join(workspace.evaluation_uri(decided.evaluation), "report.html")
     write_bytes(report, page.encode())
@@ -50,9 +51,9 @@ def publish(
 
 
 def _artifacts(name: str, evaluation: Evaluation, matrix: CompatibilityMatrix, report: str) -> list[Artifact]:
-    curve = ""
-    if evaluation.evidence.states:
-        curve = _picture("curve", evidence_curve_png(evaluation.evidence, evaluation.decision, dpi=90))
+    asked = (evaluation.evidence, evaluation.decision, evaluation.policy, evaluation.outcomes)
+    figures = "\n\n".join(f"{title}\n\n{_picture(title, one)}" for title, one in decision_pngs(*asked, dpi=90).items())
+    text = decision_markdown(headline(*asked), evaluation.decision, evaluation.evidence)
     return [
         Artifact(
             key=f"{name}-compatibility-matrix",
@@ -62,7 +63,7 @@ def _artifacts(name: str, evaluation: Evaluation, matrix: CompatibilityMatrix, r
         Artifact(
             key=f"{name}-decision",
             description=evaluation.decision.outcome,
-            markdown=f"{decision_markdown(evaluation.decision)}\n\n{curve}",
+            markdown=f"{text}\n\n{figures}",
         ),
         Artifact(
             key=f"{name}-report",

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from graceful.evaluation import report
-from graceful.evaluation.captions import decision_markdown, matrix_markdown
+from graceful.evaluation.captions import matrix_markdown
 from graceful.evaluation.cost import CostInputs
 from graceful.evaluation.decision import Decision, decide
 from graceful.evaluation.evidence import Evidence
 from graceful.evaluation.flips import nfr_matrix
+from graceful.evaluation.headline import decision_markdown, headline
 from graceful.evaluation.matrix import CompatibilityMatrix, matrix_from_outcomes
 from graceful.evaluation.outcomes import Outcomes
 from graceful.evaluation.policy import RolloutPolicy
@@ -72,7 +73,10 @@ def test_the_page_is_well_formed_and_fetches_nothing(outcomes: Outcomes) -> None
         nfr=nfr_matrix(outcomes, ["served", "fraction/1"]),
         outcomes=outcomes,
         lineage=[{"generation": "g1", "event": "BOOTSTRAP"}, {"generation": "g2", "seconds": 1.5}],
-        extras={"Training": "Six <epochs>.", "Throughput": [{"stage": "decode", "rows_per_s": 5200}]},
+        sections=[
+            report.Section("Training", "Six <epochs>."),
+            report.Section("Throughput", rows=[{"stage": "decode", "rows_per_s": 5200}], folded=True),
+        ],
     )
     tags = Tags()
     tags.feed(page)
@@ -82,7 +86,8 @@ def test_the_page_is_well_formed_and_fetches_nothing(outcomes: Outcomes) -> None
     assert "@import" not in page
     assert "url(http" not in page
     for text in (
-        "COMPATIBLE ROLLOUT 0 %", "camera=night", "guarded", "unavailable", "Six &lt;epochs&gt;.", "5,200", "BOOTSTRAP",
+        "COMPATIBLE ROLLOUT 0 %", "Serve g2 now, on the gallery as it is",
+        "camera=night", "guarded", "unavailable", "Six &lt;epochs&gt;.", "5,200", "BOOTSTRAP",
         "quality_margin_points",
     ):  # fmt: skip
         assert text in page
@@ -91,7 +96,8 @@ def test_the_page_is_well_formed_and_fetches_nothing(outcomes: Outcomes) -> None
 def test_decision_and_reasons_come_before_plots(outcomes: Outcomes) -> None:
     evidence, decision = judged(outcomes)
     page = report.render_report(evidence, decision, POLICY, matrix=MATRIX)
-    places = [page.index(text) for text in ("<h1>", "<h2>Why", "-0.50 points", "<svg", "<h2>Lineage")]
+    order = ("<h1>", "Of 10,000 searches", "guards pass", "<svg", "-0.50 points", "Lineage")
+    places = [page.index(text) for text in order]
     assert places == sorted(places)
 
 
@@ -125,23 +131,27 @@ def test_missing_evidence_has_a_page(planted: Plant) -> None:
     evidence, decision = judged(bare)
     page = report.render_report(evidence, decision, POLICY, matrix=matrix_from_outcomes(bare, ["g1", "g2"]))
     assert "missing" in page
-    assert "not measured" not in page.split("<h2>Why")[0]
+    assert "not measured" not in page.split("guards pass")[0]
 
 
 def test_pictures_for_a_flow_are_png(outcomes: Outcomes) -> None:
     evidence, decision = judged(outcomes)
     assert report.matrix_png(MATRIX).startswith(PNG)
     assert report.matrix_png(CompatibilityMatrix(("a",), np.full((1, 1), np.nan))).startswith(PNG)
-    assert report.evidence_curve_png(evidence, decision).startswith(PNG)
+    pictures = report.decision_pngs(evidence, decision, POLICY, outcomes)
+    assert len(pictures) == 4
+    assert all(picture.startswith(PNG) for picture in pictures.values())
 
 
 def test_markdown_tables_hold_the_matrix_and_the_decisive_guards(outcomes: Outcomes) -> None:
     text = matrix_markdown(MATRIX)
     assert "| g2 | 58.0 (x) | 70.0 |" in text
     assert "AC 0.00" in text
-    text = decision_markdown(judged(outcomes)[1])
-    assert text.startswith("## COMPATIBLE_ROLLOUT")
-    assert "| quality | overall, fraction/0 | -0.50 points | +2.38 points |" in text
+    evidence, decision = judged(outcomes)
+    text = decision_markdown(headline(evidence, decision, POLICY, outcomes), decision, evidence)
+    assert text.startswith("## COMPATIBLE_ROLLOUT: Serve g2 now")
+    assert "| quality | all searches, with nothing re-embedded yet | -0.50 points | +2.38 points |" in text
+    assert "| At once: with nothing re-embedded yet | 12, at most 29 | 250, at least " in text
 
 
 def test_captions_name_the_worst_pair_and_the_worst_update() -> None:
