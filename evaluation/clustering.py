@@ -113,7 +113,7 @@ def variation_of_information(first: ArrayLike, second: ArrayLike) -> float:
         return 0.0
     of_first = np.log(table.count / table.first_sizes[table.first])
     of_second = np.log(table.count / table.second_sizes[table.second])
-    return float(max(-(table.count / total * (of_first + of_second)).sum(), 0.0))
+    return max(0.0, -float((table.count / total * (of_first + of_second)).sum()))
 
 
 def keep_names(before: ArrayLike, after: ArrayLike, new_names: Sequence[str] = ()) -> dict[str, str]:
@@ -122,9 +122,9 @@ def keep_names(before: ArrayLike, after: ArrayLike, new_names: Sequence[str] = (
     A maximum-weight matching of names and clusters by the photos that they share; no name is given twice, and none to a
     cluster that holds no photo of it.
 
-    Ties. The result depends on which photos are together and on the order of the items (sort them by id), never on what
-    the clusters of now are called. Of matchings that keep as many photos, the one is taken that gives names of earlier
-    first photo to clusters of earlier first photo (largest sum of rank products, ranks among the names and clusters that
+    Ties. The result depends on who is together and on the order of the photos (sort them by id), never on what the
+    clusters of now are called. Of matchings that keep as many photos, the one is taken that gives names of earlier
+    first photo to clusters of earlier first photo (largest sum of rank products, counted among names and clusters that
     photos connect): of two equal halves the name stays with the half that holds the first photo, and of two names of
     equal shares in one cluster the one of the first photo stays. Where so many are connected that this cannot be
     counted exactly (beyond 2^53), the solver's order is taken, which is the same every time.

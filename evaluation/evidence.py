@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from graceful.evaluation.consumers import Consumed, ConsumerEvidence, gather_consumers
 from graceful.evaluation.cost import CostInputs, OptionCost, option_costs
 from graceful.evaluation.intervals import (
     DifferenceBands,
@@ -127,6 +128,9 @@ class Evidence(BaseModel):
     unreadable_share: float = Field(default=0.0, description="Share of the gallery nobody can read now.")
     cost_inputs: CostInputs | None = Field(default=None, description="What is known about cost; None = nothing.")
     costs: tuple[OptionCost, ...] = Field(default=(), description="Cost of each fraction.")
+    consumers: ConsumerEvidence = Field(
+        default=ConsumerEvidence(), description="What users of scores and clusters would see, where it is judged."
+    )
     missing: tuple[str, ...] = Field(default=(), description="What should have been measured and was not.")
 
 
@@ -157,7 +161,9 @@ class Question(BaseModel):
     cost: CostInputs | None = Field(default=None, description="What a backfill would take, where it was measured.")
 
 
-def gather_evidence(outcomes: Outcomes, policy: RolloutPolicy, question: Question) -> Evidence:
+def gather_evidence(
+    outcomes: Outcomes, policy: RolloutPolicy, question: Question, consumed: Consumed | None = None
+) -> Evidence:
     """Bounds for every state and certificate that the policy asks about. Pure: the same arguments give the same bytes.
 
     Wave 0 (rows of owners without a certificate) is candidate-owned in every fraction state: states that were measured
@@ -192,6 +198,8 @@ def gather_evidence(outcomes: Outcomes, policy: RolloutPolicy, question: Questio
     missing += [f"metric: {_named(f, question, wave_zero)}" for f in policy.fractions if f not in way]
     scopes, missing_slices = _scopes(outcomes, policy)
     missing += missing_slices
+    consumers = gather_consumers(consumed or Consumed(), policy, way, alpha=policy.alpha / NFR_FAMILIES)
+    missing += consumers.missing
     unreadable = question.unreadable_share
     if unreadable is None:
         unreadable = max(0.0, 1 - sum(shares.values()))
@@ -211,6 +219,7 @@ def gather_evidence(outcomes: Outcomes, policy: RolloutPolicy, question: Questio
         wave_zero_generations=wave_zero,
         wave_zero_share=sum(shares[owner] for owner in wave_zero),
         unreadable_share=unreadable,
+        consumers=consumers,
         missing=tuple(missing),
     )
 

@@ -11,12 +11,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from graceful.evaluation.consumers import ClusterEvidence
 from graceful.evaluation.cost import break_even_days
 from graceful.evaluation.evidence import OVERALL, Evidence, StateEvidence
 from graceful.evaluation.outcomes import pair_state
 from graceful.evaluation.policy import RolloutPolicy, Verdict, verdict_not_above, verdict_not_below
 
-Guard = Literal["missing", "self-test", "certificate", "wave zero", "quality", "NFR", "dip", "cost"]
+Guard = Literal["missing", "self-test", "certificate", "wave zero", "quality", "NFR", "dip", "cost", "clusters"]
 SHARE_TOLERANCE = 1e-9  # shares are sums of floats
 
 
@@ -181,7 +182,8 @@ def _scopes(evidence: Evidence) -> list[str]:
 
 def _judge_state(evidence: Evidence, policy: RolloutPolicy, fraction: float) -> tuple[Reason, ...]:
     states = [state_of(evidence, scope, fraction) for scope in _scopes(evidence)]
-    return tuple(judge(state, policy) for state in states for judge in (_judge_quality, _judge_nfr))
+    reasons = tuple(judge(state, policy) for state in states for judge in (_judge_quality, _judge_nfr))
+    return (*reasons, *_judge_consumers(evidence, policy, fraction))
 
 
 def _judge_quality(state: StateEvidence, policy: RolloutPolicy) -> Reason:
@@ -251,6 +253,26 @@ def _judge_wave_zero(evidence: Evidence, policy: RolloutPolicy) -> Reason:
     return Reason(
         guard="wave zero", threshold=policy.max_wave_zero_share, value=evidence.wave_zero_share,
         bound=failed if verdict == "FAIL" else evidence.wave_zero_share, verdict=verdict, text=text,
+    )  # fmt: skip
+
+
+def _judge_consumers(evidence: Evidence, policy: RolloutPolicy, fraction: float) -> tuple[Reason, ...]:
+    """What users of the clusters would lose in one state; nothing where the policy has no limit for it."""
+    clusters = [item for item in evidence.consumers.clusters if item.fraction == fraction]
+    return tuple(_judge_clusters(item, limit) for item in clusters if (limit := policy.max_cluster_churn) is not None)
+
+
+def _judge_clusters(item: ClusterEvidence, limit: float) -> Reason:
+    verdict = verdict_not_above(item.changed_lower, item.changed_upper, limit)
+    bound = item.changed_lower if verdict == "FAIL" else item.changed_upper
+    text = (
+        f"clusters, {item.state}: {percent(item.changed)} of the photos change person, "
+        f"{'at least' if verdict == 'FAIL' else 'at most'} {percent(bound)}, limit {percent(limit)}; {item.num_split} "
+        f"people split, {item.num_merged} merged, n {item.num_items}: {verdict}"
+    )
+    return Reason(
+        guard="clusters", state=item.state, threshold=limit, value=item.changed, bound=bound, n=item.num_items,
+        verdict=verdict, text=text,
     )  # fmt: skip
 
 

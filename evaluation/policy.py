@@ -61,6 +61,13 @@ class RolloutPolicy(BaseModel):
         default=(),
         description="Slices guarded with the same limits: 'name' for all values of a slice, 'name=value' for one.",
     )
+    max_cluster_churn: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Largest share of the photos that may change person when the gallery is clustered again, as "
+        "`[clusters]` says. By default clusters are not judged.",
+    )
     fractions: Annotated[tuple[float, ...], AfterValidator(_rising_from_0_to_1)] = Field(
         default=(0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0), description="Fractions of the gallery that are judged."
     )

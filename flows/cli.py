@@ -574,6 +574,47 @@ def adopt(
         raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))
 
 
+@app.command()
+def cluster(
+    root: RootOption = ".",
+    generation: Annotated[
+        str | None, typer.Option(help="Cluster what this generation sees, as a preview, instead of the champion.")
+    ] = None,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Cluster what two generations see and say how far they agree; nothing is stored."),
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="Give a person another name, as 'person 3=Ann'; once for each. Clusters nothing."),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=-1, max=1, help="Lowest score of the same person; by default the configuration's."),
+    ] = None,
+    min_photos: Annotated[
+        int | None, typer.Option(min=2, help="Fewest photos of a person; by default the configuration's.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put the photos of the gallery together into people, who keep their names from one clustering to the next.
+
+    Says what a person would see change: photos that change person, people that split or merge. Exact: its time grows
+    with the square of the photos.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.clusters import cluster_workspace, compare_clusters, parse_names, rename_people
+        from graceful.flows.terminal import print_clustering
+
+        if name:
+            found = rename_people(_place(root), parse_names(name))
+        elif compare is not None:
+            found = compare_clusters(_place(root), *compare, threshold=threshold, min_photos=min_photos)
+        else:
+            found = cluster_workspace(_place(root), generation=generation, threshold=threshold, min_photos=min_photos)
+        _print(as_json, found, lambda console: print_clustering(console, found))
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: the command ends as after Ctrl-C."""
 

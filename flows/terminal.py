@@ -241,3 +241,37 @@ def _points(value: float | None) -> str:
 
 def _days(value: float | None) -> str:
     return "" if value is None else f"{value:,.1f} d"
+
+
+def print_clustering(console: Console, found: dict[str, Any]) -> None:
+    """Print a clustering, a comparison of two, or new names."""
+    if "renamed" in found:
+        for old, new in found["renamed"].items():
+            console.print(f"{old} is {new} from now on.", highlight=False, markup=False)
+        return
+    if "pairwise_f" in found:
+        people = " and ".join(f"{count:,}" for count in found["people"])
+        console.print(f"{found['before']} and {found['after']}: {people} people on {found['photos']:,} photos")
+        numbers = f"pairwise F {_share(found['pairwise_f'])}, B-cubed F {_share(found['b_cubed_f'])}"
+        console.print(f"Agreement: {numbers}, distance {found['variation_of_information']:.3f} nats", highlight=False)
+    else:
+        preview = ", a preview" if found["preview"] else ""
+        console.print(f"{found['people']:,} people on {found['photos']:,} photos ({found['generation']}{preview})")
+        console.print(f"Photos of nobody: {found['of_nobody']:,}, of these unreadable: {found['unreadable']:,}")
+    for one, other in found["not_comparable"]:
+        console.print(f"{one} and {other} cannot be compared: their photos are never together.", style="yellow")
+    seen = found["churn"]
+    if seen is not None:
+        share = f" ({100 * seen['share']:.2f} %)" if seen["share"] is not None else ""
+        console.print(f"Photos that change person: {seen['num_changed']:,} of {seen['num_items']:,}{share}")
+        for key in ("split", "merged", "gone", "new"):
+            names = ", ".join(seen[key])
+            more = " ..." if seen[f"num_{key}"] > len(seen[key]) else ""
+            said = f": {names}{more}" if names else ""
+            console.print(f"People {key}: {seen[f'num_{key}']:,}{said}", highlight=False, markup=False)
+    if "file" in found:
+        console.print(f"Written to {found['file']}", highlight=False, soft_wrap=True)
+
+
+def _share(value: float) -> str:
+    return "not measured" if value != value else f"{value:.4f}"

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from graceful.errors import GracefulError
 from graceful.files import crash_point, join, list_files, remove
+from graceful.flows.store.clusterings import forget_in_clusterings
 from graceful.flows.store.evaluation_set import evaluation_set_uri, named_in_set
 from graceful.flows.store.events import Decided, Trained, UpdateStarted
 from graceful.flows.store.workspace import Workspace, open_workspace
@@ -85,6 +86,7 @@ def forget_items(workspace: Workspace, item_ids: list[str]) -> dict[str, Any]:
     # The gallery last: killed before, the same command finds the items, and with them their hashes, again.
     for generation in _caches(workspace):
         workspace.cache(generation).forget(hashes)
+    forget_in_clusterings(workspace, item_ids)
     remove(workspace.index_location())
     crash_point("forget-before-gallery")
     revisions = forget(workspace.gallery, item_ids)

@@ -12,9 +12,9 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from graceful.errors import GracefulError
 from graceful.evaluation.policy import RolloutPolicy
@@ -22,6 +22,7 @@ from graceful.files import is_remote, join, read_bytes
 from graceful.flows.settings.cron import check_cron, check_timezone
 from graceful.flows.settings.template import TEMPLATE
 from graceful.flows.store.evaluation_set import EvaluationConfig
+from graceful.indexing.cluster_choice import ClusteringConfig
 from graceful.indexing.index_choice import SearchConfig
 from graceful.indexing.planner import ORDERS
 from graceful.training.datasets import DatasetConfig
@@ -34,6 +35,7 @@ _PATH_KEYS = ("path", "initial_weights")
 _VARIABLE = re.compile(r"\$([A-Z][A-Z0-9_]*)")
 
 
+M = TypeVar("M", bound=BaseModel)
 Control = Literal["from_scratch", "fine_tuned", "fine_tuned_initialised"]
 """An unconstrained chain that others have."""
 
@@ -158,6 +160,7 @@ class PipelineConfig(BaseModel):
     predecessors: Literal["all", "live"] = Field(
         default="all", description="Constrain against every generation that ever served, or those that own rows."
     )
+    clusters: ClusteringConfig = Field(default=ClusteringConfig(), description="How photos become people.")
     policy: RolloutPolicy = Field(default=RolloutPolicy(), description="Limits of the decision.")
     gallery: GalleryConfig = Field(default=GalleryConfig(), description="Gallery and re-index.")
     search: SearchConfig = Field(default=SearchConfig(), description="How searches are answered.")
@@ -166,9 +169,20 @@ class PipelineConfig(BaseModel):
     prices: PricesConfig = Field(default=PricesConfig(), description="Prices, where they are known.")
     replay: ReplayConfig | None = Field(default=None, description="A history to replay.")
 
+    @field_validator("policy")
+    @classmethod
+    def _clusters_can_be_judged(cls, policy: RolloutPolicy, info: ValidationInfo) -> RolloutPolicy:
+        clusters = info.data.get("clusters")
+        if policy.max_cluster_churn is not None and clusters is not None and not clusters.is_complete:
+            raise ValueError("max_cluster_churn needs clusters.threshold, or clusters.method = 'hdbscan'")
+        return policy
+
     def digest(self) -> str:
         """Digest of what shapes a generation and its decision; where it runs does not."""
-        shaping = self.model_dump(mode="json", exclude={**_WHERE_IT_RUNS, "gallery": {"collect_after_update"}})
+        without: dict[str, Any] = {**_WHERE_IT_RUNS, "gallery": {"collect_after_update"}}
+        if self.policy.max_cluster_churn is None:
+            without["clusters"] = True
+        shaping = self.model_dump(mode="json", exclude=without)
         return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -228,12 +242,21 @@ def load_search_config(root: str) -> SearchConfig:
     Raises:
         ConfigError: the file cannot be read, or its table `search` is wrong.
     """
+    return _table_of(root, "search", SearchConfig)
+
+
+def load_clustering_config(root: str) -> ClusteringConfig:
+    """Read how a workspace's gallery is clustered, whatever else its configuration says. Raises ConfigError."""
+    return _table_of(root, "clusters", ClusteringConfig)
+
+
+def _table_of(root: str, name: str, model: type[M]) -> M:
     path, raw = join(root, CONFIG_FILE), _raw_config(root)
     try:
-        return SearchConfig.model_validate(raw.get("search", {}))
+        return model.model_validate(raw.get(name, {}))
     except ValidationError as error:
         problem = error.errors()[0]
-        place = ".".join(["search", *(str(part) for part in problem["loc"])])
+        place = ".".join([name, *(str(part) for part in problem["loc"])])
         message = problem["msg"].removeprefix("Value error, ")
         raise ConfigError(
             f"reading the configuration: {place}: {message}, found {problem.get('input')!r} ({path})"

@@ -4,7 +4,7 @@ An evaluation is complete when its decision is there; it is written last. Everyt
 the outcomes, and `recompute` does.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from graceful.errors import GracefulError, UnknownFormatError
+from graceful.evaluation.consumers import Clusterings, Consumed
 from graceful.evaluation.decision import Decision, decide
 from graceful.evaluation.evidence import Evidence, Question, gather_evidence, unmeasured_wave
 from graceful.evaluation.outcomes import Outcomes, from_columns, to_columns
@@ -41,21 +42,26 @@ class Evaluation:
     question: Question
     evidence: Evidence
     decision: Decision
+    consumed: Consumed = field(default_factory=Consumed)
 
 
-def judge(outcomes: Outcomes, policy: RolloutPolicy, question: Question) -> Evaluation:
+def judge(
+    outcomes: Outcomes, policy: RolloutPolicy, question: Question, consumed: Consumed | None = None
+) -> Evaluation:
     """Gather the evidence and decide: pure, so that stored outcomes give the stored decision again."""
-    evidence = gather_evidence(outcomes, policy, question)
-    return Evaluation(outcomes, policy, question, evidence, decide(evidence, policy))
+    consumed = consumed or Consumed()
+    evidence = gather_evidence(outcomes, policy, question, consumed)
+    return Evaluation(outcomes, policy, question, evidence, decide(evidence, policy), consumed)
 
 
 def write_evaluation(location: str, evaluation: Evaluation) -> None:
     """Store an evaluation, the decision last."""
     filesystem, path = resolve(location)
     filesystem.create_dir(path, recursive=True)
-    table = pa.table({name: pa.array(values) for name, values in to_columns(evaluation.outcomes).items()})
-    table = table.replace_schema_metadata({"format_version": str(FORMAT_VERSION)})
-    pq.write_table(table, f"{path}/outcomes.parquet", filesystem=filesystem)
+    outcomes = {name: pa.array(values) for name, values in to_columns(evaluation.outcomes).items()}
+    _write_table(location, "outcomes.parquet", pa.table(outcomes))
+    if evaluation.consumed.clusterings is not None:
+        _write_clusterings(location, evaluation.consumed.clusterings)
     write_json(join(location, "question.json"), evaluation.question.model_dump(mode="json"))
     write_json(join(location, "policy.json"), evaluation.policy.model_dump(mode="json"))
     write_json(join(location, "evidence.json"), evaluation.evidence.model_dump(mode="json"))
@@ -64,21 +70,26 @@ def write_evaluation(location: str, evaluation: Evaluation) -> None:
 
 def read_outcomes(location: str) -> Outcomes:
     """Read the per-query outcomes of an evaluation."""
-    filesystem, path = resolve(join(location, "outcomes.parquet"))
+    table = _read_table(location, "outcomes.parquet")
+    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.schema.names}
+    return from_columns({n: v.astype(np.str_) if v.dtype == object else v for n, v in columns.items()})
+
+
+def _read_table(location: str, name: str) -> pa.Table:
+    filesystem, path = resolve(join(location, name))
     try:
         table = pq.read_table(path, filesystem=filesystem)
     except FileNotFoundError:
         raise EvaluationMissingError(
-            f"reading an evaluation: expected outcomes.parquet, found none (in {location}); name a folder below "
-            "evaluations/ of a workspace"
+            f"reading an evaluation: expected {name}, found none (in {location}); name a folder below evaluations/ of "
+            "a workspace"
         ) from None
     found = (table.schema.metadata or {}).get(b"format_version", b"none").decode()
     if found != str(FORMAT_VERSION):
         raise UnknownFormatError(
-            f"reading outcomes: expected format version {FORMAT_VERSION}, found {found} (in {location})"
+            f"reading {name}: expected format version {FORMAT_VERSION}, found {found} (in {location})"
         )
-    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.schema.names}
-    return from_columns({n: v.astype(np.str_) if v.dtype == object else v for n, v in columns.items()})
+    return table
 
 
 def read_evaluation(location: str) -> Evaluation:
@@ -92,7 +103,30 @@ def read_evaluation(location: str) -> Evaluation:
         _read_record(location, "question.json", Question),
         _read_record(location, "evidence.json", Evidence),
         _read_record(location, "decision.json", Decision),
+        read_consumed(location),
     )
+
+
+def read_consumed(location: str) -> Consumed:
+    """Read what was measured for consumers; empty where nothing was."""
+    table = _read_table(location, "clusterings.parquet") if exists(join(location, "clusterings.parquet")) else None
+    if table is None:
+        return Consumed()
+    columns = {name: np.array(table[name].to_pylist(), np.str_) for name in table.schema.names}
+    item_ids, identities = columns.pop("item_id"), columns.pop("identity")
+    return Consumed(Clusterings(item_ids, identities, columns))
+
+
+def _write_clusterings(location: str, clusterings: Clusterings) -> None:
+    """One row per item, one column per state."""
+    columns = {"item_id": clusterings.item_ids, "identity": clusterings.identities, **clusterings.labels}
+    _write_table(location, "clusterings.parquet", pa.table({n: pa.array(v.tolist()) for n, v in columns.items()}))
+
+
+def _write_table(location: str, name: str, table: pa.Table) -> None:
+    filesystem, path = resolve(join(location, name))
+    table = table.replace_schema_metadata({"format_version": str(FORMAT_VERSION)})
+    pq.write_table(table, path, filesystem=filesystem)
 
 
 def recompute(location: str, policy: RolloutPolicy | None = None) -> tuple[Evaluation, Evaluation]:
@@ -112,7 +146,7 @@ def recompute(location: str, policy: RolloutPolicy | None = None) -> tuple[Evalu
             f"have it, found those after {before} (in {location}); write the policy into the workspace's configuration "
             "and run 'graceful update', which measures them"
         )
-    return stored, judge(stored.outcomes, policy, question)
+    return stored, judge(stored.outcomes, policy, question, stored.consumed)
 
 
 def _read_record(location: str, name: str, model: type[M]) -> M:

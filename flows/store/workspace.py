@@ -93,6 +93,10 @@ class Workspace:
         """How fast a generation's encoder was, for pricing."""
         return join(self.root, "throughput", f"{generation}.json")
 
+    def clusters_uri(self) -> str:
+        """The folder of clusterings: who is on which photo."""
+        return join(self.root, "clusters")
+
     def index_location(self) -> str:
         """The folder of index snapshots.
 

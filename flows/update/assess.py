@@ -17,6 +17,8 @@ from graceful.flows.store.evaluations import Evaluation, judge, write_evaluation
 from graceful.flows.store.events import Decided
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.bench import UNREADABLE, Bench, Classifier, plan_ranking, production_owners
+from graceful.flows.update.consumers import measure_consumers
+from graceful.indexing.cluster_choice import ClusteringConfig
 from graceful.indexing.gallery import GalleryVersion, View
 from graceful.training.generation import ordinal_of
 
@@ -41,6 +43,8 @@ class Candidacy:
     classifiers: Mapping[str, Classifier] | None = None
     prefix_widths: Mapping[str, Sequence[int]] | None = None
     cost: CostInputs | None = None
+    clusters: ClusteringConfig | None = None
+    """How the states are clustered; None: they are not."""
 
 
 def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candidacy, vectors: Vectors) -> Evaluation:
@@ -116,7 +120,8 @@ def _judge_against(
     question = question.model_copy(
         update={"live_owners": shares, "unreadable_share": unreadable, "wave_zero": decided}
     )  # fmt: skip
-    return judge(bench.outcomes(), candidacy.policy, question)
+    consumed = measure_consumers(bench, candidacy.clusters)
+    return judge(bench.outcomes(), candidacy.policy, question, consumed)
 
 
 def _other_waves(bench: Bench, certificates: Sequence[CertificateEvidence], candidate: str) -> list[tuple[str, ...]]:

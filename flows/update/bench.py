@@ -57,6 +57,8 @@ class Bench:
     prefix_widths: Mapping[str, Sequence[int]] = field(default_factory=dict)
     first_rank: dict[str, NDArray[np.int32]] = field(default_factory=dict)
     average_precision: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    owners: dict[str, NDArray[np.str_]] = field(default_factory=dict)
+    """Owner (N,) of each row in every mixed state that was measured."""
 
     def outcomes(self) -> Outcomes:
         """All states measured so far."""
@@ -148,6 +150,7 @@ class Bench:
 
     def _rank_mixes(self, query_generation: str, mixes: Mapping[str, NDArray[np.str_]]) -> dict[str, RelevantRanks]:
         """Rank states of one query generation; those with the same readable rows share their products."""
+        self.owners.update(mixes)
         groups: dict[bytes, list[str]] = {}
         for state, owners in mixes.items():
             groups.setdefault((owners != UNREADABLE).tobytes(), []).append(state)

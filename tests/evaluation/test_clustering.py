@@ -22,7 +22,8 @@ from graceful.evaluation.clustering import (
     variation_of_information,
 )
 
-CASES = [(seed, num_items, num_labels) for seed, (num_items, num_labels) in enumerate([(1, 1), (7, 3), (30, 6), (60, 4)])]
+SIZES = [(1, 1), (7, 3), (30, 6), (60, 4)]
+CASES = [(seed, num_items, num_labels) for seed, (num_items, num_labels) in enumerate(SIZES)]
 
 
 def labellings(seed: int, num_items: int, num_labels: int, nobody: bool = True) -> tuple[list[str], list[str]]:
