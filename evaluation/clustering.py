@@ -60,7 +60,7 @@ class _Overlaps(NamedTuple):
 
     first: NDArray[np.int64]
     second: NDArray[np.int64]
-    count: NDArray[np.int64]
+    shared: NDArray[np.int64]
     first_sizes: NDArray[np.int64]
     second_sizes: NDArray[np.int64]
     of_item: NDArray[np.int64]
@@ -75,7 +75,7 @@ def pairwise_agreement(reference: ArrayLike, found: ArrayLike) -> Agreement:
     Agreement(precision=0.3333333333333333, recall=0.5, f=0.4)
     """
     table = _overlaps(reference, found)
-    both, known, ours = (_num_pairs(counts) for counts in (table.count, table.first_sizes, table.second_sizes))
+    both, known, ours = (_num_pairs(counts) for counts in (table.shared, table.first_sizes, table.second_sizes))
     return Agreement(_ratio(both, ours), _ratio(both, known), _ratio(2 * both, ours + known))
 
 
@@ -86,8 +86,8 @@ def b_cubed_values(reference: ArrayLike, found: ArrayLike) -> tuple[NDArray[np.f
     [0.67, 0.67, 0.33]
     """
     table = _overlaps(reference, found)
-    precision = table.count / table.second_sizes[table.second]
-    recall = table.count / table.first_sizes[table.first]
+    precision = table.shared / table.second_sizes[table.second]
+    recall = table.shared / table.first_sizes[table.first]
     return precision[table.of_item], recall[table.of_item]
 
 
@@ -108,12 +108,12 @@ def variation_of_information(first: ArrayLike, second: ArrayLike) -> float:
     0.6931
     """
     table = _overlaps(first, second)
-    total = table.count.sum()
+    total = table.shared.sum()
     if not total:
         return 0.0
-    of_first = np.log(table.count / table.first_sizes[table.first])
-    of_second = np.log(table.count / table.second_sizes[table.second])
-    return max(0.0, -float((table.count / total * (of_first + of_second)).sum()))
+    of_first = np.log(table.shared / table.first_sizes[table.first])
+    of_second = np.log(table.shared / table.second_sizes[table.second])
+    return max(0.0, -float((table.shared / total * (of_first + of_second)).sum()))
 
 
 def keep_names(before: ArrayLike, after: ArrayLike, new_names: Sequence[str] = ()) -> dict[str, str]:

@@ -74,6 +74,7 @@ class ClusterEvidence(BaseModel):
     changed: float | None = Field(description="Share of them that changes person.")
     changed_lower: float | None = Field(description="Lower bound, identities respected.")
     changed_upper: float | None = Field(description="Upper bound, identities respected.")
+    design_effect: float | None = Field(description="num_items / effective sample of the bounds.")
     num_split: int = Field(description="People whose photos lie in several clusters, at least two photos in each.")
     num_merged: int = Field(description="Clusters that hold photos of several people, at least two of each.")
     num_gone: int = Field(description="Names that nobody bears any more.")
@@ -126,6 +127,7 @@ def compare_clusters(clusterings: Clusterings, fraction: float, state: str, alph
         changed=_finite(bounds.value),
         changed_lower=bounds.lower if seen.num_items else None,
         changed_upper=bounds.upper if seen.num_items else None,
+        design_effect=bounds.num_queries / bounds.effective_n if seen.num_items else None,
         num_split=len(seen.split),
         num_merged=len(seen.merged),
         num_gone=len(seen.gone),

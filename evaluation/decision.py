@@ -22,6 +22,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from graceful.evaluation.consumers import ClusterEvidence
 from graceful.evaluation.cost import net_value
 from graceful.evaluation.evidence import (
     NFR_FAMILIES,
@@ -301,6 +302,9 @@ def further_queries(reason: Reason, evidence: Evidence, policy: RolloutPolicy) -
             if item.verdict == "UNKNOWN"
         ]
         return None if None in numbers else max((number for number in numbers if number is not None), default=None)
+    if reason.guard == "clusters":
+        item = next((item for item in evidence.consumers.clusters if item.state == reason.state), None)
+        return None if item is None else _further_photos(item, reason, policy)
     state = next((s for s in evidence.states if s.scope == reason.scope and s.state == reason.state), None)
     if state is None or state.nfr is None:
         return None
@@ -320,6 +324,20 @@ def further_queries(reason: Reason, evidence: Evidence, policy: RolloutPolicy) -
         gain = cost.total_price / (inputs.value_per_point_day * reason.threshold) / 100
         return _further_for_margin(state, gain, policy, state.band_critical)
     return _further_for_margin(state, reason.threshold or 0.0, policy, state.band_critical)
+
+
+def _further_photos(item: ClusterEvidence, reason: Reason, policy: RolloutPolicy) -> int | None:
+    """Photos until the share that changes person clears its limit."""
+    if item.changed is None or reason.threshold is None:
+        return None
+    total = queries_for_nfr(
+        reason.threshold,
+        item.changed,
+        alpha=policy.alpha / NFR_FAMILIES,
+        power=policy.power,
+        design_effect=item.design_effect or 1.0,
+    )
+    return None if total is None else max(1, total - item.num_items)
 
 
 def _further_for_margin(

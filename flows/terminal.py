@@ -252,7 +252,7 @@ def print_clustering(console: Console, found: dict[str, Any]) -> None:
     if "pairwise_f" in found:
         people = " and ".join(f"{count:,}" for count in found["people"])
         console.print(f"{found['before']} and {found['after']}: {people} people on {found['photos']:,} photos")
-        numbers = f"pairwise F {_share(found['pairwise_f'])}, B-cubed F {_share(found['b_cubed_f'])}"
+        numbers = f"pairwise F {_agreement(found['pairwise_f'])}, B-cubed F {_agreement(found['b_cubed_f'])}"
         console.print(f"Agreement: {numbers}, distance {found['variation_of_information']:.3f} nats", highlight=False)
     else:
         preview = ", a preview" if found["preview"] else ""
@@ -273,5 +273,5 @@ def print_clustering(console: Console, found: dict[str, Any]) -> None:
         console.print(f"Written to {found['file']}", highlight=False, soft_wrap=True)
 
 
-def _share(value: float) -> str:
+def _agreement(value: float) -> str:
     return "not measured" if value != value else f"{value:.4f}"

@@ -174,7 +174,8 @@ def _prefixes(
 
 def _fresh_names(first: int, cluster: NDArray[np.str_], taken: set[str]) -> list[str]:
     """'person <number>' from `first` on, one for each cluster, leaving out those that somebody bears."""
-    names, number = [], first
+    names: list[str] = []
+    number = first
     wanted = len(set(cluster.tolist()))
     while len(names) < wanted:
         if f"person {number}" not in taken:

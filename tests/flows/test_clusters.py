@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 
 from graceful.errors import UnknownFormatError, UsageError
 from graceful.evaluation.decision import CertificateToIssue, Decision
+from graceful.evaluation.matrix import matrix_from_outcomes
 from graceful.evaluation.policy import RolloutPolicy
+from graceful.evaluation.report import render_report
 from graceful.flows.cli import app
 from graceful.flows.commands import clusters
 from graceful.flows.commands.clusters import NothingClusteredError, cluster_workspace, compare_clusters, rename_people
@@ -329,6 +331,17 @@ def test_clusters_are_judged_again_from_what_is_stored(tmp_path, album):
     unjudged = recompute(location, POLICY.model_copy(update={"max_cluster_churn": None}))[1]
     assert cluster_reasons(unjudged) == {}
     assert unjudged.decision.outcome == "COMPATIBLE_ROLLOUT"
+
+
+def test_too_few_people_leave_it_open_and_say_how_many_photos_would_do(tmp_path, album):
+    evaluation = judged(tmp_path, album, POLICY.model_copy(update={"max_cluster_churn": 0.01}))
+    assert set(cluster_reasons(evaluation).values()) == {"UNKNOWN"}  # nobody of 120: at most 3 % at 2.5 %
+    assert evaluation.decision.outcome == "INCONCLUSIVE"
+    assert "clusters" in evaluation.decision.queries_needed_for
+    assert evaluation.decision.queries_needed > 480
+    matrix = matrix_from_outcomes(evaluation.outcomes, [G1, G2])
+    page = render_report(evaluation.evidence, evaluation.decision, evaluation.policy, matrix=matrix)
+    assert "of the photos change person, at most" in page
 
 
 def test_what_was_not_clustered_is_missing_and_never_passes(tmp_path, album):
