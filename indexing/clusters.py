@@ -69,9 +69,6 @@ def cluster_rows(
     edges, apart = _neighbours(owning, rows, config.neighbours, config.threshold, prefix_widths or {})
     graph = coo_array((np.ones(len(edges[0]), np.bool_), edges), (num_rows, num_rows)).tocsr()
     label = connected_components(graph, directed=False)[1].astype(np.int64)
-    owned = np.zeros(num_rows, np.bool_)
-    owned[np.concatenate([np.zeros(0, np.int64), *(rows[name] for name in owning)])] = True
-    label[~owned] = NOBODY
     return Clusters(_ordered(label, config.min_photos), apart)
 
 
