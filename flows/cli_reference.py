@@ -4,6 +4,7 @@ python -m graceful.flows.cli_reference > docs/commands.md
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -19,10 +20,18 @@ def reference() -> str:
         "done, 1 failed, 2 wrong use, 3 hold, 4 inconclusive, 130 interrupted, 143 ended. What you can mend comes as "
         "one line; a traceback is a bug. This page is made by `python -m graceful.flows.cli_reference`.",
     ]
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    for name, command in sorted(commands.items()):
+    for name, command in _commands(typer.main.get_command(app)):
         parts += [f"## graceful {name}", _plain(command.help or ""), _table(command)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command with its name, those of groups after the name of their group."""
+    for name, command in sorted(group.commands.items()):
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
 
 
 def _table(command: Any) -> str:

@@ -538,7 +538,7 @@ def test_an_encoder_of_another_width_is_backfilled_or_held_under_the_usual_share
     workspace_root, encoders, digits_file
 ):
     policy = {**tiny.WIDE, "max_wave_zero_share": 0.1, "num_resamples": 200, "fractions": [0.0, 0.5, 1.0]}
-    tiny.write_config(workspace_root, digits_file, {**tiny.grown(5), "policy": policy})
+    tiny.write_config(workspace_root, digits_file, {**tiny.grown(5), "policy": policy, "prices": {}})
     name = adopt(workspace_root, "wide")
     result = running.update(workspace_root, adopted=name)
     assert result.outcome == "FULL_BACKFILL"

@@ -1,0 +1,5 @@
+"""python -m graceful.flows.cli"""
+
+from graceful.flows.cli import main
+
+main()

@@ -1,0 +1,208 @@
+"""Commands of who serves: look, move, serve."""
+
+import functools
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from graceful.flows.cli.shell import (
+    CandidateArgument,
+    JsonOption,
+    ReasonOption,
+    RootOption,
+    YesOption,
+    app,
+    console_for,
+    output,
+    place,
+    reported_errors,
+)
+
+command = functools.partial(app.command, rich_help_panel="Serving")
+
+
+@command()
+def status(root: RootOption = ".", as_json: JsonOption = False) -> None:
+    """Show who serves, who owns the gallery's rows, what is unreadable, and what is under way."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.status import workspace_status
+        from graceful.flows.terminal import print_status
+
+        found = workspace_status(place(root))
+        output(as_json, found, lambda console: print_status(console, found))
+        if not as_json:
+            _print_what_settles(found["pending"], place(root))
+            _say_what_the_template_needs(place(root))
+
+
+@command()
+def history(root: RootOption = ".", as_json: JsonOption = False) -> None:
+    """List the generations with what was decided about them and who decided, and every move of what serves."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.history import lineage_history
+        from graceful.flows.terminal import print_history
+
+        found = lineage_history(place(root))
+        output(as_json, found, lambda console: print_history(console, found))
+
+
+@command()
+def flips(
+    generation: Annotated[str | None, typer.Argument(help="Candidate; by default that of the newest decision.")] = None,
+    root: RootOption = ".",
+    limit: Annotated[int, typer.Option(min=1, help="How many to list.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List the queries that are right today and would be wrong with a candidate, the worst first."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.history import flips_of
+        from graceful.flows.terminal import print_flips
+
+        found = flips_of(place(root), generation, limit)
+        output(as_json, found, lambda console: print_flips(console, found))
+
+
+@command()
+def accept(
+    generation: CandidateArgument,
+    reason: ReasonOption,
+    root: RootOption = ".",
+    fraction: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Serve after wave 0 and re-embed so much; by default everything, first."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve a candidate that the gate held or left open. Your word stands beside the decision; nothing is trained.
+
+    Look at [bold]graceful flips[/bold] first: what is listed there will be wrong from now on.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.accept import accept_candidate
+
+        found = accept_candidate(place(root), console_for(as_json), generation, reason=reason, fraction=fraction)
+        line = f"Serving {found['serving']}: accepted although the gate said {found['decided']}."
+        output(as_json, found, lambda console: console.print(line, highlight=False))
+
+
+@command()
+def reject(
+    generation: CandidateArgument, reason: ReasonOption, root: RootOption = ".", as_json: JsonOption = False
+) -> None:
+    """Turn a candidate down: it no longer waits. What serves stays as it is."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.status import reject_candidate
+
+        found = reject_candidate(place(root), generation, reason)
+        line = f"{found['rejected']} is rejected; serving {found['serving']}."
+        output(as_json, found, lambda console: console.print(line, highlight=False))
+
+
+@command()
+def rollback(
+    root: RootOption = ".",
+    reason: Annotated[str, typer.Option(help="Why; it stands in the lineage.")] = "rollback",
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Return to the previous generation: one move of a pointer, no data touched."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.status import roll_back
+
+        state = roll_back(place(root), reason, yes=yes)
+        output(as_json, state, lambda console: console.print(f"Serving {state['champion']} again.", highlight=False))
+
+
+@command()
+def promote(
+    generation: CandidateArgument,
+    reason: ReasonOption,
+    root: RootOption = ".",
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Go forward again, after a rollback, to a generation that has served before: one move of a pointer."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.status import promote_again
+
+        state = promote_again(place(root), generation, reason, yes=yes)
+        output(as_json, state, lambda console: console.print(f"Serving {state['champion']} again.", highlight=False))
+
+
+@command()
+def retire(
+    generation: CandidateArgument, reason: ReasonOption, root: RootOption = ".", as_json: JsonOption = False
+) -> None:
+    """Take a generation out of every later comparison and constraint. Its vectors stay until they are collected."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.status import retire_generation
+
+        found = retire_generation(place(root), generation, reason)
+        output(as_json, found, lambda console: console.print(f"{found['retired']} is retired.", highlight=False))
+
+
+@command()
+def revoke(
+    query: CandidateArgument,
+    gallery: Annotated[str, typer.Argument(help="Generation whose rows it may not be scored against any more.")],
+    reason: ReasonOption,
+    root: RootOption = ".",
+    yes: YesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Revoke the certificate of one generation for the rows of another. What only it lets queries read is hidden."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.status import revoke_certificate
+
+        found = revoke_certificate(place(root), query, gallery, reason, yes=yes)
+        line = f"{found['revoked'][0]} may not read {found['revoked'][1]} any more; items hidden: {found['hidden']}."
+        output(as_json, found, lambda console: console.print(line, highlight=False))
+
+
+@command()
+def serve(
+    root: RootOption = ".",
+    http: Annotated[bool, typer.Option(help="Answer searches over HTTP instead of scheduling updates.")] = False,
+    host: Annotated[str, typer.Option(help="Address that the HTTP endpoint listens on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the HTTP endpoint.")] = 8080,
+    shards: Annotated[
+        int, typer.Option(min=0, max=256, help="Spread the index over so many processes of a Ray cluster; 0: here.")
+    ] = 0,
+    ray_address: Annotated[
+        str, typer.Option(help="Cluster of the shards: local (this machine alone), auto, or host:port.")
+    ] = "local",
+    ui_host: Annotated[str, typer.Option(help="Address that the flow UI listens on.")] = "127.0.0.1",
+    ui_port: Annotated[int, typer.Option(help="Port of the flow UI.")] = 4200,
+) -> None:
+    """Run updates on the schedule of the configuration, shown in the flow UI; or, with --http, answer searches."""
+    with reported_errors():
+        if http:
+            from graceful.flows.search.http import serve_searches
+
+            serve_searches(place(root), host, port, shards, ray_address)
+        else:
+            from graceful.flows.runtime.environment import prepare_environment
+
+            prepare_environment(place(root), logs_to_terminal=True)
+            from graceful.flows.schedule import serve_updates
+
+            serve_updates(place(root), ui_host, ui_port)
+
+
+def _print_what_settles(pending: str | None, root: str) -> None:
+    from graceful.flows.commands.suggestions import settling_commands
+    from graceful.flows.terminal import print_next
+
+    if pending is not None:
+        line = f"{pending} waits: for more queries and another 'graceful update', or for your word."
+        Console().print(line, highlight=False)
+        print_next(Console(), settling_commands(root))
+
+
+def _say_what_the_template_needs(root: str) -> None:
+    from graceful.flows.settings.config import is_unedited
+
+    if is_unedited(root):
+        line = f"The configuration is the unedited template: run 'graceful init {root} --from <pictures>', or edit it."
+        Console().print(line, highlight=False, soft_wrap=True, markup=False)

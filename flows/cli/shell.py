@@ -1,0 +1,162 @@
+"""What all commands share: the application, common options, errors as one line and an exit code, where output goes."""
+
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+FAILED, WRONG_USE, HELD, UNDECIDED, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
+
+app = typer.Typer(
+    name="graceful",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+    help="Update embedding models without breaking the gallery: train each generation compatible with all its "
+    "predecessors, measure what an update would win and break, decide, roll out, roll back.",
+    epilog="Start with 'graceful replay examples/digits.toml', or with 'graceful init' in a folder of your own.",
+)
+
+RootOption = Annotated[
+    str,
+    typer.Option("--root", "-r", envvar="GRACEFUL_ROOT", help="Workspace: a folder or an object-store URI."),
+]
+YesOption = Annotated[bool, typer.Option("--yes", help="Move even if items that can be read now could not be.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it stands in the lineage, with your name.")]
+CandidateArgument = Annotated[str, typer.Argument(help="Id of a generation, or its first part: g002.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"graceful {version('graceful')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the command ends as after Ctrl-C."""
+
+
+@contextmanager
+def reported_errors(as_json: bool = False) -> Iterator[None]:
+    """Turn what a user can mend into one line and an exit code; a bug keeps its traceback.
+
+    One line: every `GracefulError`, and what the machine refuses (a full disk, a missing permission). GRACEFUL_DEBUG=1
+    shows the traceback of these too.
+    """
+    from graceful.errors import GracefulError, in_one_line, is_disk_full
+
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt as interruption:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        code = TERMINATED if isinstance(interruption, Terminated) else INTERRUPTED
+        raise typer.Exit(code) from None
+    except Exception as error:
+        if os.environ.get("GRACEFUL_DEBUG"):
+            raise
+        is_full = is_disk_full(error)
+        expected = isinstance(error, GracefulError | OSError) or is_full
+        line = in_one_line(error, limit=2_000)
+        if is_full and "free space" not in line:
+            line = f"disk full: free space and run again ({line})"
+        if as_json:
+            print(json.dumps({"error": line, "kind": type(error).__name__, "bug": not expected}))
+        if expected:
+            print(f"graceful: {line}", file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+            print(
+                f"graceful: {type(error).__name__}: {line}; this is a bug: please report it with the lines above, as "
+                "CONTRIBUTING.md says",
+                file=sys.stderr,
+            )
+        wrong_use = isinstance(error, GracefulError) and error.exit_code == WRONG_USE
+        raise typer.Exit(WRONG_USE if wrong_use else FAILED) from None
+
+
+@contextmanager
+def flow_server_for(place: str, as_json: bool) -> Iterator[None]:
+    """Give the block a flow server to report to: one that runs for this workspace, or one for this command alone."""
+    import functools
+    import importlib
+
+    from graceful.flows.runtime.environment import prepare_environment
+    from graceful.flows.runtime.server import flow_server
+
+    console_for(as_json).print("Starting (PyTorch, Ray and a flow server take a while to load) ...", style="dim")
+    prepare_environment(place)
+    if "prefect" in sys.modules:  # who has loaded Prefect has settled which server it talks to
+        yield
+        return
+    loading = functools.partial(importlib.import_module, "graceful.flows.commands.updates")
+    with flow_server(place, meanwhile=loading, until_exit=True):
+        yield
+
+
+@contextmanager
+def counting(text: str) -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how many there are so far; the line goes away at the end."""
+    with Console(stderr=True).status(text.format(0)) as line:
+        seen = 0
+
+        def advance(number: int) -> None:
+            nonlocal seen
+            seen += number
+            line.update(text.format(seen))
+
+        yield advance
+
+
+def place(given: str | Path) -> str:
+    """An absolute local path, or a URI as it was given, of whose two slashes pathlib has made one."""
+    text = re.sub(r"^([a-z][a-z0-9+.-]+):/(?!/)", r"\1://", str(given))
+    return text if "://" in text else os.path.abspath(text)
+
+
+def console_for(as_json: bool) -> Console:
+    """Where progress goes: with --json standard output belongs to the document."""
+    return Console(stderr=as_json)
+
+
+def output(as_json: bool, document: Any, text: Callable[[Console], None]) -> None:
+    if as_json:
+        print(json.dumps(document, indent=2, default=str))
+    else:
+        text(Console())
+
+
+def print_next_commands(console: Console, root: str, report: str) -> None:
+    from graceful.flows.commands.suggestions import next_commands
+    from graceful.flows.terminal import print_next
+
+    print_next(console, next_commands(root, report))
+
+
+def print_counts(console: Console, found: dict[str, Any]) -> None:
+    from graceful.flows.terminal import in_words
+
+    for name, value in found.items():
+        console.print(f"{name.replace('_', ' ')}: {in_words(value)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,270 @@
+"""Commands that train, judge and decide."""
+
+import functools
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from graceful.flows.cli.shell import (
+    FAILED,
+    HELD,
+    UNDECIDED,
+    WRONG_USE,
+    JsonOption,
+    RootOption,
+    app,
+    console_for,
+    counting,
+    flow_server_for,
+    output,
+    place,
+    print_next_commands,
+    reported_errors,
+)
+
+command = functools.partial(app.command, rich_help_panel="Updates")
+
+ParagonOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--paragon/--no-paragon",
+        help="Also train without constraints, to measure the tax; by default what the configuration says. It counts as "
+        "another configuration: what was decided without is judged anew.",
+    ),
+]
+
+
+@command()
+def init(
+    root: Annotated[str, typer.Argument(help="Folder or object-store URI of the new workspace.")] = ".",
+    pictures: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Pictures to look at: a folder with a sub-folder per label, a flat one with a CSV file (file,label), "
+            "a Parquet file, or a Hugging Face data set on disk. Writes a configuration that fits them.",
+        ),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(help="With --from: column of the labels in a CSV or Parquet file.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Configuration to start from; by default a template.")] = None,
+) -> None:
+    """Create a workspace: the folder, its empty tables and a [bold]graceful.toml[/bold].
+
+    With --from nothing in it has to be edited before the first update; otherwise it is a template to edit.
+    """
+    with reported_errors():
+        from graceful.flows.commands.setup import create_workspace
+
+        with counting("Looking at the pictures: {:,} read") as advance:
+            made = create_workspace(place(root), config, place(pictures) if pictures else None, label, advance)
+        console = Console(highlight=False, soft_wrap=True)
+        for line in made.lines:
+            console.print(line, markup=False)
+        if made.lines:
+            said = f"Wrote {made.config}. Next: 'graceful check', 'graceful ingest' and 'graceful update'."
+        elif made.written:
+            said = f"Created {made.config}. Edit it, then run 'graceful ingest' and 'graceful update'."
+        else:
+            said = f"The workspace is there already; {made.config} was left alone."
+        console.print(said, markup=False)
+
+
+@command()
+def check(root: RootOption = ".", as_json: JsonOption = False) -> None:
+    """Look for what would make an update fail: configuration, data, evaluation, network, cluster, disk.
+
+    Takes seconds, starts nothing, changes nothing; 'graceful update' does it first. Exit code 2: there are errors.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.check import check_workspace
+
+        found = check_workspace(place(root))
+        num_errors = sum(finding.level == "error" for finding in found)
+        document = {"errors": num_errors, "findings": [asdict(finding) for finding in found]}
+        output(as_json, document, lambda console: _print_findings(console, found))
+        raise typer.Exit(WRONG_USE if num_errors else 0)
+
+
+@command()
+def update(
+    root: RootOption = ".",
+    again: Annotated[bool, typer.Option(help="Judge anew what was decided about before.")] = False,
+    paragon: ParagonOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a candidate, judge it against what is served, decide, and carry the decision out.
+
+    Run again, it goes on where it was killed; decided before, it does nothing. Exit code 3: hold, 4: inconclusive.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.check import require_checked
+
+        require_checked(place(root))
+    with reported_errors(as_json), flow_server_for(place(root), as_json):
+        from graceful.flows.commands.updates import update_workspace
+
+        result = update_workspace(place(root), console_for(as_json), again=again, paragon=paragon)
+        output(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result, place(root)))
+        raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))
+
+
+@command()
+def replay(
+    config: Annotated[
+        Path, typer.Argument(help="Configuration with a \\[replay] table, such as examples/digits.toml.")
+    ],
+    root: Annotated[str | None, typer.Option("--root", "-r", help="Workspace; by default workspaces/<name>.")] = None,
+    paragon: ParagonOption = None,
+    controls: Annotated[
+        bool,
+        typer.Option("--controls", help="Also train the chains that others have: from scratch, fine-tuned, and so on."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Replay a whole history of generations on growing data, each trained, judged and rolled out.
+
+    Run again, it goes on where it stopped; with --controls it adds them to a history that is there. Exit code 0
+    whatever was decided, as long as the history completed.
+    """
+    with reported_errors(as_json), flow_server_for(place(root or "workspaces"), as_json):
+        from graceful.flows.commands.updates import replay_history
+        from graceful.flows.terminal import print_replay
+
+        result = replay_history(config, root, console_for(as_json), paragon=paragon, controls=controls)
+
+        def text(console: Console) -> None:
+            print_replay(console, result)
+            print_next_commands(console, result.root, result.report)
+
+        output(as_json, result.model_dump(mode="json"), text)
+
+
+@command()
+def adopt(
+    name: Annotated[str, typer.Argument(help="What to call the encoder; it stands in the lineage.")],
+    factory: Annotated[
+        str, typer.Option(help="'package.module:function' that returns a torch module (n, c, h, w) -> (n, d).")
+    ],
+    root: RootOption = ".",
+    weights: Annotated[Path | None, typer.Option(help="File of weights to load into it.")] = None,
+    kwargs: Annotated[str, typer.Option(help="Arguments of the factory, as JSON.")] = "{}",
+    image_size: Annotated[int | None, typer.Option(help="Pixels it takes; by default the configuration's.")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 for grey, 3 for RGB.")] = None,
+    mean: Annotated[list[float] | None, typer.Option(help="Mean per channel, 0 to 1; once for each.")] = None,
+    std: Annotated[list[float] | None, typer.Option(help="Standard deviation per channel; once for each.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge an encoder that was trained elsewhere, and roll it out if the gate says so.
+
+    It is tried on a few images before anything is recorded. Any width will do: what it cannot be compared with, it has
+    to re-embed. Exit code 3: hold, 4: inconclusive.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.check import require_checked
+
+        require_checked(place(root), factory)
+    with reported_errors(as_json), flow_server_for(place(root), as_json):
+        from graceful.flows.commands.updates import adopt_encoder, update_workspace
+
+        given = {"image_size": image_size, "channels": channels, "mean": mean, "std": std}
+        stated = {key: value for key, value in given.items() if value not in (None, [])}
+        adopted = adopt_encoder(place(root), name, factory, weights, kwargs, stated)
+        result = update_workspace(place(root), console_for(as_json), adopted=adopted)
+        output(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result, place(root)))
+        raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))
+
+
+@command()
+def decide(
+    evaluation: Annotated[Path, typer.Option("--from", help="Folder of an evaluation (evaluations/<id>).")],
+    policy: Annotated[
+        Path | None, typer.Option(help="Judge under the \\[policy] of this TOML file instead of the stored one.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge the stored per-query outcomes of an evaluation again, and compare with the decision that was recorded.
+
+    Changes nothing. Exit code 1 if the same policy does not give the recorded decision.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.evaluations import decide_again
+        from graceful.flows.terminal import print_decision
+
+        decision, agrees = decide_again(place(evaluation), policy)
+        document = {"agrees_with_recorded": agrees, "decision": decision.model_dump(mode="json")}
+
+        def text(console: Console) -> None:
+            print_decision(console, decision)
+            if policy is None:
+                console.print("The recorded decision is the same." if agrees else "The recorded decision DIFFERS.")
+
+        output(as_json, document, text)
+        if policy is None and not agrees:
+            raise typer.Exit(FAILED)
+        raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(decision.outcome, 0))
+
+
+@command()
+def report(
+    root: RootOption = ".",
+    evaluation: Annotated[str | None, typer.Argument(help="Id of an evaluation; by default the newest.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the newest decision with its reasons, and where its report lies."""
+    with reported_errors(as_json):
+        from graceful.flows.commands.evaluations import read_report
+        from graceful.flows.terminal import print_decision
+
+        location, decision = read_report(place(root), evaluation)
+        document = {"report": location, "decision": decision.model_dump(mode="json")}
+
+        def text(console: Console) -> None:
+            print_decision(console, decision)
+            console.print(f"Report: {location}", highlight=False, soft_wrap=True)
+
+        output(as_json, document, text)
+
+
+@command()
+def demo(
+    root: Annotated[
+        str | None, typer.Option("--root", "-r", help="New folder for the demo; by default a temporary one that stays.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Walk through every outcome in seconds, without training: synthetic encoders; real gallery, gate and rollback."""
+    with reported_errors(as_json):
+        from dataclasses import asdict
+
+        from graceful.flows.commands.demo import run_demo
+
+        result = run_demo(None if root is None else place(root), console_for(as_json))
+        if as_json:
+            print(json.dumps(asdict(result), indent=2))
+
+
+def _print_update(console: Console, result: Any, root: str) -> None:
+    again = " (decided before; --again judges anew)" if result.repeated else ""
+    console.print(f"[bold]{result.candidate}: {result.outcome}[/bold]{again}", highlight=False)
+    console.print(result.summary, highlight=False)
+    console.print(f"Serving {result.champion}.  Report: {result.report}", highlight=False, soft_wrap=True)
+    if result.outcome == "INCONCLUSIVE":
+        line = "When the evaluation has more queries, 'graceful update' judges again. Or it is your word:"
+        console.print(line, highlight=False)
+    print_next_commands(console, root, result.report)
+
+
+def _print_findings(console: Console, found: list[Any]) -> None:
+    styles = {"error": "bold red", "warning": "yellow", "ok": "green"}
+    for finding in found:
+        console.print(f"{finding.level:8}", style=styles[finding.level], end="")
+        console.print(finding.line, highlight=False, soft_wrap=True, markup=False)
+    counts = {level: sum(finding.level == level for finding in found) for level in styles}
+    said = "An update can start." if not counts["error"] else "An update would fail."
+    console.print(f"{counts['error']} errors, {counts['warning']} warnings. {said}", highlight=False)
