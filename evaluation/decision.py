@@ -153,9 +153,10 @@ def _preconditions(evidence: Evidence, policy: RolloutPolicy) -> list[str]:
             f"{percent(policy.max_unreadable_share)}: repair it first, 'graceful check' names the rows"
         )
     overall = [state for state in evidence.states if state.scope == OVERALL]
-    if overall and overall[-1].num_queries < policy.min_coverage * evidence.num_queries:
+    judged = overall[-1].num_queries - overall[-1].num_log_queries if overall else 0
+    if overall and judged < policy.min_coverage * evidence.num_queries:
         found.append(
-            f"only {overall[-1].num_queries:,} of {evidence.num_queries:,} queries find a relevant row in what serves "
+            f"only {judged:,} of {evidence.num_queries:,} queries find a relevant row in what serves "
             f"now, {percent(policy.min_coverage)} are needed: the others were not judged"
         )
     if overall and overall[-1].num_clusters < policy.min_identities:

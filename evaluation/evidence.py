@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from graceful.evaluation.changed import log_differences
 from graceful.evaluation.consumers import Consumed, ConsumerEvidence, gather_consumers
 from graceful.evaluation.cost import CostInputs, OptionCost, option_costs
 from graceful.evaluation.intervals import (
@@ -54,11 +55,16 @@ class PairedDifference(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_queries: int = Field(description="Queries compared: those measurable in the baseline.")
+    num_queries: int = Field(
+        description="Queries compared: those measurable in the baseline, and the settled beginning of a query log."
+    )
     num_clusters: int = Field(description="Clusters among them.")
-    value: float | None = Field(description="Metric of what is judged.")
-    baseline: float | None = Field(description="Metric of what it is compared with.")
-    difference: float | None = Field(description="value - baseline.")
+    num_log_queries: int = Field(default=0, description="Those of a query log among them.")
+    value: float | None = Field(description="Metric of what is judged, over the queries with an identity.")
+    baseline: float | None = Field(description="Metric of what it is compared with, over the same.")
+    difference: float | None = Field(
+        description="Mean paired difference of all queries compared; without a query log it is value - baseline."
+    )
     difference_lower: float | None = Field(description="Lower bound, simultaneous over the fractions; None: no bound.")
     difference_upper: float | None = Field(description="Upper bound, simultaneous over the fractions; None: no bound.")
     difference_sd: float | None = Field(description="Standard deviation of the paired difference of one query.")
@@ -266,7 +272,7 @@ def _certified(
 ) -> tuple[CertificateEvidence, ...]:
     """Judge each wanted (query generation, gallery generation, share) by its states (before, after)."""
     pairs = [
-        compare(outcomes, before, after, metric=policy.metric, k=policy.k)
+        _pair(outcomes, policy, before, after)
         if before in outcomes.first_rank and after in outcomes.first_rank
         else None
         for before, after in states
@@ -351,9 +357,36 @@ def unmeasured_wave(outcomes: Outcomes, policy: RolloutPolicy, question: Questio
     return wave_zero if measured_as_named - set(_way(outcomes, policy, question, wave_zero)) else None
 
 
+class _Pair(NamedTuple):
+    """Two states query by query: queries with an identity, and those of the log by what changed (NaN: not settled)."""
+
+    known: Comparison
+    log: NDArray[np.float64]
+
+    @property
+    def differences(self) -> NDArray[np.float64]:
+        """After less before, of all queries compared."""
+        return np.concatenate([self.known.after - self.known.before, self.log[~np.isnan(self.log)]])
+
+
+def _pair(
+    outcomes: Outcomes, policy: RolloutPolicy, before: str, after: str, within: NDArray[np.bool_] | None = None
+) -> _Pair:
+    """Compare two states; `within` is over the queries with an identity and then those of the log."""
+    num = len(outcomes)
+    known = compare(
+        outcomes, before, after, metric=policy.metric, k=policy.k, within=None if within is None else within[:num]
+    )
+    if outcomes.log is None:
+        return _Pair(known, np.zeros(0))
+    inside = None if within is None else within[num:]
+    return _Pair(known, log_differences(outcomes.log, (before, after), metric=policy.metric, k=policy.k, within=inside))
+
+
 def _scopes(outcomes: Outcomes, policy: RolloutPolicy) -> tuple[dict[str, NDArray[np.bool_]], list[str]]:
-    """Queries of each guarded scope, and the slices that have none."""
-    scopes = {OVERALL: np.ones(len(outcomes), np.bool_)}
+    """Queries of each guarded scope, those of the log last, and the slices that have none."""
+    log = outcomes.log
+    scopes = {OVERALL: np.ones(len(outcomes) + (0 if log is None else len(log)), np.bool_)}
     missing = []
     baseline = measured(outcomes, SERVED)
     for required in policy.required_slices:
@@ -362,13 +395,15 @@ def _scopes(outcomes: Outcomes, policy: RolloutPolicy) -> tuple[dict[str, NDArra
         if column is None:
             missing.append(f"slice {required!r}: no such slice, found {sorted(outcomes.slices)}")
             continue
+        if log is not None:
+            column = np.concatenate([column, log.slices.get(name, np.full(len(log), ""))])
         num_untagged = int((column == "").sum())
         if num_untagged:
             missing.append(f"slice {required!r}: {num_untagged} of {len(column)} queries have no value; tag all")
         for each in [value] if value else sorted(set(column.tolist()) - {""}):
             inside = column == each
             scopes[f"{name}={each}"] = inside
-            if not (inside & baseline).any():
+            if not (inside[: len(outcomes)] & baseline).any():
                 missing.append(f"slice '{name}={each}': no query of it is measurable in state {SERVED!r}")
         if not value and not set(column.tolist()) - {""}:
             missing.append(f"slice {required!r}: no query has a value")
@@ -382,9 +417,7 @@ def _states(
         return ()
     fractions = list(way)
     cells = [(scope, fraction) for scope in scopes for fraction in fractions]
-    pairs = [
-        compare(outcomes, SERVED, way[f], metric=policy.metric, k=policy.k, within=scopes[scope]) for scope, f in cells
-    ]
+    pairs = [_pair(outcomes, policy, SERVED, way[f], scopes[scope]) for scope, f in cells]
     width = len(fractions)
     families = [list(range(s * width, (s + 1) * width)) for s in range(len(scopes))]
     clusters = _codes(outcomes)
@@ -392,17 +425,17 @@ def _states(
     states = []
     for index, ((scope, fraction), pair) in enumerate(zip(cells, pairs, strict=True)):
         state, band = way[fraction], bands[index // width]
-        alone = measured(outcomes, state) & ~measured(outcomes, SERVED) & scopes[scope]
+        alone = measured(outcomes, state) & ~measured(outcomes, SERVED) & scopes[scope][: len(outcomes)]
         states.append(
             StateEvidence(
                 scope=scope,
                 fraction=fraction,
                 state=state,
-                num_lost=pair.num_lost,
+                num_lost=pair.known.num_lost,
                 num_without_baseline=int(alone.sum()),
                 band_critical=_finite(band.critical),
                 **_difference_numbers(pair, band, index % width),
-                **_flip_numbers(pair, clusters[pair.counted], policy.alpha / NFR_FAMILIES),
+                **_flip_numbers(pair, clusters, policy.alpha / NFR_FAMILIES),
             )
         )
     return tuple(states)
@@ -411,14 +444,16 @@ def _states(
 def _bands(
     clusters: NDArray[np.int64],
     policy: RolloutPolicy,
-    pairs: Sequence[Comparison | None],
+    pairs: Sequence[_Pair | None],
     families: Sequence[list[int]],
 ) -> list[DifferenceBands]:
     """One band per family of comparisons, all from the same resamples."""
     columns = np.full((len(clusters), len(pairs)), np.nan)
     for index, pair in enumerate(pairs):
         if pair is not None:
-            columns[pair.counted, index] = pair.after - pair.before
+            num = len(pair.known.counted)
+            columns[:num, index][pair.known.counted] = pair.known.after - pair.known.before
+            columns[num:, index] = pair.log
     means, errors = bootstrap_means_and_errors(columns, clusters, num_resamples=policy.num_resamples, seed=policy.seed)
     return [
         bands_from_means(columns[:, family], clusters, (means[:, family], errors[:, family]), alpha=policy.alpha)
@@ -426,24 +461,28 @@ def _bands(
     ]
 
 
-def _difference_numbers(pair: Comparison | None, band: DifferenceBands, column: int) -> dict[str, Any]:
-    known = pair is not None and len(pair.before) > 0
+def _difference_numbers(pair: _Pair | None, band: DifferenceBands, column: int) -> dict[str, Any]:
+    known = pair is not None and len(pair.known.before) > 0
     return {
         "num_queries": int(band.num_queries[column]),
         "num_clusters": int(band.num_clusters[column]),
-        "value": _finite(pair.after.mean()) if pair is not None and known else None,
-        "baseline": _finite(pair.before.mean()) if pair is not None and known else None,
+        "num_log_queries": 0 if pair is None else int((~np.isnan(pair.log)).sum()),
+        "value": _finite(pair.known.after.mean()) if pair is not None and known else None,
+        "baseline": _finite(pair.known.before.mean()) if pair is not None and known else None,
         "difference": _finite(band.value[column]),
         "difference_lower": _finite(band.lower[column]),
         "difference_upper": _finite(band.upper[column]),
-        "difference_sd": _finite((pair.after - pair.before).std()) if pair is not None and known else None,
+        "difference_sd": _finite(pair.differences.std()) if pair is not None and known else None,
         "difference_design_effect": _finite(band.design_effect[column]) if known else None,
     }
 
 
-def _flip_numbers(pair: Comparison, clusters: NDArray[Any], alpha: float) -> dict[str, Any]:
-    losses, wins = pair.right_before & ~pair.right_after, ~pair.right_before & pair.right_after
-    bounds = share_bounds(losses, clusters, alpha)
+def _flip_numbers(pair: _Pair, clusters: NDArray[Any], alpha: float) -> dict[str, Any]:
+    before, after = pair.known.right_before, pair.known.right_after
+    settled = ~np.isnan(pair.log)
+    losses = np.concatenate([before & ~after, pair.log[settled] < 0])
+    wins = np.concatenate([~before & after, pair.log[settled] > 0])
+    bounds = share_bounds(losses, clusters[np.concatenate([pair.known.counted, settled])], alpha)
     if bounds.num_queries == 0:
         return dict.fromkeys(("nfr", "nfr_lower", "nfr_upper", "nfr_design_effect", "pfr", "mcnemar_p"))
     return {
@@ -457,8 +496,10 @@ def _flip_numbers(pair: Comparison, clusters: NDArray[Any], alpha: float) -> dic
 
 
 def _codes(outcomes: Outcomes) -> NDArray[np.int64]:
-    """Clusters as small integers, made once: text is slow to sort."""
-    return np.unique(outcomes.clusters, return_inverse=True)[1].astype(np.int64)
+    """Clusters as small integers, made once: text is slow to sort. Those of the log come last."""
+    log = outcomes.log
+    names = outcomes.clusters if log is None else np.concatenate([outcomes.clusters, log.clusters.astype(np.str_)])
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
 def _finite(value: float | np.floating[Any]) -> float | None:

@@ -26,6 +26,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from graceful.evaluation.changed import LogAnswers
+
 SERVED = "served"
 Metric = Literal["recall@k", "mAP"]
 METRICS: tuple[Metric, ...] = ("recall@k", "mAP")
@@ -48,7 +50,8 @@ class Outcomes:
     """What happened to each of Q queries in each state.
 
     `clusters` is what a bootstrap resamples (usually the identity). `first_rank` is 1-based, 0 where not measurable;
-    `average_precision` is NaN where not measurable. Both hold the same states.
+    `average_precision` is NaN where not measurable. Both hold the same states. `log`: further queries, of which only the
+    answers are known, and labels where those changed.
     """
 
     query_ids: NDArray[Any]
@@ -57,6 +60,7 @@ class Outcomes:
     slices: Mapping[str, NDArray[Any]]
     first_rank: Mapping[str, NDArray[np.int32]]
     average_precision: Mapping[str, NDArray[np.float32]]
+    log: LogAnswers | None = None
 
     def __post_init__(self) -> None:
         for name in ("query_ids", "identities", "clusters"):

@@ -187,6 +187,24 @@ def unreadable_reason(payload: bytes | None) -> str | None:
         return str(error)
 
 
+def thumbnail(payload: bytes, longest: int) -> bytes:
+    """Return a PNG of one encoded image as a viewer shows it, its longer side at most `longest` pixels.
+
+    Raises: UnreadableImageError.
+    """
+    shape = Preprocessing(image_size=longest, channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = _as_seen(payload, shape).convert("RGB")
+            image.thumbnail((longest, longest))
+            return encode_png(np.asarray(image))
+    except UnreadableImageError:
+        raise
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... for broken files
+        raise UnreadableImageError(f"cannot be decoded: {_one_line(error)}") from error
+
+
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     """Return the PNG of pixels (h, w) or (h, w, 3)."""
     buffer = io.BytesIO()

@@ -31,7 +31,7 @@ from graceful.training.job import TrainingConfig
 CONFIG_FILE = "graceful.toml"
 """Name of a workspace's configuration, in the workspace."""
 
-_PATH_KEYS = ("path", "initial_weights")
+_PATH_KEYS = ("path", "set", "initial_weights")
 _VARIABLE = re.compile(r"\$([A-Z][A-Z0-9_]*)")
 
 
@@ -287,7 +287,7 @@ def _expand(value: Any, folder: str, root: str, key: str = "") -> Any:
         text = text.replace(f"${name}", os.environ[name])
     if key in _PATH_KEYS and "://" not in text and not os.path.isabs(text):
         below = join(folder, text) if is_remote(folder) else os.path.normpath(os.path.join(folder, text))
-        return below if key == "path" or os.path.exists(below) else text
+        return below if key in ("path", "set") or os.path.exists(below) else text
     return text
 
 

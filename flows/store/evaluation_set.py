@@ -8,14 +8,14 @@ content, say which generation owns them.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from graceful.files import exists, join, resolve
 from graceful.training.datasets import DatasetConfig, assert_disjoint, load_images
@@ -29,9 +29,22 @@ class EvaluationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    set: str | None = Field(
+        default=None,
+        description="Folder of a set that 'graceful evalset create' made, {root}/evalsets/<name>: stands for queries, "
+        "gallery and log.",
+    )
+    part: Literal["dev", "test"] = Field(
+        default="test", description="Of such a set: dev to choose by, test to judge by; no identity is in both."
+    )
     queries: DatasetConfig = Field(description="Images that are searched with; their labels are the identities.")
     gallery: DatasetConfig | None = Field(
         default=None, description="Images that are searched; by default the queries, each one's own item excluded."
+    )
+    log: DatasetConfig | None = Field(
+        default=None,
+        description="Further queries, without labels: only those whose answer an update changes are ever labelled, see "
+        "'graceful evalset label'.",
     )
     protocol: Literal["open_set", "closed_set"] = Field(
         description="open_set: no identity of it may be in the training set; closed_set: no image of it may be."
@@ -46,24 +59,46 @@ class EvaluationConfig(BaseModel):
     )
     slices: tuple[str, ...] = Field(default=(), description="Attributes of the queries that are reported as slices.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _stands_for(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("set"), str):
+            return values
+        where = {"part": (values.get("part", "test"),)}
+        rows: dict[str, Any] = {"source": "parquet", "label_columns": ("identity",)}
+        return {
+            "queries": {**rows, "path": join(values["set"], "queries"), "where": where},
+            "gallery": {**rows, "path": join(values["set"], "gallery")},
+            **values,
+        }
+
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Q queries and N gallery rows. `same_items`: queries and gallery are the same rows, own item excluded."""
+    """Q queries, N gallery rows, and L queries of a log, whose identities nobody knows.
+
+    Where queries and gallery are the same rows, a query's own item is excluded. `log_clusters` is None where the
+    configuration names no column.
+    """
 
     set_id: str
     queries: LabelledImages
     gallery: LabelledImages
     clusters: NDArray[np.str_]
     slices: dict[str, NDArray[np.str_]]
+    log: LabelledImages | None = None
+    log_clusters: NDArray[np.str_] | None = None
+    log_slices: dict[str, NDArray[np.str_]] = field(default_factory=dict)
 
     @property
     def images(self) -> tuple[list[str], list[str]]:
-        """Content hashes and sources of every image, each image once."""
-        hashes = [*self.queries.content_sha256, *self.gallery.content_sha256]
-        sources = [*self.queries.sources, *self.gallery.sources]
-        unique = dict(zip(hashes, sources, strict=True))
-        return list(unique), list(unique.values())
+        """Content hashes and sources of every image that every generation embeds, each image once."""
+        return _each_once(self.queries, self.gallery)
+
+    @property
+    def images_with_log(self) -> tuple[list[str], list[str]]:
+        """The same and the log, which only the champion and the candidate embed."""
+        return _each_once(self.queries, self.gallery, *([self.log] if self.log else []))
 
 
 def load_evaluation_set(config: EvaluationConfig) -> EvaluationSet:
@@ -74,7 +109,30 @@ def load_evaluation_set(config: EvaluationConfig) -> EvaluationSet:
     gallery = queries if config.gallery is None else load_images(config.gallery)
     clusters = queries.labels if config.cluster is None else queries.attributes[config.cluster]
     slices = {name: queries.attributes[name] for name in config.slices}
-    return EvaluationSet(_digest(queries, gallery, clusters, slices), queries, gallery, clusters, slices)
+    log = load_log(config, wanted)
+    set_id = _digest(queries, gallery, clusters, slices, log)
+    if log is None:
+        return EvaluationSet(set_id, queries, gallery, clusters, slices)
+    log_clusters = None if config.cluster is None else log.attributes[config.cluster]
+    log_slices = {name: log.attributes[name] for name in config.slices}
+    return EvaluationSet(set_id, queries, gallery, clusters, slices, log, log_clusters, log_slices)
+
+
+def load_log(config: EvaluationConfig, attributes: Sequence[str] = ()) -> LabelledImages | None:
+    """The queries of the log, without labels; None where there is no log."""
+    named = log_of(config)
+    if named is None:
+        return None
+    wanted = tuple(dict.fromkeys([*named.attributes, *attributes]))
+    return load_images(named.model_copy(update={"label_columns": (), "attributes": wanted}))
+
+
+def log_of(config: EvaluationConfig) -> DatasetConfig | None:
+    """The log that is configured, or that of the named set."""
+    if config.log is not None or config.set is None:
+        return config.log
+    place = join(config.set, "log")
+    return DatasetConfig(source="parquet", path=place, label_columns=()) if exists(place) else None
 
 
 def separate(
@@ -94,6 +152,8 @@ def separate(
     by: Literal["identity", "image"] = "identity" if config.protocol == "open_set" else "image"
     for images in (evaluation_set.queries, evaluation_set.gallery):
         assert_disjoint(training_images, images, by=by)
+    if evaluation_set.log is not None:
+        assert_disjoint(training_images, evaluation_set.log, by="image")
     return training_images, num_dropped
 
 
@@ -114,15 +174,31 @@ def save_evaluation_set(root: str, evaluation_set: EvaluationSet) -> str:
     if not exists(join(location, "rows.parquet")):
         filesystem, path = resolve(location)
         filesystem.create_dir(path, recursive=True)
-        table = pa.concat_tables(
-            [
-                _rows("query", evaluation_set.queries, evaluation_set.clusters, evaluation_set.slices),
-                _rows("gallery", evaluation_set.gallery, evaluation_set.gallery.labels, {}),
-            ],
-            promote_options="default",
-        ).replace_schema_metadata({"format_version": FORMAT_VERSION})
+        parts = [
+            _rows("query", evaluation_set.queries, evaluation_set.clusters, evaluation_set.slices),
+            _rows("gallery", evaluation_set.gallery, evaluation_set.gallery.labels, {}),
+        ]
+        if (log := evaluation_set.log) is not None:
+            clusters = log.labels if evaluation_set.log_clusters is None else evaluation_set.log_clusters
+            parts.append(_rows("log", log, clusters, evaluation_set.log_slices))
+        table = pa.concat_tables(parts, promote_options="default")
+        table = table.replace_schema_metadata({"format_version": FORMAT_VERSION})
         pq.write_table(table, f"{path}/rows.parquet", filesystem=filesystem)
     return location
+
+
+def sources_in_set(location: str) -> dict[str, str]:
+    """Where the images of a stored set are, by content hash."""
+    filesystem, path = resolve(join(location, "rows.parquet"))
+    rows = pq.read_table(path, columns=["content_sha256", "source"], filesystem=filesystem)
+    return dict(zip(rows["content_sha256"].to_pylist(), rows["source"].to_pylist(), strict=True))
+
+
+def _each_once(*parts: LabelledImages) -> tuple[list[str], list[str]]:
+    unique = {
+        digest: source for images in parts for digest, source in zip(images.content_sha256, images.sources, strict=True)
+    }
+    return list(unique), list(unique.values())
 
 
 def _rows(
@@ -145,9 +221,11 @@ def _digest(
     gallery: LabelledImages,
     clusters: NDArray[np.str_],
     slices: dict[str, NDArray[np.str_]],
+    log: LabelledImages | None = None,
 ) -> str:
     parts: Sequence[object] = (
         queries.content_sha256, queries.labels.tolist(), gallery.content_sha256, gallery.labels.tolist(),
         clusters.tolist(), {name: values.tolist() for name, values in sorted(slices.items())},
+        *([] if log is None else [log.content_sha256, {n: v.tolist() for n, v in sorted(log.attributes.items())}]),
     )  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -4,15 +4,17 @@ An evaluation is complete when its decision is there; it is written last. Everyt
 the outcomes, and `recompute` does.
 """
 
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from graceful.errors import GracefulError, UnknownFormatError
+from graceful.evaluation.changed import LogAnswers, log_columns, log_from_columns
 from graceful.evaluation.consumers import Clusterings, Consumed
 from graceful.evaluation.decision import Decision, decide
 from graceful.evaluation.evidence import Evidence, Question, gather_evidence, unmeasured_wave
@@ -21,6 +23,7 @@ from graceful.evaluation.policy import RolloutPolicy
 from graceful.files import exists, join, read_json, resolve, write_json
 
 FORMAT_VERSION = 1
+LOG_FILE = "log.parquet"
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -62,6 +65,9 @@ def write_evaluation(location: str, evaluation: Evaluation) -> None:
     _write_table(location, "outcomes.parquet", pa.table(outcomes))
     if evaluation.consumed.clusterings is not None:
         _write_clusterings(location, evaluation.consumed.clusterings)
+    if (log := evaluation.outcomes.log) is not None:
+        columns = {name: pa.array(values) for name, values in log_columns(log).items()}
+        _write_table(location, LOG_FILE, pa.table(columns))
     write_json(join(location, "question.json"), evaluation.question.model_dump(mode="json"))
     write_json(join(location, "policy.json"), evaluation.policy.model_dump(mode="json"))
     write_json(join(location, "evidence.json"), evaluation.evidence.model_dump(mode="json"))
@@ -70,9 +76,16 @@ def write_evaluation(location: str, evaluation: Evaluation) -> None:
 
 def read_outcomes(location: str) -> Outcomes:
     """Read the per-query outcomes of an evaluation."""
-    table = _read_table(location, "outcomes.parquet")
-    columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.schema.names}
-    return from_columns({n: v.astype(np.str_) if v.dtype == object else v for n, v in columns.items()})
+    outcomes = from_columns(_read_columns(location, "outcomes.parquet"))
+    if not exists(join(location, LOG_FILE)):
+        return outcomes
+    return replace(outcomes, log=log_from_columns(_read_columns(location, LOG_FILE)))
+
+
+def _read_columns(location: str, name: str) -> dict[str, NDArray[Any]]:
+    table = _read_table(location, name)
+    columns = {column: table[column].to_numpy(zero_copy_only=False) for column in table.schema.names}
+    return {column: values.astype(np.str_) if values.dtype == object else values for column, values in columns.items()}
 
 
 def _read_table(location: str, name: str) -> pa.Table:

@@ -58,8 +58,12 @@ def refuse_trained_on(workspace: Workspace, evaluation_set: EvaluationSet) -> No
 
 def _leaks(workspace: Workspace, evaluation_set: EvaluationSet) -> dict[str, list[str]]:
     """Sources of the queries that each generation was trained on."""
-    queries = evaluation_set.queries
-    source_of = dict(zip(queries.content_sha256, queries.sources, strict=True))
+    source_of = {
+        digest: source
+        for images in (evaluation_set.queries, evaluation_set.log)
+        if images is not None
+        for digest, source in zip(images.content_sha256, images.sources, strict=True)
+    }
     found: dict[str, list[str]] = {}
     for generation, manifest in training_manifests(workspace):
         trained = set(manifest.content_sha256)

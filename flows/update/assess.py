@@ -15,10 +15,12 @@ from graceful.files import crash_point
 from graceful.flows.store.evaluation_set import EvaluationSet
 from graceful.flows.store.evaluations import Evaluation, judge, write_evaluation
 from graceful.flows.store.events import Decided
+from graceful.flows.store.labels import read_labels
 from graceful.flows.store.workspace import Workspace
-from graceful.flows.update.bench import UNREADABLE, Bench, Classifier, plan_ranking, production_owners
+from graceful.flows.update.bench import Bench, Classifier, plan_ranking, production_owners
 from graceful.flows.update.consumers import measure_consumers
 from graceful.indexing.cluster_choice import ClusteringConfig
+from graceful.flows.update.query_log import UNREADABLE, QueryLog
 from graceful.indexing.gallery import GalleryVersion, View
 from graceful.training.generation import ordinal_of
 
@@ -62,6 +64,15 @@ def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candi
         {name: vectors(name, evaluation_set.gallery.content_sha256) for name in everyone},
         candidacy.prefix_widths or {},
     )
+    if evaluation_set.log is not None and champion is not None:
+        bench.log = QueryLog(
+            evaluation_set,
+            {name: vectors(name, evaluation_set.log.content_sha256) for name in (champion, candidate)},
+            bench.gallery_vectors,
+            bench.prefix_widths,
+            k=candidacy.policy.k,
+            labels=read_labels(workspace.root),
+        )
     bench.measure_pairs([(query, gallery) for query in lineage for gallery in lineage[: lineage.index(query) + 1]])
     bench.measure_pairs([(client, candidate) for client in candidacy.clients])
     if candidacy.paragon is not None:

@@ -27,12 +27,10 @@ from graceful.evaluation.outcomes import (
     pair_state,
 )
 from graceful.flows.store.evaluation_set import EvaluationSet
+from graceful.flows.update.query_log import UNREADABLE, QueryLog
 from graceful.indexing.exact import RelevantRanks, rank_states
 from graceful.indexing.gallery import View
 from graceful.indexing.planner import OrderInputs, nearest_mean_distance, num_chosen, random_key, rank_items
-
-UNREADABLE = ""
-"""Owner of a row that cannot be read: it is left out of the gallery that is searched."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ class Bench:
     average_precision: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     owners: dict[str, NDArray[np.str_]] = field(default_factory=dict)
     """Owner (N,) of each row in every mixed state that was measured."""
+    log: QueryLog | None = None
 
     def outcomes(self) -> Outcomes:
         """All states measured so far."""
@@ -70,6 +69,7 @@ class Bench:
             slices=dict(chosen.slices),
             first_rank=dict(self.first_rank),
             average_precision=dict(self.average_precision),
+            log=None if self.log is None else self.log.answers(),
         )
 
     def comparable(self, query_generation: str, gallery_generation: str) -> bool:
@@ -87,6 +87,7 @@ class Bench:
     def measure_served(self, champion: str, owners: NDArray[np.str_]) -> None:
         """What production serves now: the champion's queries on today's owners (N,)."""
         self._store(SERVED, self._rank_mixes(champion, {SERVED: owners})[SERVED])
+        self._ask_log(SERVED, champion, owners)
 
     def measure_live(self, query_generation: str, owners: NDArray[np.str_], live: Sequence[str]) -> None:
         """Queries of one generation on the rows of each live owner alone: the ground of certificates.
@@ -106,6 +107,9 @@ class Bench:
                 continue
             ranks = self._rank([(query_generation, owner)], owners == owner, {})
             self._store(state, ranks[query_generation, owner])
+            # Whether one owner among several has a row for a query is not known without the query's identity.
+            if {*owners.tolist()} <= {owner, UNREADABLE}:
+                self._ask_log(state, query_generation, owners)
 
     def measure_nothing(self, state: str) -> None:
         """No query is measurable in this state: nothing can be said by it."""
@@ -135,6 +139,7 @@ class Bench:
             mixes[fraction_state(fraction, wave_zero)] = mixed.astype(np.str_)
         for state, ranks in self._rank_mixes(candidate, mixes).items():
             self._store(state, ranks)
+            self._ask_log(state, candidate, mixes[state])
 
     def measure_classification(self, generation: str, classifier: Classifier) -> None:
         """Classification as retrieval over classifier rows; identities that are no class are not measurable."""
@@ -183,6 +188,10 @@ class Bench:
             mixes=mixes,
             prefix_widths={query: tuple(self.prefix_widths.get(query, ())) for query in self.query_vectors},
         )
+
+    def _ask_log(self, state: str, query_generation: str, owners: NDArray[np.str_]) -> None:
+        if self.log is not None:
+            self.log.show(state, query_generation, owners)
 
     def _store(self, state: str, ranks: RelevantRanks) -> None:
         first_rank, average_precision = outcome_from_ranks(ranks.offsets, ranks.ranks)

@@ -16,6 +16,7 @@ from graceful.flows.store.evaluations import Evaluation
 from graceful.flows.store.events import Decided
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.diagnosis import diagnosis, lineage_rows, matrices
+from graceful.flows.update.labelling import write_label_list
 
 
 def publish(
@@ -45,6 +46,8 @@ def publish(
     )
     report = join(workspace.evaluation_uri(decided.evaluation), "report.html")
     write_bytes(report, page.encode())
+    if evaluation.decision.outcome == "INCONCLUSIVE" and evaluation.outcomes.log is not None:
+        write_label_list(workspace, decided.evaluation, evaluation)
     if progress is not None:
         progress.show(_artifacts(name, evaluation, matrix, report))
     return report

@@ -137,8 +137,13 @@ def epoch_text(line: Mapping[str, Any]) -> str:
 
 
 def embed_evaluation(inputs: Inputs, generation: str) -> int:
-    """Embed the evaluation set once with a generation; returns how many images were new."""
-    num_new = embed_images(inputs.session, generation, *inputs.evaluation_set.images)
+    """Embed the evaluation set once with a generation; returns how many images were new.
+
+    A query log is answered by the champion and the candidate alone.
+    """
+    chosen = inputs.evaluation_set
+    answers = generation == inputs.frozen.champion or generation not in inputs.frozen.generations
+    num_new = embed_images(inputs.session, generation, *(chosen.images_with_log if answers else chosen.images))
     rows_per_s = inputs.session.encoders.rows_per_s
     if num_new and rows_per_s is not None:
         # Stored, so that an update that was killed here and goes on, or judges again, decides by the same prices.
