@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from graceful.errors import GracefulError
 from graceful.evaluation.intervals import share_bounds
 
 UNKNOWN, WRONG, RIGHT, UNCLEAR = -1, 0, 1, 2
@@ -39,7 +40,7 @@ Pair = tuple[str, str]
 """Names of two states, before and after."""
 
 
-class ChangedAnswersError(ValueError):
+class ChangedAnswersError(GracefulError, ValueError):
     """This question cannot be answered from answers and labels of changed queries."""
 
 
@@ -92,10 +93,9 @@ class LabelsNeeded(NamedTuple):
 def changed(log: LogAnswers, pair: Pair) -> NDArray[np.bool_]:
     """Which queries (L,) are answered otherwise after than before: all that can flip.
 
-    >>> log = LogAnswers(
-    ...     np.arange(3), np.arange(3), 1, {}, {"served": np.array(["a", "b", ""]), "fraction/0": np.array(["a", "c", ""])},
-    ...     {"served": np.full(3, UNKNOWN, np.int8), "fraction/0": np.full(3, UNKNOWN, np.int8)},
-    ... )
+    >>> answers = {"served": np.array(["a", "b", ""]), "fraction/0": np.array(["a", "c", ""])}
+    >>> unknown = dict.fromkeys(answers, np.full(3, UNKNOWN, np.int8))
+    >>> log = LogAnswers(np.arange(3), np.arange(3), 1, {}, answers, unknown)
     >>> changed(log, ("served", "fraction/0")).tolist()
     [False, True, False]
     """
@@ -182,7 +182,7 @@ def labels_needed(log: LogAnswers, pairs: Sequence[Pair], num_queries: int, *, a
 
 
 def log_columns(log: LogAnswers) -> dict[str, NDArray[Any]]:
-    """As columns, one row per query: query_id, cluster, slice_<name>, answer/<state>, verdict/<state>, items/<state>."""
+    """As columns: query_id, cluster, slice_<name>, answer/<state>, verdict/<state>, items/<state>; one row a query."""
     return {
         "query_id": log.query_ids,
         "k": np.full(len(log), log.k, np.int64),

@@ -50,8 +50,8 @@ class Outcomes:
     """What happened to each of Q queries in each state.
 
     `clusters` is what a bootstrap resamples (usually the identity). `first_rank` is 1-based, 0 where not measurable;
-    `average_precision` is NaN where not measurable. Both hold the same states. `log`: further queries, of which only the
-    answers are known, and labels where those changed.
+    `average_precision` is NaN where not measurable. Both hold the same states. `log`: further queries, of which only
+    the answers are known, and labels where those changed.
     """
 
     query_ids: NDArray[Any]

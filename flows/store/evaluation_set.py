@@ -64,11 +64,11 @@ class EvaluationConfig(BaseModel):
     def _stands_for(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(values.get("set"), str):
             return values
-        where = {"part": (values.get("part", "test"),)}
-        rows: dict[str, Any] = {"source": "parquet", "label_columns": ("identity",)}
+        rows: dict[str, Any] = {"source": "csv", "label_columns": ("identity",)}
+        part = {"part": (values.get("part", "test"),)}
         return {
-            "queries": {**rows, "path": join(values["set"], "queries"), "where": where},
-            "gallery": {**rows, "path": join(values["set"], "gallery")},
+            "queries": {**rows, "path": join(values["set"], "queries.csv"), "where": part},
+            "gallery": {**rows, "path": join(values["set"], "gallery.csv")},
             **values,
         }
 
@@ -131,8 +131,8 @@ def log_of(config: EvaluationConfig) -> DatasetConfig | None:
     """The log that is configured, or that of the named set."""
     if config.log is not None or config.set is None:
         return config.log
-    place = join(config.set, "log")
-    return DatasetConfig(source="parquet", path=place, label_columns=()) if exists(place) else None
+    place = join(config.set, "log.csv")
+    return DatasetConfig(source="csv", path=place, label_columns=()) if exists(place) else None
 
 
 def separate(

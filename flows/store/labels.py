@@ -121,8 +121,8 @@ def _clearer(one: int, other: int) -> int:
 def _refuse(keys: Sequence[tuple[str, str]], where: str, remedy: str) -> None:
     shown = "; ".join(f"query {query[:12]} with answer {answer!r}" for query, answer in keys[:_SHOWN])
     raise ContradictoryLabelsError(
-        f"taking labels: expected one word on each answer, found {len(keys)} that are right and wrong {where} ({shown}); "
-        f"{remedy}"
+        f"taking labels: expected one word on each answer, found {len(keys)} that are right and wrong {where} "
+        f"({shown}); {remedy}"
     )
 
 

@@ -21,6 +21,7 @@ from graceful.flows.store.leaks import refuse_trained_on
 from graceful.flows.store.registry import Registry
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.gate import MoveRefusedError
+from graceful.flows.update.query_log import check_log
 from graceful.flows.update.serving import refuse_retired
 from graceful.training.datasets import check_trainable, load_images
 from graceful.training.generation import ordinal_of
@@ -57,6 +58,7 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     """
     config, registry = session.config, session.workspace.registry
     evaluation_set = load_evaluation_set(config.evaluation)
+    check_log(evaluation_set, config.policy.metric, config.policy.k)
     images, num_dropped = separate(config.evaluation, load_images(config.training_data), evaluation_set)
     check_trainable(images)
     data = digest([images.content_sha256, images.labels.tolist()])

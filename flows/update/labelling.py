@@ -209,8 +209,8 @@ def _asked_in(workspace: Workspace, name: str, place: str) -> set[tuple[str, str
     known = {event.payload.evaluation for event in workspace.registry.events(Decided)}
     if name not in known or not exists(join(workspace.evaluation_uri(name), "log.parquet")):
         raise LabelFileError(
-            f"taking labels: expected the name of an evaluation of this workspace, found {name!r} (in {place}); use the "
-            "file that 'graceful evalset label --next' writes here"
+            f"taking labels: expected the name of an evaluation of this workspace, found {name!r} (in {place}); use "
+            "the file that 'graceful evalset label --next' writes here"
         )
     log = read_evaluation(workspace.evaluation_uri(name)).outcomes.log
     assert log is not None

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from graceful.errors import UsageError
-from graceful.evaluation.changed import NOTHING_SHOWN, LogAnswers
+from graceful.evaluation.changed import NOTHING_SHOWN, ChangedAnswersError, LogAnswers
 from graceful.evaluation.outcomes import SERVED
 from graceful.flows.store.evaluation_set import EvaluationSet
 from graceful.flows.store.labels import IDENTITY, AnswerLabels
@@ -44,11 +43,6 @@ class QueryLog:
     ) -> None:
         log, gallery = evaluation_set.log, evaluation_set.gallery
         assert log is not None
-        if k > 1 and evaluation_set.log_clusters is None:
-            raise UsageError(
-                f"judging a query log: expected evaluation.cluster for the metric recall@{k}, found none: which of {k} "
-                "items is right is not asked, so what queries are alike in has to be a column of the log"
-            )
         self._set, self._k, self._labels = evaluation_set, k, labels
         self._order = labelling_order(log.content_sha256)
         self._query_vectors = {name: vectors[self._order] for name, vectors in query_vectors.items()}
@@ -137,6 +131,22 @@ class QueryLog:
         order = np.lexsort((found, -scores), axis=1)[:, :k]
         best = np.take_along_axis(found, order, axis=1)
         return np.where(best < len(owners), best, -1)
+
+
+def check_log(evaluation_set: EvaluationSet, metric: str, k: int) -> None:
+    """Refuse, before anything is trained, a log that this policy cannot be asked about. Raises ChangedAnswersError."""
+    if evaluation_set.log is None:
+        return
+    if metric != "recall@k":
+        raise ChangedAnswersError(
+            f"judging a query log: expected policy.metric = 'recall@k', found {metric!r}: it depends on more than the "
+            "answers that are shown; change it, or leave out evaluation.log"
+        )
+    if k > 1 and evaluation_set.log_clusters is None:
+        raise ChangedAnswersError(
+            f"judging a query log: expected evaluation.cluster where policy.k is {k}, found none: which of {k} "
+            "items is right is not asked, so what queries are alike in has to be a column of the log"
+        )
 
 
 def labelling_order(hashes: Sequence[str]) -> NDArray[np.int64]:
