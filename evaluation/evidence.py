@@ -449,11 +449,16 @@ def _bands(
 ) -> list[DifferenceBands]:
     """One band per family of comparisons, all from the same resamples."""
     columns = np.full((len(clusters), len(pairs)), np.nan)
+    used = np.ones(len(clusters), np.bool_)
     for index, pair in enumerate(pairs):
         if pair is not None:
             num = len(pair.known.counted)
             columns[:num, index][pair.known.counted] = pair.known.after - pair.known.before
             columns[num:, index] = pair.log
+            # Queries of the log that nothing is known of must not be drawn: they would only make resamples smaller.
+            used[num:] = False
+    used |= ~np.isnan(columns).all(axis=1)
+    columns, clusters = columns[used], clusters[used]
     means, errors = bootstrap_means_and_errors(columns, clusters, num_resamples=policy.num_resamples, seed=policy.seed)
     return [
         bands_from_means(columns[:, family], clusters, (means[:, family], errors[:, family]), alpha=policy.alpha)
