@@ -20,7 +20,7 @@ Average precision depends on more than the top answers, so mAP cannot be judged 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -110,11 +110,19 @@ def unsettled(log: LogAnswers, pair: Pair) -> NDArray[np.bool_]:
     return changed(log, pair) & needed
 
 
-def beginning(log: LogAnswers, pairs: Iterable[Pair]) -> int:
-    """How many queries of the log are settled in all pairs of states, from the first one on."""
+def in_any(
+    log: LogAnswers, pairs: Iterable[Pair], of: Callable[[LogAnswers, Pair], NDArray[np.bool_]]
+) -> NDArray[np.bool_]:
+    """Which queries (L,) are `changed` or `unsettled` in any of the pairs of states."""
     found = np.zeros(len(log), np.bool_)
     for pair in pairs:
-        found |= unsettled(log, pair)
+        found |= of(log, pair)
+    return found
+
+
+def beginning(log: LogAnswers, pairs: Iterable[Pair]) -> int:
+    """How many queries of the log are settled in all pairs of states, from the first one on."""
+    found = in_any(log, pairs, unsettled)
     return int(np.argmax(found)) if found.any() else len(log)
 
 
@@ -171,10 +179,7 @@ def labels_needed(log: LogAnswers, pairs: Sequence[Pair], num_queries: int, *, a
 
     The share is that of queries that change in any of the pairs, with its exact upper bound over clusters.
     """
-    moved = np.zeros(len(log), np.bool_)
-    for pair in pairs:
-        moved |= changed(log, pair)
-    bounds = share_bounds(moved, log.clusters, alpha)
+    bounds = share_bounds(in_any(log, pairs, changed), log.clusters, alpha)
     share = bounds.value if len(log) else 1.0
     return LabelsNeeded(
         num_queries, math.ceil(num_queries * share - 1e-9), math.ceil(num_queries * bounds.upper - 1e-9)

@@ -46,8 +46,8 @@ def create_set(
     workspace = open_workspace(root)
     if exists(join(evalset_uri(root, name), "set.json")):
         raise EvalsetError(
-            f"creating an evaluation set: expected no set of the name {name}, found one; add to it with 'graceful evalset "
-            f"grow {name}', or choose another name"
+            f"creating an evaluation set: expected no set of the name {name}, found one; add to it with 'graceful "
+            f"evalset grow {name}', or choose another name"
         )
     begun = Evalset(name, tuple(slices), dev_share)
     if parent is not None:
@@ -116,9 +116,9 @@ def _grow(workspace: Workspace, evalset: Evalset, draw: Draw | None, logs: Seque
     )
     if not grown.rows["queries"]:
         raise EvalsetError(
-            "making an evaluation set: expected identities with two images in the gallery that no generation was trained "
-            f"on, found none among {told.get('num_items', 0):,} items; ingest with --label, or keep a split out of the "
-            "training data"
+            "making an evaluation set: expected identities with two images in the gallery that no generation was "
+            f"trained on, found none among {told.get('num_items', 0):,} items; ingest with --label, or "
+            "keep a split out of the training data"
         )
     if not any(version[f"added_{part}"] for part in ("queries", "gallery", "log")):
         raise EvalsetError(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from graceful.errors import GracefulError, UnknownFormatError
-from graceful.evaluation.changed import LogAnswers, log_columns, log_from_columns
+from graceful.evaluation.changed import log_columns, log_from_columns
 from graceful.evaluation.consumers import Clusterings, Consumed
 from graceful.evaluation.decision import Decision, decide
 from graceful.evaluation.evidence import Evidence, Question, gather_evidence, unmeasured_wave

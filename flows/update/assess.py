@@ -19,8 +19,8 @@ from graceful.flows.store.labels import read_labels
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.bench import Bench, Classifier, plan_ranking, production_owners
 from graceful.flows.update.consumers import measure_consumers
-from graceful.indexing.cluster_choice import ClusteringConfig
 from graceful.flows.update.query_log import UNREADABLE, QueryLog
+from graceful.indexing.cluster_choice import ClusteringConfig
 from graceful.indexing.gallery import GalleryVersion, View
 from graceful.training.generation import ordinal_of
 

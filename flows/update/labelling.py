@@ -18,6 +18,7 @@ from graceful.evaluation.changed import (
     Pair,
     beginning,
     changed,
+    in_any,
     labels_needed,
     next_to_label,
     unsettled,
@@ -92,8 +93,7 @@ def with_labels(log: LogAnswers, labels: AnswerLabels) -> LogAnswers:
 def standing(workspace: Workspace, name: str, evaluation: Evaluation) -> LogStanding:
     """How far the labels that were given by now go. Raises NoLogError."""
     log, pairs = _log_of(workspace, name, evaluation)
-    moved = sum(changed(log, pair) for pair in pairs) > 0
-    waiting = sum(unsettled(log, pair) for pair in pairs) > 0
+    moved, waiting = in_any(log, pairs, changed), in_any(log, pairs, unsettled)
     settled = beginning(log, pairs)
     needed = evaluation.decision.queries_needed
     bounds = labels_needed(log, pairs, max(len(log), 1))
