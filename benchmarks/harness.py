@@ -5,7 +5,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 
@@ -51,8 +51,21 @@ def paired(
     measured: list[tuple[float, float]] = []
     for number in range(pairs):
         runs = [baseline, candidate] if number % 2 == 0 else [candidate, baseline]
-        seconds = {run: _seconds(run) for run in runs}
+        seconds = {run: timed(run) for run in runs}
         measured.append((seconds[baseline], seconds[candidate]))
+    return ratio_of(name, measured, at_most=at_most, at_least=at_least, invert=invert, note=note)
+
+
+def ratio_of(
+    name: str,
+    measured: Sequence[tuple[float, float]],
+    *,
+    at_most: float | None = None,
+    at_least: float | None = None,
+    invert: bool = False,
+    note: str = "",
+) -> Ratio:
+    """The result of pairs of seconds (baseline, candidate) that were measured in turn."""
     ratios = [(b / c if invert else c / b) for b, c in measured]
     ratio = statistics.median(ratios)
     meets = (at_most is None or ratio <= at_most) and (at_least is None or ratio >= at_least)
@@ -61,7 +74,7 @@ def paired(
         ratio=round(ratio, 3),
         lowest=round(min(ratios), 3),
         highest=round(max(ratios), 3),
-        num_pairs=pairs,
+        num_pairs=len(measured),
         target=f"<= {at_most}" if at_most is not None else f">= {at_least}",
         meets_target=meets,
         baseline_s=round(statistics.median(b for b, _ in measured), 4),
@@ -80,7 +93,8 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def _seconds(run: Callable[[], float | None]) -> float:
+def timed(run: Callable[[], float | None]) -> float:
+    """Seconds that a run says it took, or took."""
     started = time.perf_counter()
     own = run()
     return time.perf_counter() - started if own is None else own

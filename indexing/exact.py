@@ -9,9 +9,8 @@ Invariants:
 * A query's own item is known by its item id, never by its label.
 * Widths that differ are an error unless the caller declares that prefixes of that width are embeddings themselves.
 
-How it is fast: one product per block of queries, then per query a comparison of its row of scores with the scores of
-its relevant rows; a row is sorted only above its last relevant score, and only if that is cheaper. Several states of
-one query generation share their products: a mixed gallery picks, column by column, from those of the pure galleries.
+Several states of one query generation share their products: a mixed gallery picks, column by column, from those of the
+pure galleries. `ranking.py` says how it is fast.
 
 Shapes: Q queries, N gallery rows, D width, P relevant rows of a query, B rows of a block.
 """
@@ -19,29 +18,20 @@ Shapes: Q queries, N gallery rows, D width, P relevant rows of a query, B rows o
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from graceful.errors import GracefulError
-from graceful.indexing.matching import Matches, lay_out, match_rows, owner_codes
+from graceful.indexing.matching import lay_out, match_rows, owner_codes
+from graceful.indexing.ranking import rank_layout
 
 # At most this many scores (256 MiB) are held at a time; large galleries get smaller blocks of queries.
 MAX_BLOCK_SCORES = 64 * 2**20
 MIN_BLOCK_ROWS = 16
-# Below this share of rows above the last relevant one, sorting those is cheaper than one comparison per relevant row.
-SORT_SHARE = 1 / 16
-# With more relevant rows than this, sorting is always cheaper: one sort costs about 30 comparisons of a row.
-MAX_COMPARISONS = 24
 MAX_THREADS = 16
-# Scores closer than this (4 to 8 float32 steps at 1) are ties. Equal vectors get scores that differ by a few steps,
-# depending on their place in the block; without a tolerance a collapsed space would be ranked by that noise.
-TIE_TOLERANCE = np.float32(2**-21)
 CHUNK = 64
 
 
@@ -148,20 +138,27 @@ def rank_states(
             )
 
     results: dict[tuple[str, str], RelevantRanks] = {}
-    with ThreadPoolExecutor(max_workers=_num_threads()) as threads:
-        for query in dict.fromkeys(query for query, _ in pairs):
-            states = list(dict.fromkeys(gallery for other, gallery in pairs if other == query))
-            ranked = _rank_generation(
-                query_vectors[query],
-                gallery_vectors,
-                states,
-                owners,
-                matches,
-                threads,
-                block_rows,
-                widths.get(query, ()),
-            )
-            results.update({(query, state): ranks for state, ranks in ranked.items()})
+    for query in dict.fromkeys(query for query, _ in pairs):
+        states = list(dict.fromkeys(gallery for other, gallery in pairs if other == query))
+        layout = lay_out(gallery_vectors, states, owners, matches.num_rows)
+        at_width = {
+            width: comparable_queries(query_vectors[query], width, widths.get(query, ()))
+            for width in {piece.vectors.shape[1] for piece in layout.pieces}
+        }
+        ranks = rank_layout(
+            [at_width[piece.vectors.shape[1]] for piece in layout.pieces],
+            layout,
+            len(states),
+            matches,
+            block_rows=block_rows,
+            num_threads=_num_threads(),
+        )
+        results.update(
+            {
+                (query, state): RelevantRanks(matches.relevant_offsets, found)
+                for state, found in zip(states, ranks, strict=True)
+            }
+        )
     return {pair: results[pair] for pair in pairs}
 
 
@@ -260,65 +257,6 @@ def check_finite(vectors: NDArray[np.float32], what: str) -> None:
                     f"comparing embeddings: expected finite {what}, found NaN or infinity in row {start + row}; "
                     "leave out rows that could not be embedded"
                 )
-
-
-def _rank_generation(
-    query_vectors: NDArray[np.float32],
-    gallery_vectors: Mapping[str, NDArray[np.float32]],
-    states: Sequence[str],
-    owners: Mapping[str, NDArray[np.int64]],
-    matches: Matches,
-    threads: ThreadPoolExecutor,
-    block_rows: int,
-    prefix_widths: Collection[int],
-) -> dict[str, RelevantRanks]:
-    """Rank one query generation; each product of a query and a gallery row that some state shows is computed once."""
-    layout = lay_out(gallery_vectors, states, owners, matches.num_rows)
-    queries = [comparable_queries(query_vectors, rows.shape[1], prefix_widths) for rows in layout.packed]
-    position_of = np.empty_like(layout.order)
-    position_of[layout.order] = np.arange(len(layout.order))
-    relevant, own = position_of[matches.relevant_columns], position_of[matches.own_columns]
-    starts, own_starts = matches.relevant_offsets, matches.own_offsets
-    ranks = [np.zeros(len(relevant), dtype=np.int32) for _ in states]
-    uses = Counter(part for segments in layout.segments for part, _, _ in segments)
-
-    def rank_rows(first: int, products: list[NDArray[np.float32]], rows: range) -> None:
-        buffer = np.empty(matches.num_rows, dtype=np.float32)
-        for row in rows:
-            query = first + row
-            mine = slice(starts[query], starts[query + 1])
-            if mine.start == mine.stop:
-                continue
-            columns, own_columns = relevant[mine], own[own_starts[query] : own_starts[query + 1]]
-            for state, segments in enumerate(layout.segments):
-                pieces = [products[part][row, begin:end] for part, begin, end in segments]
-                # What no other state shows is changed in place.
-                in_place = len(pieces) == 1 and uses[segments[0][0]] == 1
-                scores = pieces[0] if in_place else np.concatenate(pieces, out=buffer)
-                relevant_scores = np.sort(scores[columns])[::-1]
-                scores[columns] = -np.inf
-                scores[own_columns] = -np.inf
-                ranks[state][mine] = _ranks_among(scores, relevant_scores)
-
-    for rows, products in _products(queries, layout.packed, block_rows):
-        size = -(-(rows.stop - rows.start) // threads._max_workers)
-        parts = [range(low, min(low + size, rows.stop - rows.start)) for low in range(0, rows.stop - rows.start, size)]
-        list(threads.map(partial(rank_rows, rows.start, products), parts))
-    return {state: RelevantRanks(starts, ranks[position]) for position, state in enumerate(states)}
-
-
-def _ranks_among(scores: NDArray[np.float32], relevant: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Return the ranks of `relevant` (P,), descending, among the irrelevant `scores` (N,); left-out rows are -inf."""
-    bounds = relevant - TIE_TOLERANCE
-    above = scores >= bounds[-1]
-    num_above = np.count_nonzero(above)
-    order = np.arange(1, len(relevant) + 1, dtype=np.int64)
-    if len(relevant) == 1:
-        return order + num_above
-    if len(relevant) <= MAX_COMPARISONS and num_above > SORT_SHARE * len(scores):
-        counts = [np.count_nonzero(scores >= bound) for bound in bounds[:-1]]
-        return order + np.array([*counts, num_above], dtype=np.int64)
-    return order + num_above - np.searchsorted(np.sort(scores[above]), bounds)
 
 
 def _products(

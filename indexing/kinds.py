@@ -23,8 +23,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from graceful.indexing.exact import TIE_TOLERANCE
 from graceful.indexing.index_choice import IndexKind, IndexReport, MeasuredRecall
+from graceful.indexing.ranking import TIE_TOLERANCE
 
 _log = logging.getLogger("graceful.search")
 # The types that come with FAISS do not know the constructors that Python has.

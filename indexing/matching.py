@@ -4,7 +4,7 @@ Bookkeeping over identities and columns for `exact.py`; no score is computed her
 
 Invariants:
 * An identity or item id of None or "" is unknown and matches nothing, not even another unknown one.
-* However many states are laid out, a gallery row is packed once per generation that some state shows it with.
+* However many states are laid out, a gallery row is in one piece per generation that some state shows it with.
 
 Shapes: Q queries, N gallery rows, D width.
 """
@@ -73,16 +73,27 @@ def _equal_columns(left: ArrayLike, right: ArrayLike) -> tuple[NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Gallery columns reordered so that every state is a few contiguous pieces of packed galleries.
+class Piece:
+    """Neighbouring columns with one owner in every state: those in [begin, end) of `Layout.order`.
 
-    `order` (N,) original columns; `packed` the rows that some state shows, per owning generation; `segments` per state
-    (entry of `packed`, begin, end), which together give the columns in `order`.
+    `vectors` (end - begin, D) are the rows of one generation; `states` (positions) show these columns with them.
+    """
+
+    begin: int
+    end: int
+    vectors: NDArray[np.float32]
+    states: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Gallery columns reordered so that every state is a few contiguous pieces, each computed once for all states.
+
+    `order` (N,) original columns. The pieces of one state cover every column once.
     """
 
     order: NDArray[np.int64]
-    packed: list[NDArray[np.float32]]
-    segments: list[list[tuple[int, int, int]]]
+    pieces: tuple[Piece, ...]
 
 
 def lay_out(
@@ -100,36 +111,17 @@ def lay_out(
             kind = np.unique(kind * len(names) + owners[state], return_inverse=True)[1]
     order = np.argsort(kind, kind="stable")
     edges = np.flatnonzero(np.diff(kind[order], prepend=-1, append=num_rows)) if num_rows else np.zeros(1, dtype=int)
-    groups = list(pairwise(edges.tolist()))
-    shown: list[list[str]] = [
-        [state if state in gallery_vectors else names[owners[state][order[begin]]] for begin, _ in groups]
-        for state in states
-    ]
-    packed: list[NDArray[np.float32]] = []
-    place: dict[tuple[str, int], tuple[int, int]] = {}
-    for name in names:
-        used = [group for group in range(len(groups)) if any(row[group] == name for row in shown)]
-        if not used:
-            continue
-        begin = 0
-        for group in used:
-            place[name, group] = (len(packed), begin)
-            begin += groups[group][1] - groups[group][0]
-        columns = np.concatenate([order[slice(*groups[group])] for group in used])
-        vectors = gallery_vectors[name]
-        packed.append(vectors if len(groups) == 1 else vectors[columns])
-    segments: list[list[tuple[int, int, int]]] = []
-    for row in shown:
-        pieces: list[tuple[int, int, int]] = []
-        for group, name in enumerate(row):
-            part, begin = place[name, group]
-            end = begin + groups[group][1] - groups[group][0]
-            if pieces and pieces[-1][0] == part and pieces[-1][2] == begin:
-                pieces[-1] = (part, pieces[-1][1], end)
-            else:
-                pieces.append((part, begin, end))
-        segments.append(pieces)
-    return Layout(order, packed, segments)
+    pieces = []
+    for begin, end in pairwise(edges.tolist()):
+        shown: dict[str, list[int]] = {}
+        for position, state in enumerate(states):
+            owner = state if state in gallery_vectors else names[owners[state][order[begin]]]
+            shown.setdefault(owner, []).append(position)
+        for name, positions in shown.items():
+            vectors = gallery_vectors[name]
+            rows = vectors if len(edges) == 2 else vectors[order[begin:end]]
+            pieces.append(Piece(begin, end, rows, tuple(positions)))
+    return Layout(order, tuple(pieces))
 
 
 def owner_codes(

@@ -29,9 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graceful.indexing.derived_files import IndexCorruptedError
-from graceful.indexing.exact import TIE_TOLERANCE, check_finite, comparable_queries
+from graceful.indexing.exact import check_finite, comparable_queries
 from graceful.indexing.index_choice import IndexReport, SearchConfig
 from graceful.indexing.kinds import choose_index, proposals, search_parameters, selector_of
+from graceful.indexing.ranking import TIE_TOLERANCE
 from graceful.indexing.snapshots import (
     Manifest,
     SegmentRows,

@@ -25,8 +25,8 @@ ORDER = {
     ),
     "indexing": (
         "indexing", "indexing.checked_files", "indexing.columns", "indexing.embedding_files", "indexing.tables",
-        "indexing.revisions", "indexing.matching", "indexing.exact", "indexing.leases", "indexing.view",
-        "indexing.items", "indexing.gallery", "indexing.planner", "indexing.embed",
+        "indexing.revisions", "indexing.matching", "indexing.ranking", "indexing.exact", "indexing.leases",
+        "indexing.view", "indexing.items", "indexing.gallery", "indexing.planner", "indexing.embed",
         "indexing.embedding_pool", "indexing.reindex", "indexing.maintenance", "indexing.doctor",
         "indexing.selftest", "indexing.cache",
         "indexing.cluster_choice", "indexing.clusters",
@@ -90,6 +90,7 @@ ALLOWED = {
     "cachetools": ("training.images",),
     "faiss": ("indexing.kinds", "indexing.search", "indexing.snapshots"),
     "deltalake": ("indexing.tables",),
+    "threadpoolctl": ("indexing.ranking",),
     "xxhash": ("indexing.checked_files", "indexing.derived_files", "indexing.revisions"),
     "pyarrow": ("indexing", "training", "flows"),
     "scipy": ("evaluation", "indexing.clusters"),
