@@ -9,7 +9,7 @@ first rule that applies:
    value (without prices: the smallest). All those states are really served while the re-index runs.
 4. Only full backfill passes, and it pays before the next generation is due: FULL_BACKFILL. Its only state is 1.0,
    because the pointer moves last. Without prices it is taken to pay, and the reasons say so.
-5. Something is UNKNOWN: INCONCLUSIVE with the further queries for the cheapest option that could still pass.
+5. Something is UNKNOWN: INCONCLUSIVE with what would settle the cheapest option that could still pass.
 6. Otherwise HOLD.
 
 Shares and differences are in [-1, 1] here; texts speak of points and per cent.
@@ -22,20 +22,16 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from graceful.evaluation.consumers import ClusterEvidence
 from graceful.evaluation.cost import net_value
 from graceful.evaluation.evidence import (
-    NFR_FAMILIES,
     OVERALL,
     Evidence,
-    PairedDifference,
 )
 from graceful.evaluation.guards import (
     Option,
     Reason,
     as_hoped,
     full_option,
-    limit_of,
     most_hopeful,
     pays,
     percent,
@@ -43,9 +39,9 @@ from graceful.evaluation.guards import (
     standing,
     state_of,
 )
+from graceful.evaluation.needs import as_question, further, hardest, in_words
 from graceful.evaluation.outcomes import fraction_state
 from graceful.evaluation.policy import RolloutPolicy
-from graceful.evaluation.power import queries_for_margin, queries_for_nfr
 
 JUDGING_VERSION = 2
 """Version of the judgement. Raise it with every change after which the same outcomes and policy are decided
@@ -77,6 +73,12 @@ class Decision(BaseModel):
     order: str | None = Field(default=None, description="Order in which to re-embed.")
     wave_zero_generations: tuple[str, ...] = Field(default=(), description="Owners to re-embed before the move.")
     queries_needed: int | None = Field(default=None, description="Further queries that would settle the matter.")
+    identities_needed: int | None = Field(
+        default=None, description="Further identities (or photos) that would: queries of the same ones help little."
+    )
+    identities_range: tuple[int | None, int | None] | None = Field(
+        default=None, description="The same for 80 % of what may be true; None: more than anybody could collect."
+    )
     queries_needed_for: str | None = Field(default=None, description="Which option and guard they are for.")
     certificates: tuple[CertificateToIssue, ...] = Field(default=(), description="Certificates to issue with it.")
     reasons: tuple[Reason, ...] = Field(description="Every guard with threshold, value, bound, n and verdict.")
@@ -272,95 +274,22 @@ def _inconclusive(
 ) -> Decision:
     option = most_hopeful(undecided)
     open_reasons = option.with_verdict("UNKNOWN")
-    needs = [(further_queries(reason, evidence, policy), reason) for reason in open_reasons]
-    unreachable = [reason for number, reason in needs if number is None]
-    number, reason = max(((n or 0, r) for n, r in needs), key=lambda need: need[0])
-    reason = unreachable[0] if unreachable else reason
-    what = f"{option.name}: {reason.guard} ({reason.scope}{', ' + reason.state if reason.state else ''})"
-    amount = "no reachable number of further queries" if unreachable else f"about {number:,} further queries"
+    needs = {further(reason, evidence, policy): reason for reason in open_reasons}
+    need = hardest([*needs])
+    reason = needs[need]
     return _decision(
         evidence,
         outcome="INCONCLUSIVE",
-        summary=f"INCONCLUSIVE: {amount} would settle the cheapest option that could still pass, {what}, if what was "
-        f"observed holds (power {100 * policy.power:g} %).",
-        queries_needed=None if unreachable else number,
-        queries_needed_for=what,
+        summary=f"INCONCLUSIVE: the evaluation is too small to tell whether {as_question(option, reason, policy)}. "
+        f"{in_words(need, policy)}",
+        queries_needed=need.queries,
+        identities_needed=need.identities,
+        identities_range=(need.least, need.most),
+        queries_needed_for=f"{option.name}: {reason.guard} "
+        f"({reason.scope}{', ' + reason.state if reason.state else ''})",
         decisive=open_reasons,
         others=everything,
     )
-
-
-def further_queries(reason: Reason, evidence: Evidence, policy: RolloutPolicy) -> int | None:
-    """Further queries (of the reason's scope) that would settle an UNKNOWN guard, if what was observed holds.
-
-    None when no reachable number would: the observed value sits on the threshold, or nothing was observed.
-    """
-    if reason.guard == "wave zero":
-        limit = -limit_of(policy.quality_margin_points) / 100
-        numbers = [
-            _further_for_margin(item, limit, policy, None)
-            for item in evidence.certificates
-            if item.verdict == "UNKNOWN"
-        ]
-        return None if None in numbers else max((number for number in numbers if number is not None), default=None)
-    if reason.guard == "clusters":
-        item = next((item for item in evidence.consumers.clusters if item.state == reason.state), None)
-        return None if item is None else _further_photos(item, reason, policy)
-    state = next((s for s in evidence.states if s.scope == reason.scope and s.state == reason.state), None)
-    if state is None or state.nfr is None:
-        return None
-    if reason.guard == "NFR":
-        total = queries_for_nfr(
-            limit_of(policy.max_nfr),
-            state.nfr,
-            alpha=policy.alpha / NFR_FAMILIES,
-            power=policy.power,
-            design_effect=state.nfr_design_effect or 1.0,
-        )
-        return None if total is None else max(1, total - state.num_queries)
-    if reason.guard == "cost":
-        cost, inputs = evidence.costs[-1], evidence.cost_inputs
-        if inputs is None or not inputs.value_per_point_day or not reason.threshold or cost.total_price is None:
-            return None
-        gain = cost.total_price / (inputs.value_per_point_day * reason.threshold) / 100
-        return _further_for_margin(state, gain, policy, state.band_critical)
-    return _further_for_margin(state, reason.threshold or 0.0, policy, state.band_critical)
-
-
-def _further_photos(item: ClusterEvidence, reason: Reason, policy: RolloutPolicy) -> int | None:
-    """Photos until the share that changes person clears its limit."""
-    if item.changed is None or reason.threshold is None:
-        return None
-    total = queries_for_nfr(
-        reason.threshold,
-        item.changed,
-        alpha=policy.alpha / NFR_FAMILIES,
-        power=policy.power,
-        design_effect=item.design_effect or 1.0,
-    )
-    return None if total is None else max(1, total - item.num_items)
-
-
-def _further_for_margin(
-    item: PairedDifference, limit: float, policy: RolloutPolicy, critical: float | None
-) -> int | None:
-    """Queries until the difference's bound clears `limit` (a share, -margin)."""
-    if item.difference is None or item.difference_sd is None:
-        return None
-    if item.difference_sd == 0:  # nothing changed: the exact bound of losses is what has to get below the margin
-        alpha, effect = policy.alpha / len(policy.fractions), item.difference_design_effect or 1.0
-        total = queries_for_nfr(-limit, 0.0, alpha=alpha, power=policy.power, design_effect=effect)
-    else:
-        total = queries_for_margin(
-            item.difference,
-            item.difference_sd,
-            -limit,
-            alpha=policy.alpha,
-            power=policy.power,
-            design_effect=item.difference_design_effect or 1.0,
-            critical=critical,
-        )
-    return None if total is None else max(1, total - item.num_queries)
 
 
 def _decision(

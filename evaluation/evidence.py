@@ -84,6 +84,9 @@ class StateEvidence(PairedDifference):
     nfr_lower: float | None = Field(description="Exact lower bound of the NFR, clusters respected.")
     nfr_upper: float | None = Field(description="Exact upper bound of the NFR, clusters respected.")
     nfr_design_effect: float | None = Field(description="num_queries / effective sample of the NFR bounds.")
+    nfr_icc: float | None = Field(description="Intra-cluster correlation of the flips as estimated, with no floor.")
+    num_flipped_clusters: int = Field(description="Clusters that hold a flip.")
+    cluster_square: float | None = Field(description="Mean of the squared number of queries per cluster.")
     pfr: float | None = Field(description="Share of queries wrong now and right in this state.")
     mcnemar_p: float | None = Field(description="Exact McNemar p-value: any systematic change. Reported, no guard.")
 
@@ -489,12 +492,25 @@ def _flip_numbers(pair: _Pair, clusters: NDArray[Any], alpha: float) -> dict[str
     wins = np.concatenate([~before & after, pair.log[settled] > 0])
     bounds = share_bounds(losses, clusters[np.concatenate([pair.known.counted, settled])], alpha)
     if bounds.num_queries == 0:
-        return dict.fromkeys(("nfr", "nfr_lower", "nfr_upper", "nfr_design_effect", "pfr", "mcnemar_p"))
+        unknown = (
+            "nfr",
+            "nfr_lower",
+            "nfr_upper",
+            "nfr_design_effect",
+            "nfr_icc",
+            "cluster_square",
+            "pfr",
+            "mcnemar_p",
+        )
+        return {**dict.fromkeys((*unknown, "mcnemar_p")), "num_flipped_clusters": 0}
     return {
         "nfr": bounds.value,
         "nfr_lower": bounds.lower,
         "nfr_upper": bounds.upper,
         "nfr_design_effect": bounds.num_queries / bounds.effective_n,
+        "nfr_icc": bounds.estimated_icc,
+        "num_flipped_clusters": bounds.num_hit_clusters,
+        "cluster_square": float((np.unique(clusters, return_counts=True)[1].astype(np.float64) ** 2).mean()),
         "pfr": float(wins.mean()),
         "mcnemar_p": mcnemar_exact(int(losses.sum()), int(wins.sum())),
     }

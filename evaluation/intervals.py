@@ -55,6 +55,8 @@ class ShareBounds:
     design_effect: float
     effective_n: float
     icc_floored: bool
+    estimated_icc: float
+    num_hit_clusters: int
 
 
 @dataclass(frozen=True)
@@ -125,18 +127,20 @@ def share_bounds(hits: NDArray[np.bool_], clusters: NDArray[Any], alpha: float =
     hits = np.asarray(hits, np.bool_)
     n = len(hits)
     if n == 0:
-        return ShareBounds(0, 0, 0, np.nan, 0.0, 1.0, np.nan, np.nan, 0.0, False)
+        return ShareBounds(0, 0, 0, np.nan, 0.0, 1.0, np.nan, np.nan, 0.0, False, np.nan, 0)
     sizes, sums = _per_cluster(hits.astype(np.float64), clusters)
     num_clusters = len(sizes)
-    icc = intra_cluster_correlation(hits, clusters)
+    estimated = intra_cluster_correlation(hits, clusters)
     num_flipped = int((sums > 0).sum())
     floor = icc_floor(num_clusters, num_flipped)
-    floored = icc < floor
-    icc = max(icc, floor)
+    icc = max(estimated, floor)
     design_effect, effective = effective_sample(n, num_clusters, float((sizes**2).sum()), icc, alpha)
     value = float(hits.mean())
     lower, upper = clopper_pearson(min(value * effective, effective), effective, alpha)
-    return ShareBounds(n, num_clusters, int(hits.sum()), value, lower, upper, icc, design_effect, effective, floored)
+    return ShareBounds(
+        n, num_clusters, int(hits.sum()), value, lower, upper, icc, design_effect, effective, estimated < floor,
+        estimated, num_flipped,
+    )  # fmt: skip
 
 
 def icc_floor(num_clusters: int, num_flipped: int) -> float:

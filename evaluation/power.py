@@ -142,6 +142,70 @@ def queries_for_margin(
     return _ceil(((quantile + float(stats.norm.ppf(power))) * standard_deviation / distance) ** 2 * design_effect)
 
 
+@functools.lru_cache(maxsize=4096)
+def identities_for_rate(
+    max_nfr: float,
+    true_nfr: float,
+    *,
+    queries_per_identity: float = 1.0,
+    mean_square: float | None = None,
+    icc: float = 0.0,
+    alpha: float = 0.05,
+    power: float = 0.8,
+) -> int | None:
+    """Identities with which the bound of the negative flip rate passes (or fails) its limit at a rate that is true.
+
+    As `share_bounds` will see them. What it assumes about the correlation depends on how many identities hold a flip,
+    which is beta-binomial: P(none of m) = B(a, b + m) / B(a, b), a = true_nfr (1 - icc) / icc, b = a (1 - p) / p.
+
+    Args:
+        max_nfr: the limit; a `true_nfr` below it has to pass, one above it has to fail (normal approximation).
+        true_nfr: the rate, a share.
+        queries_per_identity: their mean; `mean_square` is the mean of their squares, by default the mean's square.
+        icc: intra-cluster correlation of the flips.
+        alpha: error level of the bound.
+        power: probability with which it shall happen.
+
+    Returns:
+        The number within 1 %, or None when more than MAX_QUERIES queries would be needed.
+
+    >>> identities_for_rate(0.02, 0.005, alpha=0.025), identities_for_rate(0.02, 0.02, alpha=0.025)
+    (512, None)
+    """
+    mean = max(queries_per_identity, 1.0)
+    square = mean**2 if mean_square is None else mean_square
+    spared = _spared(true_nfr, mean, icc)
+    independent = queries_for_nfr(max_nfr, true_nfr, alpha=alpha, power=power)
+    if independent is None:
+        return None
+
+    def settles(identities: int) -> bool:
+        assumed = max(icc, icc_floor(identities, int(identities * (1 - spared))))
+        _, effective = effective_sample(identities * mean, identities, identities * square, assumed, alpha)
+        return effective >= independent
+
+    most, end = 2, int(MAX_QUERIES / mean)
+    while not settles(most):
+        if most >= end:
+            return None
+        most = min(2 * most, end)
+    least = most // 2
+    while most - least > max(1, most // 100):
+        middle = (least + most) // 2
+        least, most = (least, middle) if settles(middle) else (middle, most)
+    return most
+
+
+def _spared(rate: float, queries: float, icc: float) -> float:
+    """Probability that an identity of so many queries holds no flip."""
+    if icc >= 1 or not 0 < rate < 1:
+        return 1 - rate
+    if icc <= 1e-6:
+        return float((1 - rate) ** queries)
+    a, b = rate * (1 - icc) / icc, (1 - rate) * (1 - icc) / icc
+    return float(np.exp(special.betaln(a, b + queries) - special.betaln(a, b)))
+
+
 def _nfr_power(n: np.ndarray, max_nfr: float, true_nfr: float, alpha: float) -> np.ndarray:
     """The largest passing count c has P(X <= c | max_nfr) <= alpha; power is P(X <= c | true_nfr)."""
     allowed = stats.binom.ppf(alpha, n, max_nfr)
