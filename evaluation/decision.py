@@ -22,6 +22,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from graceful.evaluation.consumers import ThresholdToServe, thresholds_to_serve
 from graceful.evaluation.cost import net_value
 from graceful.evaluation.evidence import (
     OVERALL,
@@ -81,6 +82,7 @@ class Decision(BaseModel):
     )
     queries_needed_for: str | None = Field(default=None, description="Which option and guard they are for.")
     certificates: tuple[CertificateToIssue, ...] = Field(default=(), description="Certificates to issue with it.")
+    thresholds: tuple[ThresholdToServe, ...] = Field(default=(), description="Thresholds to serve with it.")
     reasons: tuple[Reason, ...] = Field(description="Every guard with threshold, value, bound, n and verdict.")
     num_decisive: int = Field(default=0, description="How many of the reasons, from the first on, led to the outcome.")
 
@@ -120,6 +122,12 @@ def certificates_to_issue(evidence: Evidence) -> tuple[CertificateToIssue, ...]:
     pairs = [(candidate, owner) for owner in (candidate, *passed)]
     pairs += [(item.query_generation, candidate) for item in evidence.clients if item.verdict == "PASS"]
     return tuple(CertificateToIssue(query_generation=query, gallery_generation=owner) for query, owner in pairs)
+
+
+def served_with(evidence: Evidence) -> tuple[ThresholdToServe, ...]:
+    """Thresholds of the candidate and of the older clients that may read it."""
+    queries = {evidence.candidate, *(item.query_generation for item in evidence.clients if item.verdict == "PASS")}
+    return thresholds_to_serve(evidence.consumers, queries)
 
 
 def missing_pieces(evidence: Evidence, policy: RolloutPolicy) -> tuple[Reason, ...]:
@@ -296,5 +304,7 @@ def _decision(
     evidence: Evidence, *, decisive: Sequence[Reason], others: Iterable[Reason] = (), **fields: object
 ) -> Decision:
     reasons = tuple(dict.fromkeys((*decisive, *others)))
-    common = {"candidate": evidence.candidate, "champion": evidence.champion, "reasons": reasons}
+    common: dict[str, object] = {"candidate": evidence.candidate, "champion": evidence.champion, "reasons": reasons}
+    if fields["outcome"] in ("BOOTSTRAP", "COMPATIBLE_ROLLOUT", "FULL_BACKFILL"):
+        common["thresholds"] = served_with(evidence)
     return Decision.model_validate({**common, "num_decisive": len(set(decisive)), **fields})

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from graceful.evaluation.changed import log_differences
-from graceful.evaluation.consumers import Consumed, ConsumerEvidence, gather_consumers
+from graceful.evaluation.consumers import Consumed, ConsumerEvidence, Reads, gather_consumers
 from graceful.evaluation.cost import CostInputs, OptionCost, option_costs
 from graceful.evaluation.intervals import (
     DifferenceBands,
@@ -168,6 +168,9 @@ class Question(BaseModel):
         "decides.",
     )
     cost: CostInputs | None = Field(default=None, description="What a backfill would take, where it was measured.")
+    thresholds: dict[str, dict[str, float]] = Field(
+        default={}, description="Thresholds that are served now: consumer, then generation of the hit's vector."
+    )
 
 
 def gather_evidence(
@@ -198,8 +201,11 @@ def gather_evidence(
         "costs": () if cost is None else option_costs(cost, policy.fractions),
     }
     missing = [] if self_test is not None else [f"self-test: state {pair_state(candidate, candidate)!r}"]
+    each_at = policy.alpha / NFR_FAMILIES
     if champion is None:
-        return Evidence(**common, missing=tuple(missing))
+        reads = Reads(candidate, (candidate,))
+        consumers = gather_consumers(consumed or Consumed(), policy, reads, {}, alpha=each_at)
+        return Evidence(**common, consumers=consumers, missing=(*missing, *consumers.missing))
     certificates = certify(outcomes, policy, live_owners=shares, candidate=candidate, champion=champion)
     wave_zero = wave_zero_generations(certificates)
     way = _way(outcomes, policy, question, wave_zero)
@@ -207,7 +213,16 @@ def gather_evidence(
     missing += [f"metric: {_named(f, question, wave_zero)}" for f in policy.fractions if f not in way]
     scopes, missing_slices = _scopes(outcomes, policy)
     missing += missing_slices
-    consumers = gather_consumers(consumed or Consumed(), policy, way, alpha=policy.alpha / NFR_FAMILIES)
+    clients = certify_clients(outcomes, policy, question.clients, candidate=candidate)
+    reads = Reads(
+        candidate=candidate,
+        after=(*(item.gallery_generation for item in certificates if item.verdict == "PASS"), candidate),
+        champion=champion,
+        before=tuple(shares),
+        clients=tuple((item.query_generation, candidate) for item in clients if item.verdict == "PASS"),
+        served=question.thresholds,
+    )
+    consumers = gather_consumers(consumed or Consumed(), policy, reads, way, alpha=each_at)
     missing += consumers.missing
     unreadable = question.unreadable_share
     if unreadable is None:
@@ -223,7 +238,7 @@ def gather_evidence(
         hoped_wave_zero=None if hoped == wave_zero else hoped,
         hoped_states=_states(outcomes, policy, scopes, hoped_way) if len(hoped_way) == len(policy.fractions) else (),
         certificates=certificates,
-        clients=certify_clients(outcomes, policy, question.clients, candidate=candidate),
+        clients=clients,
         live_owners=shares,
         wave_zero_generations=wave_zero,
         wave_zero_share=sum(shares[owner] for owner in wave_zero),

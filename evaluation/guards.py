@@ -11,13 +11,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from graceful.evaluation.consumers import ClusterEvidence
+from graceful.evaluation.consumers import ClusterEvidence, ThresholdEvidence
 from graceful.evaluation.cost import break_even_days
 from graceful.evaluation.evidence import OVERALL, Evidence, StateEvidence
 from graceful.evaluation.outcomes import pair_state
-from graceful.evaluation.policy import RolloutPolicy, Verdict, verdict_not_above, verdict_not_below
+from graceful.evaluation.policy import Consumer, RolloutPolicy, Verdict, verdict_not_above, verdict_not_below
 
-Guard = Literal["missing", "self-test", "certificate", "wave zero", "quality", "NFR", "dip", "cost", "clusters"]
+Guard = Literal[
+    "missing", "self-test", "certificate", "wave zero", "quality", "NFR", "dip", "cost", "clusters", "threshold"
+]
 SHARE_TOLERANCE = 1e-9  # shares are sums of floats
 
 
@@ -257,9 +259,50 @@ def _judge_wave_zero(evidence: Evidence, policy: RolloutPolicy) -> Reason:
 
 
 def _judge_consumers(evidence: Evidence, policy: RolloutPolicy, fraction: float) -> tuple[Reason, ...]:
-    """What users of the clusters would lose in one state; nothing where the policy has no limit for it."""
+    """What users of scores and clusters would lose in one state; nothing where the policy has no limit for it."""
     clusters = [item for item in evidence.consumers.clusters if item.fraction == fraction]
-    return tuple(_judge_clusters(item, limit) for item in clusters if (limit := policy.max_cluster_churn) is not None)
+    reasons = [_judge_clusters(item, limit) for item in clusters if (limit := policy.max_cluster_churn) is not None]
+    for item in evidence.consumers.thresholds:
+        if item.fraction == fraction and item.consumer in policy.thresholds:
+            reasons += _judge_threshold(item, policy.thresholds[item.consumer])
+    return tuple(reasons)
+
+
+def _judge_threshold(item: ThresholdEvidence, consumer: Consumer) -> list[Reason]:
+    """The guarded rate, and the other one where it has a limit.
+
+    A recalibrated threshold keeps its limit by the bound of each pair of generations; a mixture of them, whose bound
+    lies around the limit, fails only where it is shown to be above.
+    """
+    reasons = []
+    limits = {consumer.guards: consumer.limit}
+    if consumer.other_limit is not None:
+        limits["FRR" if consumer.guards == "FAR" else "FAR"] = consumer.other_limit
+    without = [owner for owner, threshold in item.thresholds.items() if threshold is None]
+    for kind, limit in limits.items():
+        key = kind.lower()
+        value, lower, upper = (getattr(item, name) for name in (key, f"{key}_lower", f"{key}_upper"))
+        verdict = verdict_not_above(lower, upper, limit)
+        if kind == consumer.guards and consumer.on_shift == "recalibrate" and not without and verdict == "UNKNOWN":
+            verdict = "PASS" if value is not None else "UNKNOWN"
+        bound = lower if verdict == "FAIL" else upper
+        at = ", ".join(
+            f"{threshold:.4f} on {owner}" for owner, threshold in item.thresholds.items() if threshold is not None
+        )
+        said = f"at {at}, {percent(value)}, {'at least' if verdict == 'FAIL' else 'at most'} {percent(bound)}"
+        if without:
+            said = f"no threshold can be shown to keep it on {', '.join(without)}"
+        text = (
+            f"threshold {item.consumer}, {item.state}: {kind} {said}, limit {percent(limit)}, n {item.num_impostors:,} "
+            f"impostor and {item.num_genuine:,} genuine pairs: {verdict}"
+        )
+        reasons.append(
+            Reason(
+                guard="threshold", scope=f"{item.consumer} {kind}", state=item.state, threshold=limit, value=value,
+                bound=bound, n=item.num_impostors if kind == "FAR" else item.num_genuine, verdict=verdict, text=text,
+            )
+        )  # fmt: skip
+    return reasons
 
 
 def _judge_clusters(item: ClusterEvidence, limit: float) -> Reason:

@@ -50,6 +50,8 @@ def further(reason: Reason, evidence: Evidence, policy: RolloutPolicy) -> Need:
         margin = limit_of(policy.quality_margin_points) / 100
         items = [item for item in evidence.certificates if item.verdict == "UNKNOWN"]
         return hardest([_for_margin(item, margin, policy, None) for item in items])
+    if reason.guard == "threshold":
+        return _for_pairs(limit_of(reason.threshold), policy)
     if reason.guard == "clusters":
         found = next((item for item in evidence.consumers.clusters if item.state == reason.state), None)
         return _NOTHING if found is None else _for_photos(found, reason, policy)
@@ -82,6 +84,7 @@ def as_question(option: Option, reason: Reason, policy: RolloutPolicy) -> str:
         "wave zero": "the vectors that are stored can still be searched",
         "cost": "re-embedding everything would pay before the next generation",
         "clusters": f"at most {percent(reason.threshold)} of the photos would change person",
+        "threshold": f"at most {percent(reason.threshold)} of the pairs of images would be judged wrong",
     }[reason.guard]
     where = "" if reason.scope == OVERALL else f" in {reason.scope}"
     way = {0.0: "on the gallery as it is", 1.0: "with everything re-embedded"}.get(
@@ -147,6 +150,13 @@ def _for_photos(item: ClusterEvidence, reason: Reason, policy: RolloutPolicy) ->
     effective = item.num_items / effect
     rates = stats.beta.ppf(PLAUSIBLE, item.changed * effective + 0.5, (1 - item.changed) * effective + 0.5)
     return _need(solve, item.changed, rates, item.num_items, 1.0, "")._replace(unit="photos")
+
+
+def _for_pairs(limit: float, policy: RolloutPolicy) -> Need:
+    """How much alike the pairs of further identities would be is not known: only the least number of them is."""
+    least = math.ceil(math.log(policy.alpha / NFR_FAMILIES) / math.log1p(-limit))
+    why = f"a few hundred identities may do, and where no pair is judged wrong {least:,} do for sure"
+    return Need(None, None, None, None, why=why)
 
 
 def _for_margin(item: PairedDifference, margin: float, policy: RolloutPolicy, critical: float | None) -> Need:

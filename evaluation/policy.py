@@ -22,6 +22,27 @@ def _rising_from_0_to_1(fractions: tuple[float, ...]) -> tuple[float, ...]:
     return fractions
 
 
+class Consumer(BaseModel):
+    """Somebody who accepts a pair of images when its score is at least a threshold."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threshold: float = Field(ge=-1, le=1, description="The threshold in use, of the generation that serves.")
+    guards: Literal["FAR", "FRR"] = Field(
+        description="What it is to keep: FAR, the share of pairs of different identities that are accepted; FRR, the "
+        "share of pairs of one identity that are not."
+    )
+    limit: float = Field(gt=0, lt=1, description="Largest share of it.")
+    other_limit: float | None = Field(
+        default=None, gt=0, lt=1, description="Largest share of the other one, at the threshold that is served then."
+    )
+    on_shift: Literal["recalibrate", "fail"] = Field(
+        default="recalibrate",
+        description="recalibrate: an update serves the threshold that keeps the limit, one for each generation whose "
+        "vectors are read; fail: the threshold stays, and the limit must hold with it.",
+    )
+
+
 class RolloutPolicy(BaseModel):
     """The limits of an update, written down before it is measured. A limit of None is missing: the decision holds."""
 
@@ -67,6 +88,11 @@ class RolloutPolicy(BaseModel):
         lt=1,
         description="Largest share of the photos that may change person when the gallery is clustered again, as "
         "`[clusters]` says. By default clusters are not judged.",
+    )
+    thresholds: dict[str, Consumer] = Field(
+        default={},
+        description="Consumers of scores by name, each a table `[policy.thresholds.<name>]` with `threshold`, `guards` "
+        "(FAR or FRR), `limit`, `other_limit` and `on_shift` (recalibrate or fail).",
     )
     fractions: Annotated[tuple[float, ...], AfterValidator(_rising_from_0_to_1)] = Field(
         default=(0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0), description="Fractions of the gallery that are judged."

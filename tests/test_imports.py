@@ -36,7 +36,8 @@ ORDER = {
     "evaluation": (
         "evaluation", "evaluation.intervals", "evaluation.changed", "evaluation.outcomes", "evaluation.retrieval",
         "evaluation.flips", "evaluation.matrix", "evaluation.backfill", "evaluation.power", "evaluation.cost",
-        "evaluation.policy", "evaluation.clustering", "evaluation.consumers", "evaluation.evidence",
+        "evaluation.policy", "evaluation.clustering", "evaluation.thresholds", "evaluation.consumers",
+        "evaluation.evidence",
         "evaluation.guards", "evaluation.needs", "evaluation.decision", "evaluation.arrays", "evaluation.ways",
         "evaluation.captions", "evaluation.headline", "evaluation.plots", "evaluation.report", "evaluation.label_page",
     ),
@@ -44,7 +45,7 @@ ORDER = {
         "flows", "flows.store", "flows.store.items", "flows.store.evaluation_set",
         "flows.store.events", "flows.store.registry", "flows.store.workspace", "flows.store.claim",
         "flows.store.evaluations", "flows.store.leaks", "flows.store.evalsets", "flows.store.labels",
-        "flows.store.clusterings",
+        "flows.store.clusterings", "flows.store.thresholds",
         "flows.settings", "flows.settings.template", "flows.settings.cron", "flows.settings.config",
         "flows.settings.reference", "flows.settings.inspection", "flows.settings.starter",
         "flows.runtime", "flows.runtime.environment", "flows.runtime.server", "flows.runtime.progress",

@@ -238,6 +238,6 @@ def _print_trials(console: Console, found: dict[str, Any]) -> None:
 def _print_hits(console: Console, found: dict[str, Any]) -> None:
     for number, hit in enumerate(found["hits"], 1):
         label = f"  {hit['label']}" if hit["label"] else ""
-        console.print(
-            f"{number:3}  {hit['score']:.4f}  {hit['item_id']}{label}  ({hit['generation']})", highlight=False
-        )
+        above = [f"{'above' if yes else 'below'} {name}" for name, yes in hit["above"].items()]
+        said = ", ".join([hit["generation"], *above])
+        console.print(f"{number:3}  {hit['score']:.4f}  {hit['item_id']}{label}  ({said})", highlight=False)

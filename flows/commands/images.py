@@ -69,7 +69,11 @@ def search_image(root: str, image: str, k: int, generation: str | None) -> dict[
     name = None if generation is None else workspace.registry.resolve(generation)
     searcher = GallerySearcher(workspace, name)
     hits = searcher.search_images([image], k)[0]
-    return {"query_generation": searcher.generation, "hits": [asdict(hit) for hit in hits]}
+    return {
+        "query_generation": searcher.generation,
+        "thresholds": {name: dict(values) for name, values in searcher.served.thresholds.items()},
+        "hits": [asdict(hit) for hit in hits],
+    }
 
 
 def _find_images(images: str, label: str | None, training_data: DatasetConfig) -> LabelledImages:

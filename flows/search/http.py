@@ -64,6 +64,7 @@ class FoundItem(BaseModel):
     generation: str
     source: str
     label: str
+    above: dict[str, bool] = Field(description="Whether the score is at least each consumer's threshold for this hit.")
 
 
 class Answer(BaseModel):
@@ -71,6 +72,9 @@ class Answer(BaseModel):
 
     query_generation: str
     snapshot_id: str
+    thresholds: dict[str, dict[str, float]] = Field(
+        description="Consumer of scores, generation of the hit's vector: threshold for queries of this generation."
+    )
     hits: list[FoundItem]
 
 
@@ -192,7 +196,12 @@ def make_app(root: str, *, refresh_s: float | None = None, open_searcher: OpenSe
         except IncompleteAnswerError as error:
             raise HTTPException(503, str(error), {"retry-after": "1"}) from None
         found = [FoundItem(**asdict(hit)) for hit in hits]
-        return Answer(query_generation=served.generation, snapshot_id=served.snapshot_id, hits=found)
+        return Answer(
+            query_generation=served.generation,
+            snapshot_id=served.snapshot_id,
+            thresholds={name: dict(values) for name, values in served.thresholds.items()},
+            hits=found,
+        )
 
     return app
 

@@ -6,7 +6,7 @@ moves on. What a refresh costs depends on what has changed, not on the gallery.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graceful.errors import GracefulError
-from graceful.flows.search.views import open_follower, target_of
+from graceful.flows.search.views import open_follower, target_of, thresholds_of
 from graceful.flows.settings.config import load_supported_clients
 from graceful.flows.store.workspace import Workspace
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
@@ -50,13 +50,18 @@ class IncompleteAnswerError(GracefulError):
 
 @dataclass(frozen=True)
 class Hit:
-    """One item found, best first; `generation` is the one whose vector it was found by."""
+    """One item found, best first; `generation` is the one whose vector it was found by.
+
+    `above` says for each consumer of scores whether the score is at least its threshold for this pair of generations;
+    a consumer without a known threshold for the pair is left out.
+    """
 
     item_id: str
     score: float
     generation: str
     source: str
     label: str
+    above: Mapping[str, bool] = field(default_factory=dict)
 
 
 class SearchedIndex(Protocol):
@@ -107,6 +112,8 @@ class ServedSnapshot:
     generation: str
     encoder: SourceEncoder = field(repr=False)
     index: SearchedIndex = field(repr=False)
+    thresholds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Consumer of scores -> generation of the hit's vector -> threshold, for queries of this generation."""
 
     @property
     def snapshot_id(self) -> str:
@@ -174,12 +181,16 @@ class ServedSnapshot:
         found, entries = self.index.find((vectors / norms).astype(np.float32), k)
         return [
             [
-                Hit(entry[0], float(score), str(generation), *entry[1:])
+                Hit(entry[0], float(score), str(generation), *entry[1:], self._above(float(score), str(generation)))
                 for revision, score, generation in zip(*row, strict=True)
                 if revision >= 0 and (entry := entries[int(revision)])
             ]
             for row in zip(found.revisions, found.scores, found.generations, strict=True)
         ]
+
+    def _above(self, score: float, generation: str) -> dict[str, bool]:
+        known = {name: values[generation] for name, values in self.thresholds.items() if generation in values}
+        return {name: score >= threshold for name, threshold in known.items()}
 
 
 class ServingSearcher(Protocol):
@@ -232,7 +243,8 @@ class GallerySearcher:
             followed = self._follower.follow(target)
             before = self._served
             if before is None or not isinstance(before.index, FollowedIndex) or before.index.followed is not followed:
-                self._served = ServedSnapshot(generation, encoder, FollowedIndex(followed))
+                thresholds = thresholds_of(self._workspace, target)
+                self._served = ServedSnapshot(generation, encoder, FollowedIndex(followed), thresholds)
             return before is None or before.snapshot_id != followed.index.snapshot_id
 
     def search_images(self, sources: Sequence[str], k: int = 10) -> list[list[Hit]]:

@@ -35,7 +35,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from graceful.files import join
 from graceful.flows.runtime.cluster import RaySession
 from graceful.flows.search.searcher import IncompleteAnswerError, ServedSnapshot, serving_encoder
-from graceful.flows.search.views import index_folder, target_of
+from graceful.flows.search.views import index_folder, target_of, thresholds_of
 from graceful.flows.settings.config import ClusterConfig, load_search_config
 from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.indexing.following import Followed, IndexFollower, Target, leased, snapshot_id_of
@@ -214,7 +214,7 @@ class ShardedSearcher:
             with leased(self._workspace.gallery, _log.warning) as version:
                 counts = self._prepared(target, version)
             index = ShardedIndex(self.shards, target, version, counts)
-            self._served = ServedSnapshot(generation, encoder, index)
+            self._served = ServedSnapshot(generation, encoder, index, thresholds_of(self._workspace, target))
             return served is None or served.snapshot_id != index.snapshot_id
 
     def close(self) -> None:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from graceful.files import join
-from graceful.flows.settings.config import load_search_config
+from graceful.flows.settings.config import load_consumers, load_search_config
+from graceful.flows.store.thresholds import Thresholds, served_thresholds
 from graceful.flows.store.workspace import Workspace
 from graceful.indexing.following import Followed, IndexFollower, Target
 from graceful.indexing.index_choice import SearchConfig
@@ -23,6 +24,12 @@ def target_of(workspace: Workspace, query_generation: str, prefix_widths: Sequen
     """What a query generation may read now: its certificates decide."""
     readable = workspace.registry.readable(query_generation)
     return Target(query_generation, tuple(readable), tuple(sorted(prefix_widths)))
+
+
+def thresholds_of(workspace: Workspace, target: Target) -> Thresholds:
+    """Thresholds of the workspace's consumers for what a query generation may read now."""
+    consumers = load_consumers(workspace.root)
+    return served_thresholds(workspace.registry, consumers, target.query_generation, target.readable)
 
 
 def open_view(workspace: Workspace, query_generation: str, prefix_widths: Sequence[int] = ()) -> Followed:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from graceful.errors import GracefulError
-from graceful.evaluation.policy import RolloutPolicy
+from graceful.evaluation.policy import Consumer, RolloutPolicy
 from graceful.files import is_remote, join, read_bytes
 from graceful.flows.settings.cron import check_cron, check_timezone
 from graceful.flows.settings.template import TEMPLATE
@@ -250,10 +250,20 @@ def load_clustering_config(root: str) -> ClusteringConfig:
     return _table_of(root, "clusters", ClusteringConfig)
 
 
+def load_consumers(root: str) -> dict[str, Consumer]:
+    """Read the consumers of scores that a workspace's configuration names. Raises ConfigError."""
+    policy = _raw_config(root).get("policy", {})
+    known = {name: value for name, value in policy.items() if name == "thresholds"}
+    return _validated(RolloutPolicy, known, "policy", join(root, CONFIG_FILE)).thresholds
+
+
 def _table_of(root: str, name: str, model: type[M]) -> M:
-    path, raw = join(root, CONFIG_FILE), _raw_config(root)
+    return _validated(model, _raw_config(root).get(name, {}), name, join(root, CONFIG_FILE))
+
+
+def _validated(model: type[M], table: Any, name: str, path: str) -> M:
     try:
-        return model.model_validate(raw.get(name, {}))
+        return model.model_validate(table)
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join([name, *(str(part) for part in problem["loc"])])

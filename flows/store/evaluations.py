@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from graceful.errors import GracefulError, UnknownFormatError
 from graceful.evaluation.changed import log_columns, log_from_columns
-from graceful.evaluation.consumers import Clusterings, Consumed
+from graceful.evaluation.consumers import Clusterings, Consumed, ScoreSample
 from graceful.evaluation.decision import Decision, decide
 from graceful.evaluation.evidence import Evidence, Question, gather_evidence, unmeasured_wave
 from graceful.evaluation.outcomes import Outcomes, from_columns, to_columns
@@ -24,6 +24,7 @@ from graceful.files import exists, join, read_json, resolve, write_json
 
 FORMAT_VERSION = 1
 LOG_FILE = "log.parquet"
+_SCORES = "score/"  # and the pair of generations
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -68,6 +69,8 @@ def write_evaluation(location: str, evaluation: Evaluation) -> None:
     if (log := evaluation.outcomes.log) is not None:
         columns = {name: pa.array(values) for name, values in log_columns(log).items()}
         _write_table(location, LOG_FILE, pa.table(columns))
+    if evaluation.consumed.scores is not None:
+        _write_scores(location, evaluation.consumed.scores)
     write_json(join(location, "question.json"), evaluation.question.model_dump(mode="json"))
     write_json(join(location, "policy.json"), evaluation.policy.model_dump(mode="json"))
     write_json(join(location, "evidence.json"), evaluation.evidence.model_dump(mode="json"))
@@ -122,12 +125,37 @@ def read_evaluation(location: str) -> Evaluation:
 
 def read_consumed(location: str) -> Consumed:
     """Read what was measured for consumers; empty where nothing was."""
-    table = _read_table(location, "clusterings.parquet") if exists(join(location, "clusterings.parquet")) else None
-    if table is None:
-        return Consumed()
-    columns = {name: np.array(table[name].to_pylist(), np.str_) for name in table.schema.names}
-    item_ids, identities = columns.pop("item_id"), columns.pop("identity")
-    return Consumed(Clusterings(item_ids, identities, columns))
+    clusterings = scores = None
+    if exists(join(location, "clusterings.parquet")):
+        columns = _texts(_read_table(location, "clusterings.parquet"))
+        clusterings = Clusterings(columns.pop("item_id"), columns.pop("identity"), columns)
+    if exists(join(location, "scores.parquet")):
+        table, owners = _read_table(location, "scores.parquet"), _read_table(location, "score_owners.parquet")
+        pairs = [name for name in table.schema.names if name.startswith(_SCORES)]
+        scores = ScoreSample(
+            **{name: table[name].to_numpy() for name in ("genuine", "query_groups", "row_groups", "rows")},
+            scores={_pair(name): table[name].to_numpy() for name in pairs},
+            owners=_texts(owners),
+        )
+    return Consumed(clusterings, scores)
+
+
+def _pair(column: str) -> tuple[str, str]:
+    query, _, gallery = column.removeprefix(_SCORES).partition("/")
+    return query, gallery
+
+
+def _texts(table: pa.Table) -> dict[str, NDArray[np.str_]]:
+    return {name: np.array(table[name].to_pylist(), np.str_) for name in table.schema.names}
+
+
+def _write_scores(location: str, sample: ScoreSample) -> None:
+    """One row per pair, one column per pair of generations; and the owner of every row in each mixed state."""
+    columns = {name: getattr(sample, name) for name in ("genuine", "query_groups", "row_groups", "rows")}
+    columns |= {f"{_SCORES}{query}/{gallery}": values for (query, gallery), values in sample.scores.items()}
+    owners = {state: pa.array(values.tolist()) for state, values in sample.owners.items()}
+    _write_table(location, "score_owners.parquet", pa.table(owners))
+    _write_table(location, "scores.parquet", pa.table({name: pa.array(values) for name, values in columns.items()}))
 
 
 def _write_clusterings(location: str, clusterings: Clusterings) -> None:

@@ -124,6 +124,13 @@ class CertificateRevoked(_Happened):
     by: str = ""
 
 
+class ThresholdsSet(_Happened):
+    """Thresholds that a decision serves: (consumer, query generation, generation of the hit's vector, threshold)."""
+
+    kind: Literal["thresholds_set"] = "thresholds_set"
+    thresholds: tuple[tuple[str, str, str, float], ...]
+
+
 class PlanCompleted(_Happened):
     """A re-index reached its end."""
 
@@ -154,7 +161,7 @@ class UpdateCompleted(_Happened):
 
 Happened = Annotated[
     UpdateStarted | Trained | Adopted | Decided | Promoted | Held | Pending | Overridden | Rejected | RolledBack
-    | Forwarded | CertificateRevoked | PlanCompleted | PreviousReleased | Retired | UpdateCompleted,
+    | Forwarded | CertificateRevoked | ThresholdsSet | PlanCompleted | PreviousReleased | Retired | UpdateCompleted,
     Field(discriminator="kind"),
 ]  # fmt: skip
 KINDS = tuple(model.model_fields["kind"].default for model in get_args(get_args(Happened)[0]))

@@ -29,6 +29,7 @@ from graceful.flows.store.events import (
     Promoted,
     Rejected,
     Retired,
+    ThresholdsSet,
     Trained,
     from_row,
     to_text,
@@ -250,6 +251,20 @@ class Registry:
         ]
         if rows:
             _append_in_order(self._certificates, rows)
+
+    # Thresholds -------------------------------------------------------------------------------------------------------
+
+    def set_thresholds(
+        self, thresholds: Sequence[tuple[str, str, str, float]], *, decision: str, generation: str
+    ) -> None:
+        """Record the thresholds that a decision serves; recorded before, they are left alone."""
+        if thresholds:
+            self.record(ThresholdsSet(thresholds=tuple(thresholds)), update_key=decision, generation=generation)
+
+    def thresholds(self) -> dict[tuple[str, str, str], float]:
+        """The newest threshold of every (consumer, query generation, generation of the hit's vector)."""
+        events = self.events(ThresholdsSet)
+        return {(who, query, owner): value for e in events for who, query, owner, value in e.payload.thresholds}
 
     # Plans ------------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from graceful.evaluation.consumers import Consumed
 from graceful.evaluation.cost import CostInputs
 from graceful.evaluation.evidence import CertificateEvidence, Question, certify, wave_zero_generations
 from graceful.evaluation.outcomes import live_state
@@ -16,9 +17,10 @@ from graceful.flows.store.evaluation_set import EvaluationSet
 from graceful.flows.store.evaluations import Evaluation, judge, write_evaluation
 from graceful.flows.store.events import Decided
 from graceful.flows.store.labels import read_labels
+from graceful.flows.store.thresholds import served_thresholds
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.bench import Bench, Classifier, plan_ranking, production_owners
-from graceful.flows.update.consumers import measure_consumers
+from graceful.flows.update.consumers import measure_clusterings, sample_scores
 from graceful.flows.update.query_log import UNREADABLE, QueryLog
 from graceful.indexing.cluster_choice import ClusteringConfig
 from graceful.indexing.gallery import GalleryVersion, View
@@ -88,7 +90,8 @@ def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candi
         cost=candidacy.cost,
     )
     if champion is None:
-        return judge(bench.outcomes(), candidacy.policy, question)
+        sample = sample_scores(bench, candidacy.policy, [(candidate, candidate)], candidacy.seed)
+        return judge(bench.outcomes(), candidacy.policy, question, Consumed(scores=sample))
     # One version for everything that is judged, and it stays readable however long that takes.
     with workspace.gallery.lease() as version:
         return _judge_against(workspace, evaluation_set, candidacy, champion, bench, question, version)
@@ -129,9 +132,19 @@ def _judge_against(
         )  # fmt: skip
     unreadable = len(view.unreadable()) / max(view.num_items, 1)
     question = question.model_copy(
-        update={"live_owners": shares, "unreadable_share": unreadable, "wave_zero": decided}
-    )  # fmt: skip
-    consumed = measure_consumers(bench, candidacy.clusters)
+        update={
+            "live_owners": shares,
+            "unreadable_share": unreadable,
+            "wave_zero": decided,
+            "thresholds": served_thresholds(workspace.registry, candidacy.policy.thresholds, champion, list(shares)),
+        }
+    )
+    wanted = [(query, owner) for query in (champion, candidate) for owner in dict.fromkeys((*shares, candidate))]
+    wanted = [pair for pair in wanted if pair != (champion, candidate)]
+    wanted += [(client, candidate) for client in candidacy.clients]
+    consumed = Consumed(
+        measure_clusterings(bench, candidacy.clusters), sample_scores(bench, candidacy.policy, wanted, candidacy.seed)
+    )
     return judge(bench.outcomes(), candidacy.policy, question, consumed)
 
 

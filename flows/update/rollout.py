@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from graceful.evaluation.decision import CertificateToIssue, Decision, certificates_to_issue
+from graceful.evaluation.consumers import ThresholdToServe
+from graceful.evaluation.decision import CertificateToIssue, Decision, certificates_to_issue, served_with
 from graceful.evaluation.evidence import Evidence
 from graceful.files import crash_point
 from graceful.flows.store.events import PlanCompleted, Promoted
@@ -58,6 +59,7 @@ class Rollout:
     seed: int = 0
     wave_rows: int = 16_384
     unit_rows: int = 4_096
+    thresholds: tuple[tuple[str, str, str, float], ...] = ()
     ordered: bool = False
     max_hidden: int = 0
 
@@ -84,6 +86,7 @@ class Rollout:
             order=("random" if whole else decision.order) or gallery.order,
             before_move="all" if whole else "wave_zero",
             certificates=_pairs(decision.certificates),
+            thresholds=_thresholds(decision.thresholds),
             seed=gallery.seed,
             wave_rows=gallery.wave_rows,
             unit_rows=gallery.unit_rows,
@@ -113,6 +116,7 @@ class Rollout:
             order="random" if fraction is None else gallery.order,
             before_move="all" if fraction is None else "wave_zero",
             certificates=_pairs(certificates_to_issue(evidence)),
+            thresholds=_thresholds(served_with(evidence)),
             seed=gallery.seed,
             wave_rows=gallery.wave_rows,
             unit_rows=gallery.unit_rows,
@@ -125,6 +129,10 @@ def _pairs(certificates: Sequence[CertificateToIssue]) -> tuple[tuple[str, str],
     return tuple((certificate.query_generation, certificate.gallery_generation) for certificate in certificates)
 
 
+def _thresholds(thresholds: Sequence[ThresholdToServe]) -> tuple[tuple[str, str, str, float], ...]:
+    return tuple((each.consumer, each.query_generation, each.gallery_generation, each.threshold) for each in thresholds)
+
+
 def prepare(workspace: Workspace, rollout: Rollout, class_distance: ClassDistance | None = None) -> Plan:
     """Issue the certificates, protect the generation, store the plan; called again, it returns the stored plan.
 
@@ -132,6 +140,8 @@ def prepare(workspace: Workspace, rollout: Rollout, class_distance: ClassDistanc
     state names it before the gallery is looked at, and a collection under way looks at the serving state again.
     """
     plan_id = f"{rollout.update_key}-{rollout.generation}" + ("-ordered" if rollout.ordered else "")
+    # Before anything may be read: a hit never has the threshold of another generation.
+    workspace.registry.set_thresholds(rollout.thresholds, decision=rollout.decision, generation=rollout.generation)
     workspace.registry.certify(rollout.certificates, reason=rollout.moved_by)
     crash_point("certified")
     _protect(workspace, rollout)
