@@ -155,7 +155,7 @@ def _for_photos(item: ClusterEvidence, reason: Reason, policy: RolloutPolicy) ->
 def _for_pairs(limit: float, policy: RolloutPolicy) -> Need:
     """How much alike the pairs of further identities would be is not known: only the least number of them is."""
     least = math.ceil(math.log(policy.alpha / NFR_FAMILIES) / math.log1p(-limit))
-    why = f"a few hundred identities may do, and where no pair is judged wrong {least:,} do for sure"
+    why = f"identities count and not pairs: while no pair is judged wrong, {least:,} of them show it"
     return Need(None, None, None, None, why=why)
 
 
