@@ -154,9 +154,20 @@ def _preconditions(evidence: Evidence, policy: RolloutPolicy) -> list[str]:
     if evidence.is_first_generation:
         if evidence.champion is not None:
             found.append(f"{evidence.champion} serves already: {evidence.candidate} is not the first generation")
+        known = evidence.self_test if evidence.self_test_lower is None else evidence.self_test_lower
+        if evidence.chance is not None and known is not None and known <= evidence.chance:
+            found.append(
+                f"the self-test of {evidence.candidate}, {percent(evidence.self_test)} (at least {percent(known)}), is "
+                f"not above the {percent(evidence.chance)} of a model that knows nothing"
+            )
         return found
     if evidence.candidate == evidence.champion:
         found.append(f"{evidence.candidate} serves already: it cannot be judged against itself")
+    if evidence.near_copy_share is not None and evidence.near_copy_share > policy.max_near_copy_share:
+        found.append(
+            f"the gallery holds a near copy of {percent(evidence.near_copy_share)} of the queries, which any model "
+            f"finds; the limit is {percent(policy.max_near_copy_share)}: take them out of the evaluation"
+        )
     if evidence.unreadable_share > policy.max_unreadable_share:
         found.append(
             f"{percent(evidence.unreadable_share)} of the gallery cannot be read now, the limit is "

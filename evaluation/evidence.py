@@ -43,6 +43,7 @@ from graceful.evaluation.outcomes import (
     metric_values,
     pair_state,
     parse_state,
+    right,
 )
 from graceful.evaluation.policy import RolloutPolicy, Verdict, verdict_not_below
 
@@ -135,6 +136,13 @@ class Evidence(BaseModel):
         default=(), description="The states of that way, where they were measured. No rollout is decided from them."
     )
     unreadable_share: float = Field(default=0.0, description="Share of the gallery nobody can read now.")
+    near_copy_share: float | None = Field(
+        default=None, description="Share of the queries with a near copy in the gallery; None: not known."
+    )
+    self_test_lower: float | None = Field(
+        default=None, description="Lower bound of the self-test at alpha, clusters respected; None under mAP."
+    )
+    chance: float | None = Field(default=None, description="Self-test that a model which knows nothing would reach.")
     cost_inputs: CostInputs | None = Field(default=None, description="What is known about cost; None = nothing.")
     costs: tuple[OptionCost, ...] = Field(default=(), description="Cost of each fraction.")
     consumers: ConsumerEvidence = Field(
@@ -162,6 +170,10 @@ class Question(BaseModel):
         default=None, description="Share that nobody can read; by default what the live owners leave to 1."
     )
     clients: tuple[str, ...] = Field(default=(), description="Older generations that still query.")
+    near_copy_share: float | None = Field(
+        default=None, description="Share of the queries with a near copy in the gallery; None: not known."
+    )
+    chance: float | None = Field(default=None, description="Self-test that a model which knows nothing would reach.")
     wave_zero: tuple[str, ...] | None = Field(
         default=None,
         description="Owners whose rows are re-embedded already in the states fraction/<f>; None: those that the policy "
@@ -197,6 +209,9 @@ def gather_evidence(
         "quality_margin_points": policy.quality_margin_points,
         "num_queries": len(outcomes),
         "self_test": self_test,
+        "self_test_lower": _self_test_lower(outcomes, policy, candidate),
+        "near_copy_share": question.near_copy_share,
+        "chance": question.chance,
         "cost_inputs": cost,
         "costs": () if cost is None else option_costs(cost, policy.fractions),
     }
@@ -320,6 +335,14 @@ def _self_test(outcomes: Outcomes, policy: RolloutPolicy, candidate: str) -> flo
     if not measured(outcomes, state).any():
         return None
     return _finite(np.nanmean(metric_values(outcomes, state, policy.metric, policy.k)))
+
+
+def _self_test_lower(outcomes: Outcomes, policy: RolloutPolicy, candidate: str) -> float | None:
+    state = pair_state(candidate, candidate)
+    counted = measured(outcomes, state)
+    if policy.metric != "recall@k" or not counted.any():
+        return None
+    return share_bounds(right(outcomes, state, policy.k)[counted], outcomes.clusters[counted], policy.alpha).lower
 
 
 def _missing_baselines(outcomes: Outcomes, shares: Mapping[str, float], candidate: str, champion: str) -> list[str]:

@@ -90,6 +90,13 @@ class Outcomes:
                 )
         for state in ranks:
             parse_state(state)
+            with np.errstate(invalid="ignore"):
+                outside = (precisions[state] < 0) | (precisions[state] > 1 + 1e-6)
+            if outside.any():
+                raise ValueError(
+                    f"building outcomes: expected average precisions in [0, 1], found "
+                    f"{precisions[state][outside][0]:g} in state {state!r}; make both with outcome_from_ranks"
+                )
             if ((ranks[state] > 0) != np.isfinite(precisions[state])).any() or (ranks[state] < 0).any():
                 raise ValueError(
                     f"building outcomes: expected average_precision to be NaN exactly where first_rank is 0, found "

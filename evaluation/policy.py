@@ -75,6 +75,12 @@ class RolloutPolicy(BaseModel):
     max_unreadable_share: float = Field(
         default=0.05, ge=0, le=1, description="Largest share of the gallery that nobody can read now."
     )
+    max_near_copy_share: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="Largest share of the queries of which the gallery holds a near copy, which any model finds.",
+    )
     min_identities: int = Field(
         default=5, ge=2, description="Fewest groups of queries (usually identities) that an update is judged on."
     )

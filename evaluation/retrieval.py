@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
 from graceful.evaluation.outcomes import Metric, Outcomes, check_ranks, measured, metric_values
 
@@ -70,6 +71,33 @@ def average_precision_at_r(offsets: NDArray[np.integer[Any]], ranks: NDArray[np.
 def mean_average_precision_at_r(offsets: NDArray[np.integer[Any]], ranks: NDArray[np.integer[Any]]) -> float:
     """Mean of AP@R over the queries that have relevant rows."""
     return mean_average_precision(average_precision_at_r(offsets, ranks))
+
+
+def chance(
+    num_relevant: NDArray[np.int64], num_rows: NDArray[np.int64], metric: Metric = "recall@k", k: int = 1
+) -> float | None:
+    """Expected metric of a random ranking; None where no query has a relevant row.
+
+    `num_relevant` and `num_rows` (Q,) count what each query searches, its own item left out. recall@k: one of R is
+    among k of N rows, 1 - C(N - R, k) / C(N, k). mAP: the exact expectation ((R - 1) / (N - 1) (N - H) + H) / N with H
+    the N-th harmonic number (Y. Bestgen, "Exact expected average precision of the random baseline", 2015).
+
+    >>> round(chance(np.array([1, 1]), np.array([4, 10])), 3)  # (1/4 + 1/10) / 2
+    0.175
+    >>> round(chance(np.array([1]), np.array([2]), "mAP"), 3)  # first or second: (1 + 1/2) / 2
+    0.75
+    """
+    has = num_relevant > 0
+    relevant, rows = num_relevant[has].astype(np.float64), num_rows[has].astype(np.float64)
+    if not len(rows):
+        return None
+    if metric == "mAP":
+        harmonic = special.digamma(rows + 1) + np.euler_gamma
+        return float(np.mean(((relevant - 1) / np.maximum(rows - 1, 1) * (rows - harmonic) + harmonic) / rows))
+    missed = np.ones(len(rows))
+    for drawn in range(k):
+        missed *= np.maximum(rows - relevant - drawn, 0) / np.maximum(rows - drawn, 1)
+    return float(np.mean(1 - missed))
 
 
 def metric_of(outcomes: Outcomes, state: str, metric: Metric = "recall@k", k: int = 1) -> float:

@@ -17,6 +17,7 @@ PACKAGES = ("training", "indexing", "evaluation", "flows")
 ORDER = {
     "training": (
         "training", "training.generation", "training.choices", "training.job", "training.manifest", "training.images",
+        "training.copies",
         "training.measure", "training.glyphs", "training.materialise", "training.folders", "training.rows",
         "training.datasets", "training.backbones", "training.heads", "training.encoder", "training.predecessors",
         "training.constraints.bct", "training.constraints.cross_contrast", "training.constraints.ract",
@@ -87,8 +88,11 @@ ALLOWED = {
     "safetensors": ("training",),
     "pytorch_metric_learning": ("training",),
     "sklearn": ("training.materialise", "indexing.clusters"),
-    "PIL": ("training.images", "training.measure"),
-    "cachetools": ("training.images",),
+    "PIL": ("training.images", "training.copies", "training.measure"),
+    "cachetools": (
+        "training.images",
+        "training.copies",
+    ),
     "faiss": ("indexing.kinds", "indexing.search", "indexing.snapshots"),
     "deltalake": ("indexing.tables",),
     "threadpoolctl": ("indexing.ranking",),

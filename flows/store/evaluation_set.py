@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from graceful.files import exists, join, resolve
+from graceful.files import exists, join, read_json, resolve, write_json
+from graceful.training.copies import has_near_copy, hash_pictures
 from graceful.training.datasets import DatasetConfig, assert_disjoint, load_images
 from graceful.training.manifest import LabelledImages
 
@@ -185,6 +186,24 @@ def save_evaluation_set(root: str, evaluation_set: EvaluationSet) -> str:
         table = table.replace_schema_metadata({"format_version": FORMAT_VERSION})
         pq.write_table(table, f"{path}/rows.parquet", filesystem=filesystem)
     return location
+
+
+def near_copy_share(root: str, evaluation_set: EvaluationSet) -> float | None:
+    """Share of the queries that have a near copy in the gallery: any model finds it, and the share says nothing.
+
+    None where no picture tells (small or nearly flat ones, or none that can be decoded). Found once per stored set.
+    """
+    location = join(evaluation_set_uri(root, evaluation_set.set_id), "near_copies.json")
+    if not exists(location):
+        queries, gallery = evaluation_set.queries, evaluation_set.gallery
+        bits, known = hash_pictures(queries.sources)
+        rows, rows_known = (bits, known) if gallery is queries else hash_pictures(gallery.sources)
+        contents, stored = np.array(queries.content_sha256), np.array(gallery.content_sha256)
+        near = has_near_copy(bits[known], rows[rows_known], contents[known].tolist(), stored[rows_known].tolist())
+        counts = {"queries": len(queries), "with_hash": int(known.sum()), "with_near_copy": int(near.sum())}
+        write_json(location, counts)
+    counted = read_json(location)
+    return counted["with_near_copy"] / counted["queries"] if counted["with_hash"] else None
 
 
 def sources_in_set(location: str) -> dict[str, str]:

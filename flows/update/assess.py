@@ -13,7 +13,7 @@ from graceful.evaluation.evidence import CertificateEvidence, Question, certify,
 from graceful.evaluation.outcomes import live_state
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.files import crash_point
-from graceful.flows.store.evaluation_set import EvaluationSet
+from graceful.flows.store.evaluation_set import EvaluationSet, near_copy_share
 from graceful.flows.store.evaluations import Evaluation, judge, write_evaluation
 from graceful.flows.store.events import Decided
 from graceful.flows.store.labels import read_labels
@@ -88,6 +88,8 @@ def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candi
         order=candidacy.order,
         clients=candidacy.clients,
         cost=candidacy.cost,
+        near_copy_share=near_copy_share(workspace.root, evaluation_set),
+        chance=bench.chance(candidacy.policy.metric, candidacy.policy.k),
     )
     if champion is None:
         sample = sample_scores(bench, candidacy.policy, [(candidate, candidate)], candidacy.seed)

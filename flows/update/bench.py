@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from graceful.evaluation.outcomes import (
     SERVED,
+    Metric,
     Outcomes,
     classify_state,
     fraction_state,
@@ -26,10 +27,12 @@ from graceful.evaluation.outcomes import (
     outcome_from_ranks,
     pair_state,
 )
+from graceful.evaluation.retrieval import chance
 from graceful.flows.store.evaluation_set import EvaluationSet
 from graceful.flows.update.query_log import UNREADABLE, QueryLog
 from graceful.indexing.exact import RelevantRanks, rank_states
 from graceful.indexing.gallery import View
+from graceful.indexing.matching import match_rows
 from graceful.indexing.planner import OrderInputs, nearest_mean_distance, num_chosen, random_key, rank_items
 
 
@@ -71,6 +74,18 @@ class Bench:
             average_precision=dict(self.average_precision),
             log=None if self.log is None else self.log.answers(),
         )
+
+    def chance(self, metric: Metric, k: int) -> float | None:
+        """What a model that knows nothing would reach on a gallery of every row."""
+        chosen = self.evaluation_set
+        matches = match_rows(
+            chosen.queries.labels,
+            chosen.gallery.labels,
+            chosen.queries.content_sha256,
+            chosen.gallery.content_sha256,
+        )
+        num_rows = matches.num_rows - np.diff(matches.own_offsets)
+        return chance(np.diff(matches.relevant_offsets), num_rows, metric, k)
 
     def comparable(self, query_generation: str, gallery_generation: str) -> bool:
         """Whether queries of one generation can be scored against vectors of another: by their widths."""
@@ -183,8 +198,9 @@ class Bench:
             pairs,
             chosen.queries.labels,
             take(chosen.gallery.labels),
-            np.array(chosen.queries.sources),
-            take(np.array(chosen.gallery.sources)),
+            # A copy of the query is its own item wherever it lies.
+            np.array(chosen.queries.content_sha256),
+            take(np.array(chosen.gallery.content_sha256)),
             mixes=mixes,
             prefix_widths={query: tuple(self.prefix_widths.get(query, ())) for query in self.query_vectors},
         )

@@ -57,3 +57,24 @@ def test_every_query_of_a_guarded_slice_is_tagged(planted) -> None:
 def test_a_margin_is_finite(limit: str) -> None:
     with pytest.raises(ValidationError):
         RolloutPolicy.model_validate({limit: float("inf")})
+
+
+def test_a_first_generation_has_to_be_better_than_a_model_that_knows_nothing(planted) -> None:
+    tenth = planted(num_queries=600, baseline_right=0.1)
+    first = {"champion": None, "live_owners": {}}
+    assert "not above the 10.00 % of a model that knows nothing" in held(gather(tenth, chance=0.1, **first))
+    assert decide(gather(tenth, chance=0.05, **first), QUICK).outcome == "BOOTSTRAP"
+    assert decide(gather(tenth, **first), QUICK).outcome == "BOOTSTRAP"  # chance not known
+
+
+def test_copies_of_the_queries_in_the_gallery_prove_nothing(planted) -> None:
+    good = planted(losses=5, wins=100)
+    assert "a near copy of 30.00 % of the queries" in held(gather(good, near_copy_share=0.3))
+    assert decide(gather(good, near_copy_share=0.1), QUICK).outcome == "COMPATIBLE_ROLLOUT"
+
+
+def test_an_average_precision_above_one_is_refused(planted) -> None:
+    outcomes = planted()
+    precision = {state: np.full(4000, 5.0) for state in outcomes.states}
+    with pytest.raises(ValueError, match=r"average precisions in \[0, 1\], found 5"):
+        replace(outcomes, average_precision=precision)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from graceful.evaluation.outcomes import outcome_from_ranks
 from graceful.evaluation.retrieval import (
     average_precision_at_r,
+    chance,
     cmc_curve,
     mean_average_precision,
     mean_average_precision_at_r,
@@ -64,3 +65,16 @@ def test_a_state_that_was_not_evaluated_is_nan(planted) -> None:
     outcomes = planted(num_queries=10)
     assert np.isnan(metric_of(outcomes, "pair/g9/g9"))
     assert metric_of(outcomes, "served") == 0.7
+
+
+@pytest.mark.parametrize(("metric", "k"), [("recall@k", 1), ("recall@k", 5), ("mAP", 1)])
+def test_chance_is_what_random_rankings_reach(metric, k) -> None:
+    rng = np.random.default_rng(0)
+    relevant, rows = np.array([1, 3, 10, 0]), np.array([30, 30, 12, 30])
+    found = []
+    for num_relevant, num_rows in zip(relevant[:3], rows[:3], strict=True):
+        ranks = np.array([np.sort(rng.permutation(num_rows)[:num_relevant]) + 1 for _ in range(20_000)])
+        precision = (np.arange(1, num_relevant + 1) / ranks).mean()
+        found.append(precision if metric == "mAP" else (ranks[:, 0] <= k).mean())
+    assert chance(relevant, rows, metric, k) == pytest.approx(np.mean(found), abs=0.005)
+    assert chance(np.array([0]), np.array([5]), metric, k) is None
