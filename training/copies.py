@@ -68,5 +68,5 @@ def has_near_copy(
         distance = block.sum(axis=1)[:, None] + ones - 2 * block @ rows.T
         near = distance <= max_distance
         for row in np.flatnonzero(near.any(axis=1)):
-            found[start + row] = (names[near[row]] != query_contents[start + row]).any()
+            found[start + row] = (names[near[row]] != query_contents[start + int(row)]).any()
     return found
