@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md and docs/scale.md from stored results: `python -m benchmarks.tables`.
+"""Writes the tables of docs/results.md, docs/scale.md and docs/statistics.md from stored results: `python -m benchmarks.tables`.
 
 docs/results/<example>.json is the `replay.json` of a workspace; benchmarks/results.json what `python -m benchmarks`
 wrote, benchmarks/results-scale.json what `python -m benchmarks.gallery_scale` wrote. Each table stands there between
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("results.md", "scale.md")
+PAGES = ("results.md", "scale.md", "statistics.md")
 EXAMPLES = ("digits", "omniglot", "cifar100")
 
 
@@ -74,6 +74,39 @@ def scale(stored: dict[str, Any]) -> str:
     return "\n".join([*lines, "", told])
 
 
+def labels(stored: dict[str, Any]) -> str:
+    """Labels of everything and of what changed, per update and way."""
+    lines = [
+        "| update | re-embedded | other item | other answer | NFR, PFR | verdicts: flips, quality | labels of everything "
+        "| of what changed | ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in stored["updates"]:
+        names = [row[name].split("-")[0] for name in ("champion", "candidate")]
+        needed = [
+            "not reached" if row[name] is None else f"{row[name]:,}"
+            for name in ("labels_of_everything", "labels_of_changed")
+        ]
+        lines.append(
+            f"| {row['data']} {' to '.join(names)} | {row['way']} | {_percent(row['changed_items'])} % | "
+            f"{_percent(row['changed'])} % | {_percent(row['nfr'])} %, {_percent(row['pfr'])} % | "
+            f"{', '.join(row['verdicts'].values())} | {needed[0]} | {needed[1]} | "
+            f"{'' if row['ratio'] is None else row['ratio']} |"
+        )
+    return "\n".join([*lines, "", f"{stored['note']} {stored['hardware']}, {stored['date']}."])
+
+
+def estimators(stored: dict[str, Any]) -> str:
+    """Shares of runs that pass a flip limit, by two bounds."""
+    lines = ["| queries of an identity | true NFR | passes: beginning | passes: product |", "|---|---|---|---|"]
+    lines += [
+        f"| {row['shape']} | {_percent(row['rate'])} % | {_percent(row['beginning'])} % | {_percent(row['product'])} % |"
+        for row in stored["estimators"]
+    ]
+    told = f"`python -m benchmarks.labels --estimators`, 400 runs, {stored['hardware']}, {stored['date']}."
+    return "\n".join([*lines, "", told])
+
+
 def _controls(result: dict[str, Any], generations: Sequence[str]) -> list[str]:
     lines = ["| control without constraints | AC | NFR between neighbours | self-tests | last on earlier galleries |"]
     lines.append("|---|---|---|---|---|")
@@ -104,6 +137,8 @@ def with_tables(text: str) -> str:
     }
     tables["benchmarks"] = benchmarks(json.loads((ROOT / "benchmarks" / "results.json").read_text()))
     tables["scale"] = scale(json.loads((ROOT / "benchmarks" / "results-scale.json").read_text()))
+    stored = json.loads((ROOT / "benchmarks" / "results-labels.json").read_text())
+    tables |= {"labels": labels(stored), "estimators": estimators(stored)}
     for name, table in tables.items():
         opening, closing = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         block = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)

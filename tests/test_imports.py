@@ -65,7 +65,8 @@ ORDER = {
         "flows.commands.history", "flows.commands.adopt", "flows.commands.accept",
         "flows.commands.images", "flows.commands.clusters", "flows.commands.updates", "flows.commands.suggestions",
         "flows.commands.demo_world", "flows.commands.demo", "flows.api", "flows.terminal",
-        "flows.cli.shell", "flows.cli.entry", "flows.cli.updates", "flows.cli.gallery", "flows.cli.operating",
+        "flows.cli.shell", "flows.cli.entry", "flows.cli.updates", "flows.cli.evalset", "flows.cli.gallery",
+        "flows.cli.operating",
         "flows.cli", "flows.cli.__main__", "flows.cli_reference", "flows.api_reference",
     ),
 }  # fmt: skip

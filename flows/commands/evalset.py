@@ -55,10 +55,10 @@ def create_set(
         begun = Evalset(
             name, old.slices, old.dev_share, f"{parent} version {len(old.versions)}", old.versions, old.rows
         )
-    return _grow(workspace, begun, draw, logs)
+    return _grow(workspace, begun, draw, logs, begins=True)
 
 
-def grow_set(root: str, name: str, draw: Draw | None, *, logs: Sequence[str] = ()) -> dict[str, Any]:
+def grow_set(root: str, name: str, draw: Draw, *, logs: Sequence[str] = ()) -> dict[str, Any]:
     """Add identities of the gallery, distractors and logged queries to a set. Raises EvalsetError."""
     workspace = open_workspace(root)
     return _grow(workspace, read_evalset(root, name), draw, logs)
@@ -104,23 +104,23 @@ def label_file(root: str, file: str, *, correct: bool) -> dict[str, Any]:
     return {**taken, **asdict(labelling.standing(workspace, *labelling.newest_with_log(workspace)))}
 
 
-def _grow(workspace: Workspace, evalset: Evalset, draw: Draw | None, logs: Sequence[str]) -> dict[str, Any]:
+def _grow(
+    workspace: Workspace, evalset: Evalset, draw: Draw, logs: Sequence[str], *, begins: bool = False
+) -> dict[str, Any]:
     rows, told = ({}, {}) if draw is None else _from_gallery(workspace, evalset, draw)
     named = {
         row["file"] for part in ("queries", "gallery") for row in (*evalset.rows.get(part, ()), *rows.get(part, ()))
     }
     logged, num_unreadable = _from_logs(evalset, logs)
     rows = {**rows, "log": [row for row in logged if row["file"] not in named]}
-    grown, version = with_version(
-        evalset, rows, [*([] if draw is None else ["gallery"]), *logs], unreadable=num_unreadable, **told
-    )
+    grown, version = with_version(evalset, rows, ["gallery", *logs], unreadable=num_unreadable, **told)
     if not grown.rows["queries"]:
         raise EvalsetError(
             "making an evaluation set: expected identities with two images in the gallery that no generation was "
             f"trained on, found none among {told.get('num_items', 0):,} items; ingest with --label, or "
             "keep a split out of the training data"
         )
-    if not any(version[f"added_{part}"] for part in ("queries", "gallery", "log")):
+    if not begins and not any(version[f"added_{part}"] for part in ("queries", "gallery", "log")):
         raise EvalsetError(
             f"growing the evaluation set {evalset.name}: expected something that it does not hold yet, found nothing; "
             "name another log, or ingest images of further identities first"

@@ -3,7 +3,7 @@
 import os
 import shlex
 
-from graceful.files import is_remote
+from graceful.files import exists, is_remote, join
 from graceful.flows.store.events import Decided, Promoted, Rejected, Retired
 from graceful.flows.store.workspace import open_workspace
 
@@ -43,7 +43,10 @@ def settling_commands(root: str) -> list[str]:
     if candidate in settled or registry.serving().champion == candidate:
         return []
     place = shlex.quote(shortest(root))
+    log = join(workspace.evaluation_uri(last.payload.evaluation), "log.parquet")
+    to_label = last.payload.outcome == "INCONCLUSIVE" and exists(log)
     return [
+        *([f"graceful evalset label --next --root {place}"] if to_label else []),
         f"graceful flips {candidate} --root {place}",
         f"graceful accept {candidate} --reason '...' --root {place}",
         f"graceful reject {candidate} --reason '...' --root {place}",

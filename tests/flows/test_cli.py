@@ -19,6 +19,7 @@ COMMANDS = [
     "ingest", "init", "promote", "reject", "replay", "report", "retire", "revoke", "rollback",
     "search", "selftest", "serve", "status", "update",
 ]  # fmt: skip
+IN_GROUPS = ["evalset create", "evalset grow", "evalset label", "evalset show"]
 
 
 def invoke(*arguments):
@@ -28,13 +29,17 @@ def invoke(*arguments):
 def test_commands_are_these():
     commands = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
     assert commands == COMMANDS
+    groups = {group.name: group.typer_instance.registered_commands for group in app.registered_groups}
+    assert {f"{name} {command.callback.__name__}" for name in groups for command in groups[name]} == {*IN_GROUPS}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, *IN_GROUPS])
 def test_every_command_and_every_option_explains_itself(name):
-    result = invoke(name, "--help")
+    result = invoke(*name.split(), "--help")
     assert result.exit_code == 0
-    command = typer.main.get_command(app).commands[name]
+    command = typer.main.get_command(app)
+    for word in name.split():
+        command = command.commands[word]
     assert command.help
     for parameter in command.params:
         if parameter.name != "help":
