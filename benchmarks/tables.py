@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md, docs/scale.md and docs/statistics.md from stored results: `python -m benchmarks.tables`.
+"""Writes the tables of docs/results.md, scale.md and statistics.md from stored results: `python -m benchmarks.tables`.
 
 docs/results/<example>.json is the `replay.json` of a workspace; benchmarks/results.json what `python -m benchmarks`
 wrote, benchmarks/results-scale.json what `python -m benchmarks.gallery_scale` wrote. Each table stands there between
@@ -77,8 +77,8 @@ def scale(stored: dict[str, Any]) -> str:
 def labels(stored: dict[str, Any]) -> str:
     """Labels of everything and of what changed, per update and way."""
     lines = [
-        "| update | re-embedded | other item | other answer | NFR, PFR | verdicts: flips, quality | labels of everything "
-        "| of what changed | ratio |",
+        "| update | re-embedded | other item | other answer | NFR, PFR | verdicts: flips, quality "
+        "| labels of everything | of what changed | ratio |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in stored["updates"]:
@@ -99,10 +99,9 @@ def labels(stored: dict[str, Any]) -> str:
 def estimators(stored: dict[str, Any]) -> str:
     """Shares of runs that pass a flip limit, by two bounds."""
     lines = ["| queries of an identity | true NFR | passes: beginning | passes: product |", "|---|---|---|---|"]
-    lines += [
-        f"| {row['shape']} | {_percent(row['rate'])} % | {_percent(row['beginning'])} % | {_percent(row['product'])} % |"
-        for row in stored["estimators"]
-    ]
+    for row in stored["estimators"]:
+        shares = " | ".join(f"{_percent(row[name])} %" for name in ("rate", "beginning", "product"))
+        lines.append(f"| {row['shape']} | {shares} |")
     told = f"`python -m benchmarks.labels --estimators`, 400 runs, {stored['hardware']}, {stored['date']}."
     return "\n".join([*lines, "", told])
 

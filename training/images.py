@@ -187,28 +187,26 @@ def unreadable_reason(payload: bytes | None) -> str | None:
         return str(error)
 
 
-def thumbnail(payload: bytes, longest: int) -> bytes:
-    """Return a PNG of one encoded image as a viewer shows it, its longer side at most `longest` pixels.
-
-    Raises: UnreadableImageError.
-    """
-    shape = Preprocessing(image_size=longest, channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = _as_seen(payload, shape).convert("RGB")
-            image.thumbnail((longest, longest))
-            return encode_png(np.asarray(image))
-    except UnreadableImageError:
-        raise
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... for broken files
-        raise UnreadableImageError(f"cannot be decoded: {_one_line(error)}") from error
-
-
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     """Return the PNG of pixels (h, w) or (h, w, 3)."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def thumbnail(payload: bytes, side: int = 128) -> bytes:
+    """Return an image as a small JPEG, upright and whole, its longer side at most `side`; the same bytes every time.
+
+    Raises: UnreadableImageError, as `decode` does.
+    """
+    decode(payload, _CHECK)  # refuses what is too large, torn or foreign, and says why
+    look = _CHECK.model_copy(update={"image_size": side, "decoding": "photo"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _as_seen(payload, look).convert("RGB")
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=70)
     return buffer.getvalue()
 
 

@@ -19,6 +19,7 @@ from graceful.flows.store.evalsets import (
     with_version,
     write_evalset,
 )
+from graceful.flows.store.labels import PAGE_FILE
 from graceful.flows.store.leaks import training_manifests
 from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.flows.update import labelling
@@ -86,7 +87,7 @@ def label_next(root: str, limit: int, into: str | None) -> dict[str, Any]:
         "to_label": len(questions),
         "queries": len({question.query for question in questions}),
         "csv": join(folder, labelling.CSV_FILE),
-        "page": join(folder, labelling.PAGE_FILE),
+        "page": join(folder, PAGE_FILE),
         **asdict(labelling.standing(workspace, name, evaluation)),
     }
 

@@ -8,17 +8,20 @@ earlier one where that was asked for. Reading merges them in the order in which 
 import getpass
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from graceful.errors import GracefulError, UnknownFormatError
 from graceful.evaluation.changed import NOTHING_SHOWN, RIGHT, UNCLEAR, UNKNOWN, WRONG
-from graceful.files import exists, join, list_files, read_json, write_json
+from graceful.files import exists, join, list_files, read_bytes, read_json, remove, write_json
 
 FORMAT_VERSION = 1
 IDENTITY = "is:"
 """Beginning of an answer that is an identity; one about a single item without an identity begins otherwise."""
+
+PAGE_FILE = "label-next.html"
+"""The page of what to label next, in an evaluation's folder."""
 
 _SHOWN = 3
 
@@ -108,6 +111,18 @@ def add_labels(root: str, labels: Sequence[AnswerLabel], *, correct: bool = Fals
         now = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(place, {"format_version": FORMAT_VERSION, "at": now, "by": getpass.getuser(), "labels": rows})
     return len(new) - len(changed), len(changed)
+
+
+def forget_label_page(location: str, hashes: Iterable[str]) -> bool:
+    """Remove an evaluation's page of what to label where it shows one of these contents; returns whether it did."""
+    page = join(location, PAGE_FILE)
+    if not exists(page):
+        return False
+    content = read_bytes(page)
+    shown = any(digest.encode() in content for digest in hashes)
+    if shown:
+        remove(page)
+    return shown
 
 
 def _contradict(one: int, other: int) -> bool:

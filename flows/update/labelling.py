@@ -7,6 +7,7 @@ the log's order: a query without a label stops the beginning that is judged, so 
 import base64
 import csv
 import io
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,13 +30,12 @@ from graceful.files import exists, join, write_bytes
 from graceful.flows.store.evaluation_set import evaluation_set_uri, sources_in_set
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
 from graceful.flows.store.events import Decided, UpdateStarted
-from graceful.flows.store.labels import VERDICT_OF, AnswerLabel, AnswerLabels, add_labels, read_labels
+from graceful.flows.store.labels import PAGE_FILE, VERDICT_OF, AnswerLabel, AnswerLabels, add_labels, read_labels
 from graceful.flows.store.workspace import Workspace
-from graceful.training.images import read_payloads, thumbnail
+from graceful.training.images import UnreadableImageError, read_payloads, thumbnail
 
-CSV_FILE, PAGE_FILE = "label-next.csv", "label-next.html"
+CSV_FILE = "label-next.csv"
 MAX_ROWS = 200
-THUMBNAIL_PIXELS = 160
 
 
 class NoLogError(GracefulError):
@@ -262,8 +262,9 @@ def _pictures(sources: dict[str, str]) -> dict[str, str]:
     """Thumbnails as data URIs; without those that cannot be read any more."""
     failures: dict[int, str] = {}
     payloads = read_payloads(list(sources.values()), failures)
-    return {
-        digest: f"data:image/png;base64,{base64.b64encode(thumbnail(payload, THUMBNAIL_PIXELS)).decode()}"
-        for index, (digest, payload) in enumerate(zip(sources, payloads, strict=True))
-        if index not in failures
-    }
+    found = {}
+    for place, (digest, payload) in enumerate(zip(sources, payloads, strict=True)):
+        if place not in failures:
+            with suppress(UnreadableImageError):
+                found[digest] = f"data:image/jpeg;base64,{base64.b64encode(thumbnail(payload)).decode()}"
+    return found

@@ -25,6 +25,7 @@ from graceful.evaluation.changed import (
     next_to_label,
     unsettled,
 )
+from graceful.evaluation.decision import decide
 from graceful.evaluation.evidence import Evidence
 from graceful.evaluation.intervals import share_bounds
 from graceful.evaluation.outcomes import SERVED, Outcomes, fraction_state
@@ -235,3 +236,21 @@ def test_a_bad_update_passes_the_flip_limit_at_most_as_often_as_it_says(shape: s
         counted = ~np.isnan(difference)
         passed += share_bounds(difference[counted] < 0, cluster[counted], alpha).upper <= limit
     assert passed / runs <= alpha + 2 * np.sqrt(alpha * (1 - alpha) / runs)
+
+
+def test_a_log_does_not_cover_for_queries_that_were_not_judged(planted: Plant) -> None:
+    outcomes = planted(num_queries=1000)
+    rng = np.random.default_rng(0)
+    log = as_log(outcomes, np.arange(900), rng=rng)
+    few = take(outcomes, np.arange(900, 1000), log)
+    hidden = replace(
+        few,
+        first_rank={name: np.where(np.arange(100) < 50, 0, rank) for name, rank in few.first_rank.items()},
+        average_precision={
+            name: np.where(np.arange(100) < 50, np.nan, value) for name, value in few.average_precision.items()
+        },
+    )
+    assert decide(gather(few), QUICK).outcome != "HOLD"
+    decision = decide(gather(hidden), QUICK)
+    assert decision.outcome == "HOLD"
+    assert "only 50 of 100 queries find a relevant row" in decision.summary

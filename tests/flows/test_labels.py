@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,13 +15,16 @@ from typer.testing import CliRunner
 from graceful.evaluation.changed import NOTHING_SHOWN, RIGHT, UNCLEAR, UNKNOWN, WRONG, ChangedAnswersError
 from graceful.evaluation.label_page import LABEL_COLUMNS, ToLabel, label_page
 from graceful.flows.cli import app
-from graceful.flows.store.evaluation_set import load_evaluation_set
+from graceful.flows.store.evaluation_set import EvaluationSet, load_evaluation_set, separate
 from graceful.flows.store.evaluations import read_evaluation
 from graceful.flows.store.labels import AnswerLabel, AnswerLabels, ContradictoryLabelsError, add_labels, read_labels
+from graceful.flows.store.leaks import TrainedOnQueriesError, refuse_trained_on
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update import labelling
-from graceful.flows.update.query_log import labelling_order
-from graceful.training.datasets import DatasetConfig, load_images
+from graceful.flows.update.bench import Bench
+from graceful.flows.update.query_log import QueryLog, labelling_order
+from graceful.training.datasets import DatasetConfig, OverlapError, load_images
+from graceful.training.manifest import LabelledImages
 from tests.flows import running, tiny
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -223,6 +226,82 @@ def test_an_unclear_word_neither_contradicts_nor_replaces_a_clear_one(tmp_path: 
         add_labels(root, [AnswerLabel("q", "is:a", WRONG)])
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_answers_are_those_of_a_loop_over_rows(k: int) -> None:
+    rng = np.random.default_rng(k)
+    num_queries, num_rows = 40, 30
+    vectors = {name: rng.normal(size=(num_queries + num_rows, 8)).astype(np.float32) for name in ("g1", "g2")}
+    hashes = [f"{i:064x}" for i in range(num_rows)]
+    labels = np.array([f"c{i % 5}" if i % 6 else "" for i in range(num_rows)])
+    # The first ten queries are rows of the gallery themselves.
+    asked_hashes = [*hashes[:10], *(f"{i:064x}" for i in range(1000, 1030))]
+    gallery = LabelledImages([f"g{i}" for i in range(num_rows)], labels, hashes)
+    log = LabelledImages([f"q{i}" for i in range(num_queries)], np.full(num_queries, ""), asked_hashes)
+    chosen = EvaluationSet("set", gallery, gallery, labels, {}, log, np.full(num_queries, "alike"))
+    owners = rng.choice(["g1", "g2", ""], num_rows)
+    queries = {name: found[:num_queries] for name, found in vectors.items()}
+    rows = {name: found[num_queries:] for name, found in vectors.items()}
+    asked_log = QueryLog(chosen, queries, rows, {}, k=k, labels=AnswerLabels())
+    asked_log.show("served", "g2", owners)
+    found = asked_log.answers()
+    for query, shown in zip(found.query_ids.tolist(), found.answers["served"].tolist(), strict=True):
+        place = asked_hashes.index(query)
+        scores = {
+            row: float(queries["g2"][place] @ rows[owners[row]][row])
+            for row in range(num_rows)
+            if owners[row] and hashes[row] != query
+        }
+        best = sorted(scores, key=lambda row: -scores[row])[:k]
+        names = sorted({f"is:{labels[row]}" if labels[row] else f"item:{hashes[row]}" for row in best})
+        assert shown == (names[0] if k == 1 else json.dumps(names))
+    asked_log.show("nothing", "g2", np.full(num_rows, ""))
+    assert set(asked_log.answers().answers["nothing"].tolist()) == {NOTHING_SHOWN}
+
+
+def test_one_owner_among_several_is_not_asked_of_a_log() -> None:
+    class Log:
+        shown: ClassVar[list[str]] = []
+
+        def show(self, state: str, *_: object) -> None:
+            self.shown.append(state)
+
+    rng = np.random.default_rng(0)
+    images = LabelledImages([f"i{i}" for i in range(6)], np.array(list("aabbcc")), [f"{i:064x}" for i in range(6)])
+    vectors = {name: rng.normal(size=(6, 4)).astype(np.float32) for name in ("g1", "g2")}
+    bench = Bench(EvaluationSet("set", images, images, images.labels, {}), vectors, vectors, log=Log())  # type: ignore[arg-type]
+    bench.measure_live("g2", np.array(["g1", "g1", "g1", "g2", "g2", ""]), ["g1", "g2"])
+    assert Log.shown == []
+    bench.measure_live("g2", np.array(["g1", "g1", "g1", "g1", "g1", ""]), ["g1"])
+    assert Log.shown == ["live/g2/g1"]
+
+
+def test_what_is_lost_is_alike_by_its_identity_and_the_rest_by_what_is_shown_now() -> None:
+    vectors = np.eye(4, dtype=np.float32)
+    hashes = [f"{i:064x}" for i in range(4)]
+    gallery = LabelledImages([f"g{i}" for i in range(4)], np.array(["a", "b", "c", ""]), hashes)
+    log = LabelledImages(["p", "q", "r"], np.full(3, ""), ["d" * 64, "e" * 64, "f" * 64])
+    chosen = EvaluationSet("set", gallery, gallery, gallery.labels, {}, log)
+    said = AnswerLabels({("d" * 64, "is:a"): RIGHT, ("e" * 64, "is:a"): WRONG, ("e" * 64, "is:b"): RIGHT})
+    queries = {"g1": vectors[[0, 0, 3]], "g2": vectors[[1, 1, 3]]}
+    both = QueryLog(chosen, queries, {"g1": vectors, "g2": vectors}, {}, k=1, labels=said)
+    both.show("served", "g1", np.full(4, "g1"))
+    both.show("fraction/1", "g2", np.full(4, "g2"))
+    found = both.answers()
+    alike = dict(zip(found.query_ids.tolist(), found.clusters.tolist(), strict=True))
+    assert alike == {"d" * 64: "a", "e" * 64: "b", "f" * 64: f"item:{hashes[3]}"}
+    verdicts = dict(zip(found.query_ids.tolist(), found.verdicts["fraction/1"].tolist(), strict=True))
+    assert verdicts == {"d" * 64: WRONG, "e" * 64: RIGHT, "f" * 64: UNKNOWN}
+
+
+def test_a_log_that_is_trained_on_is_refused(workspace: Path) -> None:
+    config = tiny.open_config(workspace, {"evaluation.log.where.instance": {"min": 0, "max": 149}})
+    chosen = load_evaluation_set(config.evaluation)
+    with pytest.raises(OverlapError, match="no common images"):
+        separate(config.evaluation, load_images(config.training_data), chosen)
+    with pytest.raises(TrainedOnQueriesError):
+        refuse_trained_on(Workspace(str(workspace), tiny.no_encoder), chosen)
+
+
 def test_the_order_of_a_log_is_kept_when_it_grows() -> None:
     hashes = [f"{i:064x}" for i in range(300)]
     before = [hashes[i] for i in labelling_order(hashes[:200])]
@@ -240,8 +319,18 @@ def test_the_page_holds_all_it_shows_and_asks_nobody(workspace: Path) -> None:
     embedded = json.loads(re.search(r"const rows = (.*?), pictures = ", page).group(1))  # type: ignore[union-attr]
     assert [row["query"] for row in embedded] == [row["query"] for row in rows]
     assert {row["swapped"] for row in embedded} == {True, False}
-    assert page.count("data:image/png;base64,") >= len({row["query"] for row in rows})
+    assert page.count("data:image/jpeg;base64,") >= len({row["query"] for row in rows})
     assert len(page) < 3_000_000
+
+
+def test_a_forgotten_picture_is_on_no_page(workspace: Path) -> None:
+    found = asked(workspace)
+    opened = Workspace(str(workspace), tiny.no_encoder)
+    shown = Path(found["page"]).read_text()
+    items = opened.gallery.view([]).items(["item_id", "content_sha256"]).to_pylist()
+    item = next(item for item in items if item["content_sha256"] in shown)
+    assert invoke("delete", item["item_id"], "--forget", "-r", workspace).exit_code == 0
+    assert not Path(found["page"]).exists()
 
 
 def test_names_from_outside_cannot_leave_their_place_in_the_page() -> None:
