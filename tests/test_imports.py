@@ -40,7 +40,8 @@ ORDER = {
         "evaluation.policy", "evaluation.clustering", "evaluation.thresholds", "evaluation.consumers",
         "evaluation.evidence",
         "evaluation.guards", "evaluation.needs", "evaluation.decision", "evaluation.arrays", "evaluation.ways",
-        "evaluation.captions", "evaluation.headline", "evaluation.plots", "evaluation.report", "evaluation.label_page",
+        "evaluation.captions", "evaluation.headline", "evaluation.plots", "evaluation.report",
+        "evaluation.label_page",
     ),
     "flows": (
         "flows", "flows.store", "flows.store.items", "flows.store.evaluation_set",
