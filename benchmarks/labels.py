@@ -43,7 +43,7 @@ Bools = NDArray[np.bool_]
 
 
 def measure(root: str, config_file: str) -> list[dict[str, Any]]:
-    """One row per update and way: rollout without a re-index, and all fractions that the policy judges."""
+    """One row per update and option: no re-index, the whole gallery, and all fractions of the policy at once."""
     workspace, config = open_workspace(root), load_config(config_file, root)
     chosen = load_evaluation_set(config.evaluation)
     as_log = replace(chosen, log=chosen.queries)
@@ -59,7 +59,7 @@ def measure(root: str, config_file: str) -> list[dict[str, Any]]:
     for champion, candidate in itertools.pairwise(names):
         pair = {name: vectors[name] for name in (champion, candidate)}
         log = answered(as_log, champion, candidate, pair, config.policy)
-        for way, fractions in (("0 %", (0.0,)), ("0 to 100 %", config.policy.fractions)):
+        for way, fractions in (("0 %", (0.0,)), ("100 %", (1.0,)), ("all at once", config.policy.fractions)):
             states = [fraction_state(fraction) for fraction in fractions]
             found = labels_for(log, states, chosen, config.policy)
             rows.append({"data": config.name, "champion": champion, "candidate": candidate, "way": way, **found})

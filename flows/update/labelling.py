@@ -50,7 +50,8 @@ class LabelFileError(GracefulError, ValueError):
 class LogStanding:
     """How far the labels of a log go, for what one decision asks.
 
-    `num_settled` queries from the top count in the decision; `num_changed` of the whole log change anywhere in it.
+    Of what the option asks that could be decided next: `num_settled` queries from the top count for it, and
+    `num_changed` of the whole log change in one of its states.
     """
 
     evaluation: str
@@ -72,6 +73,21 @@ def pairs_of(evaluation: Evaluation) -> list[Pair]:
         for owner in question.live_owners
     ]
     return [pair for pair in dict.fromkeys(pairs) if log is not None and log.has(pair)]
+
+
+def wanted_pairs(evaluation: Evaluation) -> list[Pair]:
+    """Those of them that the guards ask about which left a decision open; all of them where none did.
+
+    They belong to the cheapest option that could still pass, which is served by fewer states than all others together.
+    """
+    decision, pairs = evaluation.decision, pairs_of(evaluation)
+    if decision.outcome != "INCONCLUSIVE":
+        return pairs
+    open_guards = decision.reasons[: decision.num_decisive]
+    states = {reason.state for reason in open_guards}
+    certificates = any(reason.guard == "wave zero" for reason in open_guards)
+    wanted = [pair for pair in pairs if pair[1] in states or (certificates and pair[0] != SERVED)]
+    return wanted or pairs
 
 
 def with_labels(log: LogAnswers, labels: AnswerLabels) -> LogAnswers:
@@ -222,7 +238,7 @@ def _asked_in(workspace: Workspace, name: str, place: str) -> set[tuple[str, str
 
 
 def _log_of(workspace: Workspace, name: str, evaluation: Evaluation) -> tuple[LogAnswers, list[Pair]]:
-    log, pairs = evaluation.outcomes.log, pairs_of(evaluation)
+    log, pairs = evaluation.outcomes.log, wanted_pairs(evaluation)
     if log is None or not pairs:
         raise NoLogError(
             f"looking for answers to label: expected an evaluation that compares answers to a query log, found {name}, "
