@@ -38,6 +38,10 @@ from graceful.indexing.planner import num_chosen, random_key
 from graceful.training.generation import ordinal_of
 
 RESULTS = Path(__file__).parent / "results-labels.json"
+NOTE = (
+    "Chains of the two examples with 12, 18, 24 alphabets (6 epochs) and 60, 80 classes (8 epochs), no paragons, "
+    "trained in process; `python -m benchmarks.labels WORKSPACE=CONFIGURATION`."
+)
 NUM_ORDERS, NUM_RESAMPLES, POWER, GROWTH = 40, 400, 0.8, 1.2
 Bools = NDArray[np.bool_]
 
@@ -191,6 +195,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measure the named workspaces, or compare the bounds, and store what was found beside what is there."""
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     stored |= {
+        "note": NOTE,
         "hardware": f"{os.cpu_count()} x {processor()}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }

@@ -91,8 +91,9 @@ def check_command(command: str, whole: bool = True) -> None:
     assert words[0] in commands, f"graceful {words[0]} is no command; there are {', '.join(sorted(commands))}"
     found = commands[words[0]]
     if hasattr(found, "commands"):  # a group: its second word is the command
-        assert words[1:2] and words[1] in found.commands, f"graceful {words[0]} has {', '.join(sorted(found.commands))}"
-        found, words = found.commands[words[1]], [" ".join(words[:2]), *words[2:]]
+        second = words[1] if len(words) > 1 else "nothing"
+        assert second in found.commands, f"graceful {words[0]} has {', '.join(sorted(found.commands))}, not {second}"
+        found, words = found.commands[second], [" ".join(words[:2]), *words[2:]]
     known = {option for parameter in found.params for option in (*parameter.opts, *parameter.secondary_opts)}
     options = [word.split("=")[0] for word in words[1:] if word.startswith("-") and not word.lstrip("-").isdigit()]
     unknown = [option for option in options if option not in known and option != "--help"]

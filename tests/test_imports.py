@@ -38,9 +38,8 @@ ORDER = {
         "evaluation", "evaluation.intervals", "evaluation.changed", "evaluation.outcomes", "evaluation.retrieval",
         "evaluation.flips", "evaluation.matrix", "evaluation.backfill", "evaluation.power", "evaluation.cost",
         "evaluation.policy", "evaluation.clustering", "evaluation.thresholds", "evaluation.consumers",
-        "evaluation.evidence",
-        "evaluation.guards", "evaluation.needs", "evaluation.decision", "evaluation.arrays", "evaluation.ways",
-        "evaluation.captions", "evaluation.headline", "evaluation.plots", "evaluation.report",
+        "evaluation.evidence", "evaluation.guards", "evaluation.needs", "evaluation.decision", "evaluation.arrays",
+        "evaluation.ways", "evaluation.captions", "evaluation.headline", "evaluation.plots", "evaluation.report",
         "evaluation.label_page",
     ),
     "flows": (
