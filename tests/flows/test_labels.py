@@ -17,6 +17,7 @@ from graceful.evaluation.label_page import LABEL_COLUMNS, ToLabel, label_page
 from graceful.flows.cli import app
 from graceful.flows.store.evaluation_set import EvaluationSet, load_evaluation_set, separate
 from graceful.flows.store.evaluations import read_evaluation
+from graceful.flows.store.events import UpdateStarted
 from graceful.flows.store.labels import AnswerLabel, AnswerLabels, ContradictoryLabelsError, add_labels, read_labels
 from graceful.flows.store.leaks import TrainedOnQueriesError, refuse_trained_on
 from graceful.flows.store.workspace import Workspace
@@ -369,10 +370,15 @@ def test_a_workspace_without_a_log_says_how_to_get_one(tmp_path: Path) -> None:
 def test_a_set_is_made_grown_named_in_the_configuration_and_used(tmp_path: Path) -> None:
     root = tmp_path / "w"
     tiny.new_workspace(root)
-    made = json.loads(invoke("evalset", "create", "main", "-r", root, "--identities", 4, "--json").stdout)
+    assert running.update(root).outcome == "BOOTSTRAP"
+    made = json.loads(
+        invoke(
+            "evalset", "create", "main", "-r", root, "--identities", 4, "--queries-per-identity", 10, "--json"
+        ).stdout
+    )
     assert sum(made["identities"].values()) == 4
     assert made["distractors"] == 20, "the fifth digit"
-    assert sum(made["queries"].values()) == 12
+    assert sum(made["queries"].values()) == 40
     (tmp_path / "log.csv").write_text(
         "file\n" + "".join(f"{root / 'digits.parquet'}#{row}\n" for row in range(600, 640))
     )
@@ -393,7 +399,15 @@ def test_a_set_is_made_grown_named_in_the_configuration_and_used(tmp_path: Path)
     assert not {*dev.queries.labels.tolist()} & {*test.queries.labels.tolist()}
     assert dev.log is not None
     assert len(dev.log) == 40
-    assert running.update(root).outcome == "BOOTSTRAP"
+    tiny.write_config(root, root / "digits.parquet", {**config, **tiny.grown(5)})
+    result = running.update(root)
+    assert result.outcome == "HOLD", "so few identities cannot be judged by"
+    assert "identities, at least 5 are needed" in result.summary
+    opened = Workspace(str(root), tiny.no_encoder)
+    assert opened.registry.events(UpdateStarted, result.update_key)[-1].payload.evaluation_set == test.set_id
+    answers = read_evaluation(str(root / "evaluations" / result.evaluation)).outcomes.log
+    assert answers is not None
+    assert len(answers) == 40
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])
