@@ -28,6 +28,7 @@ COLOUR_OF: dict[str, str] = {"PASS": GOOD, "FAIL": BAD, "UNKNOWN": OPEN, "": ACC
 MARK_OF: dict[str, str] = {"PASS": "o", "FAIL": "X", "UNKNOWN": "D", "": "o"}  # a verdict is not told by colour alone
 MET, NOT_MET = "\u2713", "\u2717"
 WIDTH = 4.6  # inches; at 9 points this is legible on a screen of 360 pixels
+MAX_LABEL = 26  # letters of a line beside a row
 STYLE: Any = {
     "font.size": 9,
     "text.color": INK,
@@ -149,7 +150,7 @@ def forest_figure(rows: Sequence[ForestRow], limit: float | None, unit: str, *, 
             axes.axvspan(*beyond, color=BAD, alpha=0.06, linewidth=0)
         axes.set_xlim(*edges)
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_yticks(range(len(rows)), [row.label for row in rows])
+        axes.set_yticks(range(len(rows)), [_short(row.label) for row in rows])
         axes.set_xlabel(unit)
         axes.grid(axis="x", color=RULE, linewidth=0.8)
         axes.set_axisbelow(True)
@@ -257,6 +258,12 @@ _LINES: Sequence[dict[str, Any]] = (
 _RING: dict[str, Any] = {
     "marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgecolor": GOOD, "markeredgewidth": 2,
 }  # fmt: skip
+
+
+def _short(label: str) -> str:
+    """A label that leaves room for the figure; the table below it has the whole name."""
+    lines = [line if len(line) <= MAX_LABEL else f"{line[: MAX_LABEL - 3]}..." for line in label.split("\n")]
+    return "\n".join(lines)
 
 
 def _axes(height: float) -> tuple[Figure, Axes]:

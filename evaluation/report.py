@@ -61,6 +61,13 @@ MAX_OPEN = 6
 """Guards that are said in words where they do not pass; the table below has all."""
 
 
+CAUSE_TEXTS = {
+    "model": "also fail in a gallery of the candidate alone",
+    "mixed gallery": "only because older vectors are still there",
+    "unreadable rows": "because what answers them cannot be read",
+}
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of the page that others fill: a text, a figure (SVG markup made here), rows of a table."""
@@ -72,6 +79,43 @@ class Section:
     folded: bool = False
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A small picture inside the page, and the digest of what it was made from, by which it can be taken out again."""
+
+    data_uri: str
+    content_sha256: str
+
+
+@dataclass(frozen=True)
+class FlipCard:
+    """One search that works now and would fail. Pictures are None where there are none, or where they are private."""
+
+    query: str
+    identity: str
+    rank_before: int
+    rank_after: int | None
+    right_item: str | None
+    wrong_item: str | None
+    wrong_identity: str | None
+    wrong_owner: str | None
+    margin: float | None
+    cause: str
+    query_picture: Picture | None = None
+    right_picture: Picture | None = None
+    wrong_picture: Picture | None = None
+
+
+@dataclass(frozen=True)
+class FlipExplorer:
+    """Flips of the worst state that users live through: how many, why, and the worst of them to look at."""
+
+    num_flips: int
+    causes: Mapping[str, int]
+    cards: Sequence[FlipCard]
+    num_open: int = 6
+
+
 def render_report(
     evidence: Evidence,
     decision: Decision,
@@ -81,20 +125,23 @@ def render_report(
     nfr: NDArray[np.float64] | None = None,
     outcomes: Outcomes | None = None,
     lineage: Sequence[Mapping[str, Any]] = (),
+    explorer: FlipExplorer | None = None,
+    files: Sequence[str] = (),
     sections: Sequence[Section] = (),
     appendix: Sequence[Section] = (),
 ) -> str:
     """Render the page.
 
     `nfr` (G, G) is the NFR between the matrix' generations, row = before. `outcomes` gives slices, and the bounds of
-    what users win. `sections` come after the slices, `appendix` after the generations, each in their
-    order; `lineage` rows become a table at the end.
+    what users win. `explorer` shows lost searches; `files` are names of files beside the page to link to. `sections`
+    come after the slices, `appendix` after the generations, each in their order; `lineage` rows become a table.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
     )
     environment.filters |= {
         "points": points, "percent": percent, "number": number, "duration": duration, "share": share_text,
+        "tail": lambda name: name.rpartition("/")[2],
     }  # fmt: skip
     lived = lived_states(evidence, decision, policy)
     measured = curves(evidence, outcomes, policy)
@@ -109,6 +156,10 @@ def render_report(
         confidence={"quality": 1 - evidence.alpha, "flips": 1 - evidence.alpha / NFR_FAMILIES},
         forests=_forests(evidence, lived, policy),
         ways=_ways(evidence, decision, policy, measured, lived),
+        explorer=explorer,
+        cause_texts=CAUSE_TEXTS,
+        files=files,
+        worst_when=None if lived.worst is None else moment(lived.worst.fraction),
         slices=_slices(evidence, policy, outcomes, lived),
         cost=_cost(evidence, decision, measured),
         matrices=_matrices(matrix, nfr, metric_name(evidence)),
@@ -116,6 +167,46 @@ def render_report(
         appendix=[_shown(section) for section in appendix],
         lineage=_table(lineage),
     )
+
+
+def report_document(
+    evidence: Evidence,
+    decision: Decision,
+    policy: RolloutPolicy,
+    outcomes: Outcomes | None = None,
+    explorer: FlipExplorer | None = None,
+) -> dict[str, Any]:
+    """The figures of the page as JSON: head, guards, curves, slices, flips. Shares are in [0, 1]."""
+    head, lived = headline(evidence, decision, policy, outcomes), lived_states(evidence, decision, policy)
+    stages = [
+        {
+            "title": stage.title, "state": stage.state.state, "fraction": stage.state.fraction,
+            "lost": stage.lost, "lost_at_most": stage.lost_at_most, "won": stage.won,
+            "won_at_least": stage.won_at_least, "baseline": stage.state.baseline, "value": stage.state.value,
+        }
+        for stage in head.stages
+    ]  # fmt: skip
+    known = outcomes is not None and lived.worst is not None and {SERVED, lived.worst.state} <= set(outcomes.states)
+    slices = slice_rows(evidence, policy, outcomes, lived.worst) if known and outcomes and lived.worst else []
+    return {
+        "format_version": 1,
+        "outcome": decision.outcome,
+        "candidate": decision.candidate,
+        "champion": decision.champion,
+        "title": head.title,
+        "why": head.why,
+        "per_10000_searches": stages,
+        "would_be": head.would_be,
+        "cost": head.cost,
+        "next": [{"purpose": step.purpose, "command": step.command} for step in head.next_steps],
+        "guards": {"num": len(decision.reasons), "num_passed": sum(r.verdict == "PASS" for r in decision.reasons)},
+        "curves": [
+            {"title": curve.title, "points": [point._asdict() for point in curve.points]}
+            for curve in curves(evidence, outcomes, policy)
+        ],
+        "slices": slices,
+        "flips": None if explorer is None else {"num": explorer.num_flips, "causes": dict(explorer.causes)},
+    }
 
 
 def matrix_png(matrix: CompatibilityMatrix, *, dpi: int = 160) -> bytes:
@@ -291,7 +382,7 @@ def _slices(
         return None
     shown = [
         ForestRow(
-            f"{row['slice']} (n {row['n']:,})", row["nfr"], row["nfr_lower"], row["nfr_upper"],
+            f"{row['slice']}\nn {row['n']:,}", row["nfr"], row["nfr_lower"], row["nfr_upper"],
             verdict_not_above(row["nfr_lower"], row["nfr_upper"], policy.max_nfr)
             if row["guarded"] and policy.max_nfr is not None else "",
         )

@@ -113,10 +113,37 @@ def print_flips(console: Console, found: dict[str, Any]) -> None:
     for flip in found["flips"]:
         after = f"{flip['rank_after']:,}" if flip["rank_after"] else "not found"
         slices = "".join(f"  {name}={value}" for name, value in flip["slices"].items())
-        line = f"  {flip['identity']}  rank {flip['rank_before']:,} -> {after}{slices}  {flip['query']}"
+        taken = f" for {flip['wrong_identity']}" if flip["wrong_identity"] else ""
+        why = f" ({flip['cause']})" if flip["cause"] else ""
+        line = f"  {flip['identity']}  rank {flip['rank_before']:,} -> {after}{taken}{why}{slices}  {flip['query']}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if found["num_flips"] > len(found["flips"]):
         console.print(f"  ... and {found['num_flips'] - len(found['flips']):,} more (--limit)", highlight=False)
+
+
+def print_blame(console: Console, found: dict[str, Any]) -> None:
+    """What one item has to do with the lost searches of a candidate."""
+    if found["against"] is None:
+        console.print(f"{found['generation']}: nothing served before it, so nothing can flip.", highlight=False)
+        return
+    owner = f"its vector that serves now is of {found['owner_now']}" if found["owner_now"] else "no vector serves now"
+    console.print(f"{found['item']} with {found['generation']} against {found['against']}; {owner}.", highlight=False)
+    parts = (
+        ("wrong_answer_to", "comes first, wrongly, in {} lost search(es):"),
+        ("right_answer_lost", "was the right first answer of {} lost search(es):"),
+        ("own_search_lost", "is itself the lost search:"),
+    )
+    for name, words in parts:
+        if found[name]:
+            console.print(words.format(f"{len(found[name]):,}"), highlight=False)
+        for flip in found[name]:
+            after = f"{flip['rank_after']:,}" if flip["rank_after"] else "not found"
+            line = f"  {flip['identity']}  rank {flip['rank_before']:,} -> {after}  {flip['cause']}"
+            line += f"  vector of {flip['wrong_owner']}" if flip["wrong_owner"] else ""
+            line += f"  {', '.join(map(_state, flip['states']))}  {flip['query']}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if not any(found[name] for name, _ in parts):
+        console.print("It has nothing to do with any lost search.", highlight=False)
 
 
 def _lines_about(found: dict[str, Any]) -> Iterator[str]:
@@ -208,7 +235,9 @@ def _state(name: str | None) -> str:
     kind, _, rest = name.partition("/")
     query, _, gallery = rest.partition("/")
     if kind == "fraction":
-        return f"{100 * float(rest):g} % re-embedded"
+        fraction, _, before = rest.partition("/after/")
+        waiting = "" if not before else " after nothing else" if before == "nothing" else f" after {before}"
+        return f"{100 * float(fraction):g} % re-embedded{waiting}"
     if kind == "pair":
         return f"{query} on its own gallery" if query == gallery else f"{query} on the gallery of {gallery}"
     return {

@@ -45,24 +45,25 @@ ORDER = {
     "flows": (
         "flows", "flows.store", "flows.store.items", "flows.store.evaluation_set",
         "flows.store.events", "flows.store.registry", "flows.store.workspace", "flows.store.claim",
-        "flows.store.evaluations", "flows.store.leaks", "flows.store.evalsets", "flows.store.labels",
-        "flows.store.clusterings", "flows.store.thresholds",
+        "flows.store.reports", "flows.store.evaluations", "flows.store.leaks",
+        "flows.store.evalsets", "flows.store.labels", "flows.store.clusterings", "flows.store.thresholds",
         "flows.settings", "flows.settings.template", "flows.settings.cron", "flows.settings.config",
         "flows.settings.reference", "flows.settings.inspection", "flows.settings.starter",
         "flows.runtime", "flows.runtime.environment", "flows.runtime.server", "flows.runtime.progress",
         "flows.runtime.cluster", "flows.runtime.jobs", "flows.runtime.encoders", "flows.runtime.session",
         "flows.runtime.flow_ui",
         "flows.update", "flows.update.query_log", "flows.update.bench", "flows.update.consumers",
-        "flows.update.assess", "flows.update.gate",
+        "flows.update.flips", "flows.update.assess", "flows.update.gate",
         "flows.update.serving", "flows.update.rollout", "flows.update.act", "flows.update.freeze",
         "flows.update.train", "flows.update.judge", "flows.update.conclude", "flows.update.diagnosis",
         "flows.update.labelling",
-        "flows.update.publish", "flows.update.order", "flows.update.replay", "flows.update.flow",
+        "flows.update.explorer", "flows.update.publish", "flows.update.order", "flows.update.replay",
+        "flows.update.flow",
         "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.sharded", "flows.search.http",
         "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
         "flows.commands.status", "flows.commands.doctor",
         "flows.commands.selftest", "flows.commands.evaluations", "flows.commands.evalset",
-        "flows.commands.history", "flows.commands.adopt", "flows.commands.accept",
+        "flows.commands.history", "flows.commands.flips", "flows.commands.adopt", "flows.commands.accept",
         "flows.commands.images", "flows.commands.clusters", "flows.commands.updates", "flows.commands.suggestions",
         "flows.commands.demo_world", "flows.commands.demo", "flows.api", "flows.terminal",
         "flows.cli.shell", "flows.cli.entry", "flows.cli.updates", "flows.cli.evalset", "flows.cli.gallery",
@@ -232,7 +233,9 @@ def test_the_package_is_imported_in_a_fraction_of_a_second():
     assert float(done.stdout) < 0.3, "seconds of this processor"
 
 
-@pytest.mark.parametrize("module", ["status", "doctor", "history", "setup", "check", "evaluations", "suggestions"])
+@pytest.mark.parametrize(
+    "module", ["status", "doctor", "history", "flips", "setup", "check", "evaluations", "suggestions"]
+)
 def test_light_command_loads_no_framework(module):
     """status, rollback, delete, collect, history, check, init: they must answer within a second."""
     heavy = ("torch", "ray", "faiss", "prefect", "matplotlib", "torchvision")

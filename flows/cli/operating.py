@@ -54,13 +54,35 @@ def flips(
     limit: Annotated[int, typer.Option(min=1, help="How many to list.")] = 20,
     as_json: JsonOption = False,
 ) -> None:
-    """List the queries that are right today and would be wrong with a candidate, the worst first."""
+    """List the queries that are right today and would be wrong with a candidate, the worst first.
+
+    In the worst state that users would live through, with the wrong answer that takes the place of the right one.
+    """
     with reported_errors(as_json):
-        from graceful.flows.commands.history import flips_of
+        from graceful.flows.commands.flips import flips_of
         from graceful.flows.terminal import print_flips
 
         found = flips_of(place(root), generation, limit)
         output(as_json, found, lambda console: print_flips(console, found))
+
+
+@command()
+def blame(
+    item: Annotated[str, typer.Argument(help="Id of an item of the gallery, or source of an evaluation image.")],
+    generation: Annotated[str | None, typer.Argument(help="Candidate; by default that of the newest decision.")] = None,
+    root: RootOption = ".",
+    as_json: JsonOption = False,
+) -> None:
+    """List the lost queries that one item has to do with: as the wrong answer, or as the right one that is lost.
+
+    Says whose vector answers, and whether the model or the mix of old and new vectors is to blame.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.flips import blame as blame_item
+        from graceful.flows.terminal import print_blame
+
+        found = blame_item(place(root), item, generation)
+        output(as_json, found, lambda console: print_blame(console, found))
 
 
 @command()

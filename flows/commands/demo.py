@@ -32,6 +32,7 @@ from graceful.flows.settings.config import GalleryConfig
 from graceful.flows.store.evaluation_set import EvaluationSet, save_evaluation_set
 from graceful.flows.store.evaluations import Evaluation
 from graceful.flows.store.events import Adopted, Decided
+from graceful.flows.store.reports import REPORT_FILE
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.act import Case, decide_and_act
 from graceful.flows.update.assess import Candidacy, assess, record_decision
@@ -284,7 +285,7 @@ class Demo:
             conclude=lambda decision: conclude(self.workspace, update_key, decision),
         )
         decided, evaluation, _ = decide_and_act(case, do=self.step)
-        self.result.report = join(self.workspace.evaluation_uri(decided.evaluation), "report.html")
+        self.result.report = join(self.workspace.evaluation_uri(decided.evaluation), REPORT_FILE)
         self.result.outcomes.append(decided.outcome)
         self.result.fractions.append(evaluation.decision.fraction)
         return evaluation

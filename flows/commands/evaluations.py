@@ -11,6 +11,7 @@ from graceful.files import join
 from graceful.flows.settings.config import ConfigError
 from graceful.flows.store.evaluations import EvaluationMissingError, read_evaluation, recompute
 from graceful.flows.store.events import Decided
+from graceful.flows.store.reports import REPORT_FILE
 from graceful.flows.store.workspace import open_workspace
 
 
@@ -53,4 +54,4 @@ def read_report(root: str, evaluation: str | None) -> tuple[str, Decision]:
             raise EvaluationMissingError("reading the newest report: no update has decided yet; run 'graceful update'")
         evaluation = decided[-1].payload.evaluation
     location = workspace.evaluation_uri(evaluation)
-    return join(location, "report.html"), read_evaluation(location).decision
+    return join(location, REPORT_FILE), read_evaluation(location).decision

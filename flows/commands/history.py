@@ -1,10 +1,9 @@
-"""Commands about what has happened: the history of the lineage, and the flips of an evaluation. Read only."""
+"""What has happened: every generation of the lineage, and every move of what serves. Read only."""
 
 import datetime
 from collections import defaultdict
 from typing import Any
 
-from graceful.errors import GracefulError
 from graceful.flows.store.events import (
     Adopted,
     CertificateRevoked,
@@ -28,10 +27,6 @@ TOLD = (
 )  # fmt: skip
 """Kinds of events that a history tells; the others are the machine's own bookkeeping."""
 _FIELDS = ("outcome", "to", "ordered", "name", "factory", "gallery_generation", "reason", "by")
-
-
-class NothingDecidedError(GracefulError):
-    """No decision was made yet about what is asked for."""
 
 
 def lineage_history(root: str) -> dict[str, Any]:
@@ -69,71 +64,6 @@ def lineage_history(root: str) -> dict[str, Any]:
             for event in history
             if isinstance(event.payload, TOLD)
             and not (isinstance(event.payload, Trained) and event.generation in adopted)
-        ],
-    }
-
-
-def flips_of(root: str, generation: str | None, limit: int) -> dict[str, Any]:
-    """Queries that are right with what served and would be wrong with a candidate, the worst first.
-
-    Wrong in the state that the decision was about: the decided fraction, else the fully re-embedded gallery. What is
-    right, and which queries count, is what the report says.
-    """
-    import numpy as np
-
-    from graceful.evaluation.outcomes import SERVED, compare, fraction_state
-    from graceful.flows.store.evaluations import read_evaluation
-
-    workspace = open_workspace(root)
-    registry = workspace.registry
-    wanted = None if generation is None else registry.resolve(generation)
-    decided = [event for event in registry.events(Decided) if wanted in (None, event.generation)]
-    if not decided:
-        raise NothingDecidedError(
-            f"looking for flips: expected a decision about {wanted or 'a candidate'}, found none; run 'graceful update'"
-        )
-    event = decided[-1]
-    evaluation = read_evaluation(workspace.evaluation_uri(event.payload.evaluation))
-    outcomes, k, decision = evaluation.outcomes, evaluation.evidence.k, evaluation.decision
-    after = fraction_state(1.0 if decision.fraction is None else decision.fraction)
-    found: dict[str, Any] = {
-        "evaluation": event.payload.evaluation,
-        "generation": event.generation,
-        "against": decision.champion,
-        "state": after,
-        "num_queries": len(outcomes),
-        "num_flips": 0,
-        "num_repaired": 0,
-        "flips": [],
-    }
-    if decision.champion is None:
-        return found
-    missing = [state for state in (SERVED, after) if state not in outcomes.first_rank]
-    if missing:
-        raise NothingDecidedError(
-            f"looking for flips of {event.generation}: expected the state {missing[0]!r} to be measured, found "
-            f"{', '.join(outcomes.states)}; run 'graceful update --again'"
-        )
-    pair = compare(outcomes, SERVED, after, k=k)
-    counted = np.flatnonzero(pair.counted)
-    then, now = outcomes.first_rank[SERVED], outcomes.first_rank[after]
-    lost = counted[pair.right_before & ~pair.right_after]
-    worst = np.where(now[lost] > 0, now[lost], np.iinfo(np.int32).max)
-    lost = lost[np.argsort(-worst, kind="stable")]
-    return {
-        **found,
-        "num_queries": len(counted),
-        "num_flips": len(lost),
-        "num_repaired": int((~pair.right_before & pair.right_after).sum()),
-        "flips": [
-            {
-                "query": str(outcomes.query_ids[row]),
-                "identity": str(outcomes.identities[row]),
-                "slices": {name: str(values[row]) for name, values in outcomes.slices.items() if values[row]},
-                "rank_before": int(then[row]),
-                "rank_after": int(now[row]) or None,
-            }
-            for row in lost[:limit]
         ],
     }
 

@@ -12,6 +12,7 @@ from graceful.flows.store.clusterings import forget_in_clusterings
 from graceful.flows.store.evaluation_set import evaluation_set_uri, named_in_set
 from graceful.flows.store.events import Decided, Trained, UpdateStarted
 from graceful.flows.store.labels import forget_label_page
+from graceful.flows.store.reports import forget_pictures
 from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.flows.update.serving import delete, go_forward, reject, retire, revoke, rollback
 from graceful.indexing.maintenance import collect, forget, survey
@@ -91,6 +92,8 @@ def forget_items(workspace: Workspace, item_ids: list[str]) -> dict[str, Any]:
     remove(workspace.index_location())
     for event in workspace.registry.events(Decided):
         forget_label_page(workspace.evaluation_uri(event.payload.evaluation), hashes)
+
+        forget_pictures(workspace.evaluation_uri(event.payload.evaluation), hashes)
     crash_point("forget-before-gallery")
     revisions = forget(workspace.gallery, item_ids)
     trained_on, named_in = _where_named(workspace, set(hashes))

@@ -121,6 +121,17 @@ class PricesConfig(BaseModel):
     days_until_next_generation: float | None = Field(default=None, ge=0, description="Days until the next generation.")
 
 
+class ReportConfig(BaseModel):
+    """What a report shows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pictures: bool = Field(
+        default=True, description="Small pictures of searches that would be lost; false: names only, for privacy."
+    )
+    num_flips: int = Field(default=24, ge=0, le=500, description="Lost searches that are shown, the worst first.")
+
+
 class ReplayConfig(BaseModel):
     """A history of generations on growing data."""
 
@@ -142,7 +153,7 @@ class ReplayConfig(BaseModel):
     )
 
 
-_WHERE_IT_RUNS = dict.fromkeys(("cluster", "schedule", "search", "replay", "name"), True)
+_WHERE_IT_RUNS = dict.fromkeys(("cluster", "schedule", "search", "report", "replay", "name"), True)
 
 
 class PipelineConfig(BaseModel):
@@ -167,6 +178,7 @@ class PipelineConfig(BaseModel):
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="Ray.")
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="Scheduled retraining.")
     prices: PricesConfig = Field(default=PricesConfig(), description="Prices, where they are known.")
+    report: ReportConfig = Field(default=ReportConfig(), description="The report of an update.")
     replay: ReplayConfig | None = Field(default=None, description="A history to replay.")
 
     @field_validator("policy")

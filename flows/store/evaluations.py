@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
@@ -23,7 +24,7 @@ from graceful.evaluation.policy import RolloutPolicy
 from graceful.files import exists, join, read_json, resolve, write_json
 
 FORMAT_VERSION = 1
-LOG_FILE = "log.parquet"
+LOG_FILE, FLIPS_FILE = "log.parquet", "flips.parquet"
 _SCORES = "score/"  # and the pair of generations
 
 M = TypeVar("M", bound=BaseModel)
@@ -37,9 +38,23 @@ class NotMeasuredError(GracefulError, ValueError):
     """Another policy decides another wave 0, whose states nobody measured."""
 
 
+FLIPS = pa.schema(
+    [
+        ("query", pa.string()), ("identity", pa.string()), ("state", pa.string()), ("rank_before", pa.int32()),
+        ("rank_after", pa.int32()), ("right_item", pa.string()), ("right_owner", pa.string()),
+        ("wrong_item", pa.string()), ("wrong_identity", pa.string()), ("wrong_owner", pa.string()),
+        ("margin", pa.float32()), ("cause", pa.string()),
+    ],
+    metadata={"format_version": str(FORMAT_VERSION)},
+)  # fmt: skip
+"""One negative flip a row: a search that is right now and wrong in a state. `right_item` is the best right answer now,
+`wrong_item` the first wrong one then, each with the generation that owns its vector; `margin` is by how much the wrong
+one scores higher then; `rank_after` is null where no right answer can be read; `cause` as in flows.update.flips."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation as it is stored."""
+    """One evaluation as it is stored. `flips` only where it was just made: `read_flips` reads them."""
 
     outcomes: Outcomes
     policy: RolloutPolicy
@@ -47,6 +62,7 @@ class Evaluation:
     evidence: Evidence
     decision: Decision
     consumed: Consumed = field(default_factory=Consumed)
+    flips: pa.Table | None = None
 
 
 def judge(
@@ -71,6 +87,8 @@ def write_evaluation(location: str, evaluation: Evaluation) -> None:
         _write_table(location, LOG_FILE, pa.table(columns))
     if evaluation.consumed.scores is not None:
         _write_scores(location, evaluation.consumed.scores)
+    if evaluation.flips is not None:
+        pq.write_table(evaluation.flips, f"{path}/{FLIPS_FILE}", filesystem=filesystem)
     write_json(join(location, "question.json"), evaluation.question.model_dump(mode="json"))
     write_json(join(location, "policy.json"), evaluation.policy.model_dump(mode="json"))
     write_json(join(location, "evidence.json"), evaluation.evidence.model_dump(mode="json"))
@@ -106,6 +124,24 @@ def _read_table(location: str, name: str) -> pa.Table:
             f"reading {name}: expected format version {FORMAT_VERSION}, found {found} (in {location})"
         )
     return table
+
+
+def read_flips(location: str) -> pa.Table:
+    """Read every negative flip of an evaluation, as `FLIPS`; none where it was made before they were written down."""
+    filesystem, path = resolve(join(location, FLIPS_FILE))
+    try:
+        return pq.read_table(path, filesystem=filesystem).select(FLIPS.names).cast(FLIPS)
+    except FileNotFoundError:
+        return FLIPS.empty_table()
+
+
+def worst_first(flips: pa.Table) -> pa.Table:
+    """Order flips: not found at all, then by rank, then by the margin of the wrong answer, then by name."""
+    rank = pc.fill_null(flips["rank_after"], 2**31 - 1)
+    margin = pc.fill_null(flips["margin"], float("inf"))
+    keys = pa.table({"rank": rank, "margin": margin, "query": flips["query"], "state": flips["state"]})
+    order = [("rank", "descending"), ("margin", "descending"), ("query", "ascending"), ("state", "ascending")]
+    return flips.take(pc.sort_indices(keys, sort_keys=order))
 
 
 def read_evaluation(location: str) -> Evaluation:

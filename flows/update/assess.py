@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from graceful.flows.store.thresholds import served_thresholds
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.bench import Bench, Classifier, plan_ranking, production_owners
 from graceful.flows.update.consumers import measure_clusterings, sample_scores
+from graceful.flows.update.flips import explain_flips
 from graceful.flows.update.query_log import UNREADABLE, QueryLog
 from graceful.indexing.cluster_choice import ClusteringConfig
 from graceful.indexing.gallery import GalleryVersion, View
@@ -147,7 +148,8 @@ def _judge_against(
     consumed = Consumed(
         measure_clusterings(bench, candidacy.clusters), sample_scores(bench, candidacy.policy, wanted, candidacy.seed)
     )
-    return judge(bench.outcomes(), candidacy.policy, question, consumed)
+    evaluation = judge(bench.outcomes(), candidacy.policy, question, consumed)
+    return replace(evaluation, flips=explain_flips(bench, evaluation.outcomes, evaluation.evidence))
 
 
 def _other_waves(bench: Bench, certificates: Sequence[CertificateEvidence], candidate: str) -> list[tuple[str, ...]]:

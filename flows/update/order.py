@@ -18,6 +18,7 @@ from graceful.flows.runtime.session import Session
 from graceful.flows.store.claim import claim
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
 from graceful.flows.store.events import Decided, Overridden, Promoted
+from graceful.flows.store.reports import REPORT_FILE
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.act import Case, Order, Step, carry_on, decide_and_act, plain
 from graceful.flows.update.conclude import completed, conclude, release_when_due
@@ -117,7 +118,11 @@ def update(
             gallery=session.config.gallery,
             judge=lambda: judge(inputs, candidate, paragon),
             publish=lambda *made: publish(
-                session.workspace, *made, name=session.config.name, progress=session.progress
+                session.workspace,
+                *made,
+                shows=session.config.report,
+                name=session.config.name,
+                progress=session.progress,
             ),
             conclude=lambda decision: _conclude(inputs, decision),
             progress=session.progress,
@@ -157,7 +162,9 @@ def accept(session: Session, generation: str, order: Order, *, step: Step = plai
             champion=champion,
             gallery=session.config.gallery,
             judge=lambda: (decided, evaluation),
-            publish=lambda *made: publish(workspace, *made, name=session.config.name, progress=session.progress),
+            publish=lambda *made: publish(
+                workspace, *made, shows=session.config.report, name=session.config.name, progress=session.progress
+            ),
             conclude=lambda decision: conclude(workspace, key, decision),
             progress=session.progress,
             class_distance=lambda view: class_distance(workspace, view),
@@ -221,7 +228,7 @@ def _result(
         champion=inputs.registry.serving().champion,
         fraction=decision.fraction,
         evaluation=location,
-        report=join(location, "report.html"),
+        report=join(location, REPORT_FILE),
         num_training_images=frozen.num_training_images,
         num_classes=frozen.num_classes,
         num_unreadable=frozen.num_unreadable,

@@ -1,4 +1,4 @@
-"""Publishes an evaluation: the report beside it, and matrix, decision and report as artifacts where there is a flow UI.
+"""Publishes an evaluation: the report beside it, the same as JSON, and artifacts where there is a flow UI.
 
 Idempotent: it is called as soon as a decision is recorded, and once more when everything is done. Artifact keys are
 stable (`<pipeline>-decision`, ...), so that the UI shows their history from update to update.
@@ -9,14 +9,20 @@ import base64
 from graceful.evaluation.captions import matrix_markdown
 from graceful.evaluation.headline import decision_markdown, headline
 from graceful.evaluation.matrix import CompatibilityMatrix
-from graceful.evaluation.report import Section, decision_pngs, matrix_png, render_report
-from graceful.files import is_remote, join, write_bytes
+from graceful.evaluation.report import Section, decision_pngs, matrix_png, render_report, report_document
+from graceful.evaluation.ways import lived_states
+from graceful.files import exists, is_remote, join, write_bytes, write_json
 from graceful.flows.runtime.progress import Artifact, Progress
-from graceful.flows.store.evaluations import Evaluation
+from graceful.flows.settings.config import ReportConfig
+from graceful.flows.store.evaluations import FLIPS_FILE, Evaluation, read_flips
 from graceful.flows.store.events import Decided
+from graceful.flows.store.reports import REPORT_FILE, REPORT_JSON
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.diagnosis import diagnosis, lineage_rows, matrices
+from graceful.flows.update.explorer import explore
 from graceful.flows.update.labelling import write_label_list
+
+_BESIDE = (REPORT_JSON, FLIPS_FILE, "decision.json", "evidence.json", "policy.json", "outcomes.parquet")
 
 
 def publish(
@@ -24,27 +30,34 @@ def publish(
     decided: Decided,
     evaluation: Evaluation,
     *,
+    shows: ReportConfig = ReportConfig(),
     name: str = "graceful",
     progress: Progress | None = None,
 ) -> str:
-    """Write report.html into the evaluation's folder; returns its location.
+    """Write report.html and report.json into the evaluation's folder; returns the location of the page.
 
-    With `progress` the artifacts of the pipeline of this name are shown as well.
+    `shows` says how many lost searches are shown, and whether with pictures. With `progress` the artifacts of the
+    pipeline of this name are shown as well.
     """
     registry = workspace.registry
     evidence, policy = evaluation.evidence, evaluation.policy
     matrix, nfr = matrices(registry, evaluation.outcomes, evidence.candidate, policy.k, policy.metric)
+    location = workspace.evaluation_uri(decided.evaluation)
+    worst = lived_states(evidence, evaluation.decision, policy).worst
+    explorer = None if worst is None else explore(read_flips(location), worst.state, shows)
+    asked = (evidence, evaluation.decision, policy)
     page = render_report(
-        evaluation.evidence,
-        evaluation.decision,
-        evaluation.policy,
+        *asked,
         matrix=matrix,
         nfr=nfr,
         outcomes=evaluation.outcomes,
         lineage=lineage_rows(registry),
+        explorer=explorer,
+        files=[file for file in _BESIDE if file == REPORT_JSON or exists(join(location, file))],
         appendix=[Section("What the lineage has become", rows=diagnosis(registry, evaluation, matrix))],
     )
-    report = join(workspace.evaluation_uri(decided.evaluation), "report.html")
+    report = join(location, REPORT_FILE)
+    write_json(join(location, REPORT_JSON), report_document(*asked, evaluation.outcomes, explorer))
     write_bytes(report, page.encode())
     if evaluation.decision.outcome == "INCONCLUSIVE" and evaluation.outcomes.log is not None:
         write_label_list(workspace, decided.evaluation, evaluation)

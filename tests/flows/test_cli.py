@@ -15,7 +15,7 @@ from graceful.flows.cli import app, reported_errors
 from tests.flows import tiny
 
 COMMANDS = [
-    "accept", "adopt", "check", "cluster", "collect", "decide", "delete", "demo", "doctor", "flips", "history",
+    "accept", "adopt", "blame", "check", "cluster", "collect", "decide", "delete", "demo", "doctor", "flips", "history",
     "ingest", "init", "promote", "reject", "replay", "report", "retire", "revoke", "rollback",
     "search", "selftest", "serve", "status", "update",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from graceful.files import CRASH_EXIT_CODE
 from graceful.flows.cli import app
 from graceful.flows.commands import updates
 from graceful.flows.commands.adopt import AdoptionError, adopt_generation
-from graceful.flows.commands.history import flips_of
+from graceful.flows.commands.flips import flips_of
 from graceful.flows.commands.suggestions import settling_commands
 from graceful.flows.runtime.session import open_session
 from graceful.flows.store.claim import UpdateInProgressError, claim
