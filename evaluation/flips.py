@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from graceful.evaluation.outcomes import Outcomes, compare, measured, right
+from graceful.evaluation.intervals import share_bounds
+from graceful.evaluation.outcomes import Outcomes, compare, measured, pair_state, right
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,43 @@ def state_flips(
     """Flips at k between two states, paired as in `evaluation.outcomes.compare`."""
     pair = compare(outcomes, before, after, k=k, within=within)
     return flip_rates(pair.right_before, pair.right_after)
+
+
+@dataclass(frozen=True)
+class FlipsAgainst:
+    """What would be wrong of what one generation got right on a gallery of its own; `upper` bounds `nfr` one-sided."""
+
+    generation: str
+    state: str
+    num_queries: int
+    nfr: float
+    upper: float
+    pfr: float
+
+
+def flips_against(
+    outcomes: Outcomes, generations: Sequence[str], states: Sequence[str], *, k: int = 1, alpha: float = 0.05
+) -> list[FlipsAgainst]:
+    """For each generation the worst of the states, against its own answers: pair/<g>/<g> before, the state after.
+
+    An update that is fine against today's answers may have lost what an older generation found. Those that were not
+    measured on their own gallery are left out. `alpha` is the error level of each bound.
+    """
+    found = []
+    for generation in generations:
+        own = pair_state(generation, generation)
+        if own not in outcomes.first_rank:
+            continue
+        rows = []
+        for state in states:
+            pair = compare(outcomes, own, state, k=k)
+            lost, won = pair.right_before & ~pair.right_after, ~pair.right_before & pair.right_after
+            bounds = share_bounds(lost, outcomes.clusters[pair.counted], alpha)
+            if bounds.num_queries:
+                pfr = float(won.mean())
+                rows.append(FlipsAgainst(generation, state, len(lost), bounds.value, bounds.upper, pfr))
+        found += sorted(rows, key=lambda row: -row.nfr)[:1]
+    return found
 
 
 def flips_by_slice(outcomes: Outcomes, before: str, after: str, name: str, *, k: int = 1) -> dict[str, FlipRates]:

@@ -9,7 +9,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from graceful.evaluation.flips import nfr_matrix
+from graceful.evaluation.flips import flips_against, nfr_matrix
 from graceful.evaluation.matrix import (
     CompatibilityMatrix,
     average_compatibility,
@@ -20,6 +20,7 @@ from graceful.evaluation.matrix import (
 )
 from graceful.evaluation.outcomes import Metric, Outcomes, classify_state, pair_state
 from graceful.evaluation.retrieval import metric_of
+from graceful.evaluation.ways import lived_states
 from graceful.flows.store.evaluations import Evaluation
 from graceful.flows.store.events import (
     Decided,
@@ -83,6 +84,23 @@ def diagnosis(registry: Registry, evaluation: Evaluation, matrix: CompatibilityM
             cross = metric_of(outcomes, pair_state(evidence.candidate, evidence.champion), evidence.metric, evidence.k)
             rows.append({"score": "Update gain", "value": _text(update_gain(cross, old, best))})
     return rows
+
+
+def flips_against_owners(evaluation: Evaluation) -> list[dict[str, str]]:
+    """What would be lost of the answers of every generation that still owns readable rows, in its worst state."""
+    evidence, policy = evaluation.evidence, evaluation.policy
+    states = [state.state for state in lived_states(evidence, evaluation.decision, policy).states]
+    owners = [name for name in evidence.live_owners if name != evidence.candidate]
+    return [
+        {
+            "right with": row.generation,
+            "wrong in": row.state,
+            "queries": f"{row.num_queries:,}",
+            "NFR": f"{_percent(row.nfr)} (at most {_percent(row.upper)})",
+            "PFR": _percent(row.pfr),
+        }
+        for row in flips_against(evaluation.outcomes, owners, states, k=evidence.k, alpha=policy.alpha)
+    ]
 
 
 def lineage_rows(registry: Registry) -> list[dict[str, str]]:

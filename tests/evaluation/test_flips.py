@@ -9,13 +9,15 @@ from hypothesis import strategies as st
 
 from graceful.evaluation.flips import (
     flip_rates,
+    flips_against,
     flips_by_slice,
     negative_flip_rate,
     nfr_matrix,
     positive_flip_rate,
     state_flips,
 )
-from graceful.evaluation.outcomes import Outcomes
+from graceful.evaluation.outcomes import Outcomes, fraction_state, pair_state
+from tests.evaluation.conftest import with_states
 
 PAIRS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
@@ -91,3 +93,14 @@ def test_slices_are_reported_one_by_one(planted) -> None:
 def test_different_queries_are_refused() -> None:
     with pytest.raises(ValueError, match="same queries"):
         flip_rates(np.ones(2, bool), np.ones(3, bool))
+
+
+def test_flips_against_an_older_generation_are_those_of_its_own_answers(planted) -> None:
+    """g0 was right where the champion is wrong: nothing flips against today, and everything against g0."""
+    outcomes = planted(num_queries=100, baseline_right=0.5, owners={"g0": (0, 0), "g1": (0, 0)})
+    swapped = np.where(np.arange(100) < 50, 7, 1).astype(np.int32)
+    with_old = with_states(outcomes, {pair_state("g0", "g0"): (swapped, (1 / swapped).astype(np.float32))})
+    found = flips_against(with_old, ["g0", "g1"], [fraction_state(0), fraction_state(1)])
+    assert [(row.generation, row.num_queries, row.nfr, row.pfr) for row in found] == [("g0", 100, 0.5, 0.5)]
+    assert found[0].upper > 0.5  # g1 was not measured on a gallery of its own
+    assert flips_against(with_old, ["g0"], []) == []
