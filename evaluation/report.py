@@ -65,6 +65,7 @@ CAUSE_TEXTS = {
     "model": "also fail in a gallery of the candidate alone",
     "mixed gallery": "only because older vectors are still there",
     "unreadable rows": "because what answers them cannot be read",
+    "approximate index": "more because the index that serves is not exact",
 }
 
 

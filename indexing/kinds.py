@@ -126,6 +126,33 @@ def choose_index(
     return index, report
 
 
+def approximate_rows(
+    kind: IndexKind,
+    vectors: NDArray[np.float32],
+    queries: NDArray[np.float32],
+    k: int,
+    recall_target: float,
+    seed: int = 0,
+) -> NDArray[np.int64] | None:
+    """The rows (Q, K) that an index of this kind finds among vectors (N, D), best first, -1 where it finds fewer.
+
+    Scored again from the vectors themselves, as a search is. None where such rows are searched exactly: a flat index,
+    too few rows, a recall that is not reached, or a `k` beyond what was measured.
+    """
+    chosen = None if kind == "flat" else choose_index(kind, vectors, recall_target, seed)
+    breadth = None if chosen is None else chosen[1].breadth_for(k)
+    if chosen is None or breadth is None:
+        return None
+    asked = min(proposals(kind, k + 1), len(vectors))
+    queries = np.ascontiguousarray(queries)
+    _, found = chosen[0].search(queries, asked, params=search_parameters(kind, breadth))
+    scores = np.einsum("qd,qkd->qk", queries, vectors[np.maximum(found, 0)])
+    scores[found < 0] = -np.inf
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    rows: NDArray[np.int64] = np.take_along_axis(found, best, axis=1)
+    return rows
+
+
 def num_lists_for(num_rows: int) -> int:
     """Inverted lists for so many rows: about 4 sqrt(N), a power of two, at least 32 rows in each."""
     wanted = 2 ** round(math.log2(max(1.0, 4 * math.sqrt(num_rows))))

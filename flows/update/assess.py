@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from graceful.flows.update.flips import explain_flips
 from graceful.flows.update.query_log import UNREADABLE, QueryLog
 from graceful.indexing.cluster_choice import ClusteringConfig
 from graceful.indexing.gallery import GalleryVersion, View
+from graceful.indexing.index_choice import SearchConfig
 from graceful.training.generation import ordinal_of
 
 MAX_OTHER_WAVES = 4  # each costs one view of the gallery and as many states as the policy has fractions
@@ -48,6 +49,7 @@ class Candidacy:
     classifiers: Mapping[str, Classifier] | None = None
     prefix_widths: Mapping[str, Sequence[int]] | None = None
     cost: CostInputs | None = None
+    search: SearchConfig = field(default_factory=SearchConfig)
     clusters: ClusteringConfig | None = None
     """How the states are clustered; None: they are not."""
 
@@ -149,7 +151,8 @@ def _judge_against(
         measure_clusterings(bench, candidacy.clusters), sample_scores(bench, candidacy.policy, wanted, candidacy.seed)
     )
     evaluation = judge(bench.outcomes(), candidacy.policy, question, consumed)
-    return replace(evaluation, flips=explain_flips(bench, evaluation.outcomes, evaluation.evidence))
+    kind, target = candidacy.search.kind_for(view.num_items), candidacy.search.recall_target
+    return replace(evaluation, flips=explain_flips(bench, evaluation.outcomes, evaluation.evidence, kind, target))
 
 
 def _other_waves(bench: Bench, certificates: Sequence[CertificateEvidence], candidate: str) -> list[tuple[str, ...]]:

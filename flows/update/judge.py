@@ -55,6 +55,7 @@ def judge(inputs: Inputs, candidate: str, paragon: str | None = None) -> tuple[D
             classifiers=classifiers(workspace, lineage),
             prefix_widths={name: read_card(workspace.generation_uri(name)).prefix_widths for name in lineage},
             cost=_cost(inputs, candidate),
+            search=config.search,
             clusters=None if config.policy.max_cluster_churn is None else config.clusters,
         ),
         lambda generation, hashes: workspace.cache(generation).read(hashes),

@@ -18,11 +18,16 @@ from graceful.flows.store.evaluations import FLIPS_FILE, Evaluation, read_flips
 from graceful.flows.store.events import Decided
 from graceful.flows.store.reports import REPORT_FILE, REPORT_JSON
 from graceful.flows.store.workspace import Workspace
-from graceful.flows.update.diagnosis import diagnosis, lineage_rows, matrices
+from graceful.flows.update.diagnosis import diagnosis, flips_against_owners, lineage_rows, matrices
 from graceful.flows.update.explorer import explore
 from graceful.flows.update.labelling import write_label_list
 
 _BESIDE = (REPORT_JSON, FLIPS_FILE, "decision.json", "evidence.json", "policy.json", "outcomes.parquet")
+
+_AGAINST = (
+    "The decision compares with what is served now. Here is what the worst state loses of the answers that each "
+    "generation which still owns rows gave on a gallery of its own."
+)
 
 
 def publish(
@@ -46,6 +51,7 @@ def publish(
     worst = lived_states(evidence, evaluation.decision, policy).worst
     explorer = None if worst is None else explore(read_flips(location), worst.state, shows)
     asked = (evidence, evaluation.decision, policy)
+    against = flips_against_owners(evaluation)
     page = render_report(
         *asked,
         matrix=matrix,
@@ -54,7 +60,10 @@ def publish(
         lineage=lineage_rows(registry),
         explorer=explorer,
         files=[file for file in _BESIDE if file == REPORT_JSON or exists(join(location, file))],
-        appendix=[Section("What the lineage has become", rows=diagnosis(registry, evaluation, matrix))],
+        appendix=[
+            Section("What the lineage has become", rows=diagnosis(registry, evaluation, matrix)),
+            *([Section("Against what older generations answered", _AGAINST, rows=against)] if against else []),
+        ],
     )
     report = join(location, REPORT_FILE)
     write_json(join(location, REPORT_JSON), report_document(*asked, evaluation.outcomes, explorer))

@@ -23,8 +23,9 @@ from graceful.flows.store.evaluations import FLIPS, judge, read_flips, worst_fir
 from graceful.flows.store.reports import REPORT_FILE, forget_pictures
 from graceful.flows.update.bench import Bench
 from graceful.flows.update.explorer import explore
-from graceful.flows.update.flips import MIXED, MODEL, UNREADABLE_ROWS, explain_flips
+from graceful.flows.update.flips import INDEX, MIXED, MODEL, UNREADABLE_ROWS, explain_flips
 from graceful.flows.update.query_log import UNREADABLE
+from graceful.indexing.kinds import approximate_rows
 from graceful.training.images import UnreadableImageError, thumbnail
 from graceful.training.manifest import LabelledImages
 
@@ -143,6 +144,52 @@ def test_a_flip_is_laid_to_the_model_or_to_the_older_vectors_beside_its_own(flip
     for row in mixed.to_pylist():
         assert row["cause"] == (MODEL if row["query"] in lost_in_full else MIXED)
     assert {MODEL, MIXED} == set(mixed["cause"].to_pylist())
+
+
+def large_bench(num_identities: int = 1_500) -> Bench:
+    """Two rows an identity; the candidate is the champion turned, nearly."""
+    draw = np.random.default_rng(5)
+    labels = np.repeat([f"id{number:04d}" for number in range(num_identities)], 2)
+    names = [f"image{number:04d}" for number in range(len(labels))]
+    images = LabelledImages(sources=names, labels=labels, content_sha256=names)
+    first = unit(np.repeat(draw.standard_normal((num_identities, WIDTH)), 2, axis=0))
+    first = unit(first + 0.1 * draw.standard_normal(first.shape))
+    turn = np.linalg.qr(draw.standard_normal((WIDTH, WIDTH)))[0]
+    vectors = {"g1": first, "g2": unit(first @ turn + 0.05 * draw.standard_normal(first.shape))}
+    found = Bench(EvaluationSet("set", images, images, labels, {}), vectors, vectors)
+    found.measure_pairs([("g2", "g2")])
+    served = np.full(len(labels), "g1")
+    found.measure_served("g1", served)
+    for query in ("g1", "g2"):
+        found.measure_live(query, served, ["g1"])
+    found.measure_fractions("g2", served, np.arange(len(labels)), POLICY.fractions)
+    return found
+
+
+def test_what_only_an_approximate_index_loses_is_laid_to_the_index() -> None:
+    bench = large_bench()
+    question = Question(candidate="g2", champion="g1", order="random", live_owners={"g1": 1.0})
+    found = judge(bench.outcomes(), POLICY, question)
+    exact = explain_flips(bench, found.outcomes, found.evidence)
+    assert INDEX not in exact["cause"].to_pylist()
+    through = explain_flips(bench, found.outcomes, found.evidence, "ivf", 0.5)
+    assert through.filter(pc.not_equal(through["cause"], INDEX)).equals(exact)
+    rows = [row for row in through.to_pylist() if row["cause"] == INDEX and row["state"] == "fraction/1"]
+    assert {row["rank_after"] for row in rows} == {1}  # exact search answers them
+
+    def answered(generation: str) -> set[int]:
+        vectors = bench.gallery_vectors[generation]
+        proposed = approximate_rows("ivf", vectors, vectors, 2, 0.5)
+        assert proposed is not None
+        partner = np.arange(len(vectors)) ^ 1
+        kept = [[row for row in line if row != query][:1] for query, line in enumerate(proposed.tolist())]
+        return {query for query, line in enumerate(kept) if partner[query] in line}
+
+    right = {state: set(np.flatnonzero(bench.first_rank[state] == 1).tolist()) for state in (SERVED, "fraction/1")}
+    lost = (right[SERVED] & right["fraction/1"] & answered("g1")) - answered("g2")
+    assert len(lost) > 20
+    assert {row["query"] for row in rows} == {f"image{query:04d}" for query in lost}
+    assert approximate_rows("flat", bench.gallery_vectors["g1"], bench.query_vectors["g1"], 2, 0.5) is None
 
 
 def test_a_search_whose_answers_cannot_be_read_says_so(bench: Bench) -> None:
