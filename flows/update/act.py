@@ -107,7 +107,8 @@ def decide_and_act(
     report = report.plus(do("re-index", lambda: carry_on(case.workspace, case.gallery, case.progress)))
     do("conclude", lambda: case.conclude(evaluation.decision))
     do("publish", lambda: case.publish(decided, evaluation))
-    if case.gallery.collect_after_update:
+    # A first generation that is held leaves nobody whose items are kept, and nothing to collect.
+    if case.gallery.collect_after_update and case.workspace.kept(case.gallery.supported_query_generations):
         do("collect", lambda: _collect(case))
     return decided, evaluation, report
 

@@ -5,7 +5,7 @@ import pytest
 from graceful.flows.runtime.session import open_session
 from graceful.flows.update import order
 from graceful.flows.update import train as candidate
-from tests.flows import tiny
+from tests.flows import running, tiny
 
 
 class TrainingStartedError(Exception):
@@ -25,3 +25,10 @@ def test_embedding_workers_end_before_a_training_that_may_need_their_processors(
         with pytest.raises(TrainingStartedError):
             order.update(session)
         assert done[:2] == ["released", "training"]
+
+
+def test_a_first_generation_that_is_held_ends_well(tmp_path):
+    few = {"evaluation.cluster": None, "evaluation.queries.where.label": tiny.DIGITS[:2]}
+    root = tiny.new_workspace(tmp_path / "w", few)
+    result = running.update(root)
+    assert (result.outcome, result.champion) == ("HOLD", None), result.summary
