@@ -92,7 +92,6 @@ def forget_items(workspace: Workspace, item_ids: list[str]) -> dict[str, Any]:
     remove(workspace.index_location())
     for event in workspace.registry.events(Decided):
         forget_label_page(workspace.evaluation_uri(event.payload.evaluation), hashes)
-
         forget_pictures(workspace.evaluation_uri(event.payload.evaluation), hashes)
     crash_point("forget-before-gallery")
     revisions = forget(workspace.gallery, item_ids)

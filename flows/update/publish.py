@@ -5,13 +5,14 @@ stable (`<pipeline>-decision`, ...), so that the UI shows their history from upd
 """
 
 import base64
+from typing import Any
 
 from graceful.evaluation.captions import matrix_markdown
 from graceful.evaluation.headline import decision_markdown, headline
 from graceful.evaluation.matrix import CompatibilityMatrix
 from graceful.evaluation.report import Section, decision_pngs, matrix_png, render_report, report_document
 from graceful.evaluation.ways import lived_states
-from graceful.files import exists, is_remote, join, write_bytes, write_json
+from graceful.files import exists, is_remote, join, read_json, write_bytes, write_json
 from graceful.flows.runtime.progress import Artifact, Progress
 from graceful.flows.settings.config import ReportConfig
 from graceful.flows.store.evaluations import FLIPS_FILE, Evaluation, read_flips
@@ -52,6 +53,7 @@ def publish(
     explorer = None if worst is None else explore(read_flips(location), worst.state, shows)
     asked = (evidence, evaluation.decision, policy)
     against = flips_against_owners(evaluation)
+    document = report_document(*asked, evaluation.outcomes, explorer)
     page = render_report(
         *asked,
         matrix=matrix,
@@ -61,18 +63,45 @@ def publish(
         explorer=explorer,
         files=[file for file in _BESIDE if file == REPORT_JSON or exists(join(location, file))],
         appendix=[
+            *_history(workspace, decided, document),
             Section("What the lineage has become", rows=diagnosis(registry, evaluation, matrix)),
             *([Section("Against what older generations answered", _AGAINST, rows=against)] if against else []),
         ],
     )
     report = join(location, REPORT_FILE)
-    write_json(join(location, REPORT_JSON), report_document(*asked, evaluation.outcomes, explorer))
+    write_json(join(location, REPORT_JSON), document)
     write_bytes(report, page.encode())
     if evaluation.decision.outcome == "INCONCLUSIVE" and evaluation.outcomes.log is not None:
         write_label_list(workspace, decided.evaluation, evaluation)
     if progress is not None:
         progress.show(_artifacts(name, evaluation, matrix, report))
     return report
+
+
+def _history(workspace: Workspace, decided: Decided, document: dict[str, Any]) -> list[Section]:
+    """What was decided up to this one, update by update, from the reports that lie beside the evaluations."""
+    rows = []
+    for event in workspace.registry.events(Decided):
+        this = event.payload.evaluation == decided.evaluation
+        beside = join(workspace.evaluation_uri(event.payload.evaluation), REPORT_JSON)
+        known = document if this else read_json(beside) if exists(beside) else None
+        if known is not None:
+            worst = next(iter(known["per_10000_searches"]), None)
+            last = known["per_10000_searches"][-1] if worst else None
+            rows.append(
+                {
+                    "candidate": event.generation,
+                    "outcome": known["outcome"],
+                    "served then": "" if last is None else f"{100 * last['baseline']:.1f} %",
+                    "would be": "" if last is None else f"{100 * last['value']:.1f} %",
+                    "lost of 10,000, at worst": "" if worst is None else f"{worst['lost']:,}",
+                    "won of 10,000, in the end": "" if last is None else f"{last['won']:,}",
+                }
+            )
+        if this:
+            break
+    text = "One row for every decision about this gallery so far; the evaluation sets may differ from row to row."
+    return [Section("Update by update", text, rows=rows)] if len(rows) > 1 else []
 
 
 def _artifacts(name: str, evaluation: Evaluation, matrix: CompatibilityMatrix, report: str) -> list[Artifact]:

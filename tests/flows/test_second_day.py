@@ -310,6 +310,25 @@ def test_flips_lists_what_would_be_lost_worst_first(held):
     assert "go from right to wrong" in " ".join(run("flips", "g002", "--root", root).stdout.split())
 
 
+def test_blame_names_the_searches_that_an_item_spoils(held):
+    root, candidate = held
+    flip = next(flip for flip in document("flips", "--root", root)["flips"] if flip["wrong_item"])
+    found = document("blame", flip["wrong_item"], "--root", root)
+    assert found["generation"] == candidate
+    assert flip["query"] in [entry["query"] for entry in found["wrong_answer_to"]]
+    assert all(entry["cause"] in ("model", "mixed gallery") and entry["states"] for entry in found["wrong_answer_to"])
+    lost = document("blame", flip["right_item"], candidate, "--root", root)["right_answer_lost"]
+    assert flip["query"] in [entry["query"] for entry in lost]
+    items = Workspace(str(root)).view(found["against"]).items(["item_id", "source"]).to_pylist()
+    row_of = flip["wrong_item"].rpartition("#")[2]
+    item = next(row["item_id"] for row in items if row["source"].rpartition("#")[2] == row_of)
+    by_id = document("blame", item, "--root", root)
+    assert by_id["wrong_answer_to"] == found["wrong_answer_to"]
+    assert by_id["owner_now"] == found["against"]
+    assert "comes first, wrongly" in run("blame", item, "--root", root).stdout
+    assert "found neither" in run("blame", "nobody", "--root", root, code=1).stderr
+
+
 def test_promote_goes_forward_again_after_a_rollback(held):
     root, candidate = held
     first = Workspace(str(root)).registry.serving().champion
