@@ -30,6 +30,7 @@ from graceful.evaluation.clustering import (
 from graceful.evaluation.intervals import share_bounds
 from graceful.evaluation.outcomes import SERVED
 from graceful.evaluation.policy import Consumer, RolloutPolicy
+from graceful.evaluation.slices import DiscoveredSlice
 from graceful.evaluation.thresholds import Pairs, false_accepts, false_rejects, recalibrate
 
 UNREADABLE = ""
@@ -176,6 +177,17 @@ class ClusterEvidence(BaseModel):
     b_cubed_f: float | None = Field(description="The same of the state.")
 
 
+class GoldenEvidence(BaseModel):
+    """Golden queries in one state."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fraction: float = Field(description="Fraction of the gallery re-embedded.")
+    state: str = Field(description="Name of the state.")
+    num_right: int = Field(description="Golden queries that are right now.")
+    flips: tuple[str, ...] = Field(description="Those of them that are wrong in the state, by name.")
+
+
 class ConsumerEvidence(BaseModel):
     """All that consumers' guards read."""
 
@@ -185,6 +197,12 @@ class ConsumerEvidence(BaseModel):
     thresholds: tuple[ThresholdEvidence, ...] = Field(
         default=(), description="Per consumer: every certified pair of generations, what is served now, each fraction."
     )
+    golden: tuple[GoldenEvidence, ...] = Field(default=(), description="One per fraction, where there are any.")
+    discovered: tuple[DiscoveredSlice, ...] = Field(
+        default=(), description="Slices that lose more than the rest; a warning, which decides nothing."
+    )
+    slices_tested: int = Field(default=0, description="Slices that were tested for it, in each state.")
+    slices_left_out: int = Field(default=0, description="Pairs of slice values that were too many to look at.")
     missing: tuple[str, ...] = Field(default=(), description="What the policy asks for and was not measured.")
 
 

@@ -42,7 +42,7 @@ from graceful.evaluation.guards import (
 )
 from graceful.evaluation.needs import as_question, further, hardest, in_words
 from graceful.evaluation.outcomes import fraction_state
-from graceful.evaluation.policy import RolloutPolicy
+from graceful.evaluation.policy import RolloutPolicy, severity_scopes
 
 JUDGING_VERSION = 2
 """Version of the judgement. Raise it with every change after which the same outcomes and policy are decided
@@ -205,7 +205,7 @@ def _missing_states(evidence: Evidence, policy: RolloutPolicy) -> list[str]:
     if not evidence.certificates and set(evidence.live_owners) != {evidence.candidate}:
         missing.append("baseline: certificates of the live owners")
     scopes = {state.scope for state in evidence.states}
-    for required in (OVERALL, *policy.required_slices):
+    for required in (OVERALL, *policy.required_slices, *severity_scopes(policy)):
         inside = [scope for scope in scopes if scope == required or scope.startswith(f"{required}=")]
         if not inside:
             missing.append(f"slice {required!r}" if required != OVERALL else "metric: all states")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from graceful.evaluation.changed import log_differences
-from graceful.evaluation.consumers import Consumed, ConsumerEvidence, Reads, gather_consumers
+from graceful.evaluation.consumers import Consumed, ConsumerEvidence, GoldenEvidence, Reads, gather_consumers
 from graceful.evaluation.cost import CostInputs, OptionCost, option_costs
 from graceful.evaluation.intervals import (
     DifferenceBands,
@@ -45,7 +45,8 @@ from graceful.evaluation.outcomes import (
     parse_state,
     right,
 )
-from graceful.evaluation.policy import RolloutPolicy, Verdict, verdict_not_below
+from graceful.evaluation.policy import RolloutPolicy, Verdict, severity_scopes, verdict_not_below
+from graceful.evaluation.slices import discover_slices, golden_flips, golden_queries
 
 OVERALL = "overall"
 NFR_FAMILIES = 2  # ways to be wrong that share alpha: a rollout along its way, and a full backfill
@@ -238,6 +239,7 @@ def gather_evidence(
         served=question.thresholds,
     )
     consumers = gather_consumers(consumed or Consumed(), policy, reads, way, alpha=each_at)
+    consumers = consumers.model_copy(update=_where_it_matters(outcomes, policy, way))
     missing += consumers.missing
     unreadable = question.unreadable_share
     if unreadable is None:
@@ -261,6 +263,29 @@ def gather_evidence(
         consumers=consumers,
         missing=tuple(missing),
     )
+
+
+def _where_it_matters(outcomes: Outcomes, policy: RolloutPolicy, way: Mapping[float, str]) -> dict[str, Any]:
+    """Golden queries in every state, and slices that lose more than the rest."""
+    if SERVED not in outcomes.first_rank:
+        return {}
+    golden = golden_queries(outcomes).any()
+    flips = {fraction: golden_flips(outcomes, SERVED, state, k=policy.k) for fraction, state in way.items() if golden}
+    looked = [
+        discover_slices(
+            outcomes, SERVED, state, k=policy.k, false_share=policy.max_false_discoveries, alpha=policy.alpha
+        )
+        for state in way.values()
+    ]
+    return {
+        "golden": tuple(
+            GoldenEvidence(fraction=fraction, state=way[fraction], num_right=num_right, flips=names)
+            for fraction, (num_right, names) in flips.items()
+        ),
+        "discovered": tuple(item for discovery in looked for item in discovery.found),
+        "slices_tested": max((discovery.num_tested for discovery in looked), default=0),
+        "slices_left_out": max((discovery.num_left_out for discovery in looked), default=0),
+    }
 
 
 def certify(
@@ -430,7 +455,7 @@ def _scopes(outcomes: Outcomes, policy: RolloutPolicy) -> tuple[dict[str, NDArra
     scopes = {OVERALL: np.ones(len(outcomes) + (0 if log is None else len(log)), np.bool_)}
     missing = []
     baseline = measured(outcomes, SERVED)
-    for required in policy.required_slices:
+    for required in dict.fromkeys((*policy.required_slices, *severity_scopes(policy))):
         name, _, value = required.partition("=")
         column = outcomes.slices.get(name)
         if column is None:

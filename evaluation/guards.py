@@ -11,15 +11,35 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from graceful.evaluation.consumers import ClusterEvidence, ThresholdEvidence
+from graceful.evaluation.consumers import ClusterEvidence, GoldenEvidence, ThresholdEvidence
 from graceful.evaluation.cost import break_even_days
 from graceful.evaluation.evidence import OVERALL, Evidence, StateEvidence
 from graceful.evaluation.outcomes import pair_state
-from graceful.evaluation.policy import Consumer, RolloutPolicy, Verdict, verdict_not_above, verdict_not_below
+from graceful.evaluation.policy import (
+    Consumer,
+    RolloutPolicy,
+    Verdict,
+    max_nfr_in,
+    severity_scopes,
+    verdict_not_above,
+    verdict_not_below,
+)
 
 Guard = Literal[
-    "missing", "self-test", "certificate", "wave zero", "quality", "NFR", "dip", "cost", "clusters", "threshold"
+    "missing",
+    "self-test",
+    "certificate",
+    "wave zero",
+    "quality",
+    "NFR",
+    "dip",
+    "cost",
+    "clusters",
+    "threshold",
+    "golden",
 ]
+MAX_NAMED = 10
+"""Golden queries that a reason names; the evidence names all."""
 SHARE_TOLERANCE = 1e-9  # shares are sums of floats
 
 
@@ -178,13 +198,24 @@ def _on_good_side(reason: Reason) -> bool:
     return reason.value >= reason.threshold if reason.guard in ("quality", "dip") else reason.value <= reason.threshold
 
 
+def _lost_only(policy: RolloutPolicy) -> set[str]:
+    """Scopes in which flips are judged and nothing else: severity classes that are no required slices."""
+    required = policy.required_slices
+    return set() if "severity" in required else {scope for scope in severity_scopes(policy) if scope not in required}
+
+
 def _scopes(evidence: Evidence) -> list[str]:
     return list(dict.fromkeys(state.scope for state in evidence.states))
 
 
 def _judge_state(evidence: Evidence, policy: RolloutPolicy, fraction: float) -> tuple[Reason, ...]:
     states = [state_of(evidence, scope, fraction) for scope in _scopes(evidence)]
-    reasons = tuple(judge(state, policy) for state in states for judge in (_judge_quality, _judge_nfr))
+    only = _lost_only(policy)
+    reasons = tuple(
+        judge(state, policy)
+        for state in states
+        for judge in ((_judge_nfr,) if state.scope in only else (_judge_quality, _judge_nfr))
+    )
     return (*reasons, *_judge_consumers(evidence, policy, fraction))
 
 
@@ -203,7 +234,7 @@ def _judge_quality(state: StateEvidence, policy: RolloutPolicy) -> Reason:
 
 
 def _judge_nfr(state: StateEvidence, policy: RolloutPolicy) -> Reason:
-    threshold = limit_of(policy.max_nfr)
+    threshold = limit_of(max_nfr_in(policy, state.scope))
     verdict = verdict_not_above(state.nfr_lower, state.nfr_upper, threshold)
     bound = state.nfr_lower if verdict == "FAIL" else state.nfr_upper
     text = (
@@ -221,7 +252,7 @@ def _judge_dip(evidence: Evidence, policy: RolloutPolicy, way: Sequence[float]) 
     """The lowest bound over the states that are passed; one reason per scope, about the worst state."""
     reasons = []
     threshold = -limit_of(policy.max_dip_points) / 100
-    for scope in _scopes(evidence):
+    for scope in (scope for scope in _scopes(evidence) if scope not in _lost_only(policy)):
         states = [state_of(evidence, scope, fraction) for fraction in way]
         worst = min(states, key=lambda s: float("-inf") if s.difference_lower is None else s.difference_lower)
         uppers = [state.difference_upper for state in states if state.difference_upper is not None]
@@ -265,7 +296,24 @@ def _judge_consumers(evidence: Evidence, policy: RolloutPolicy, fraction: float)
     for item in evidence.consumers.thresholds:
         if item.fraction == fraction and item.consumer in policy.thresholds:
             reasons += _judge_threshold(item, policy.thresholds[item.consumer])
+    reasons += [_judge_golden(item) for item in evidence.consumers.golden if item.fraction == fraction]
     return tuple(reasons)
+
+
+def _judge_golden(item: GoldenEvidence) -> Reason:
+    """No golden query that is right now may be wrong: known without any bound."""
+    names = ", ".join(item.flips[:MAX_NAMED]) + (", ..." if len(item.flips) > MAX_NAMED else "")
+    verdict: Verdict = "FAIL" if item.flips else "PASS"
+    which = f" ({names})" if names else ""
+    text = (
+        f"golden queries, {item.state}: {len(item.flips)} of {item.num_right} right now and wrong afterwards{which}, "
+        f"none may be: {verdict}"
+    )
+    share = len(item.flips) / item.num_right if item.num_right else 0.0
+    return Reason(
+        guard="golden", state=item.state, threshold=0.0, value=share, bound=share, n=item.num_right, verdict=verdict,
+        text=text,
+    )  # fmt: skip
 
 
 def _judge_threshold(item: ThresholdEvidence, consumer: Consumer) -> list[Reason]:

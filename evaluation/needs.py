@@ -59,7 +59,7 @@ def further(reason: Reason, evidence: Evidence, policy: RolloutPolicy) -> Need:
     if state is None or state.nfr is None:
         return _NOTHING
     if reason.guard == "NFR":
-        return _for_flips(state, limit_of(policy.max_nfr), policy)
+        return _for_flips(state, limit_of(reason.threshold), policy)
     if reason.guard == "cost":
         cost, inputs = evidence.costs[-1], evidence.cost_inputs
         if inputs is None or not inputs.value_per_point_day or not reason.threshold or cost.total_price is None:

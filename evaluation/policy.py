@@ -60,6 +60,18 @@ class RolloutPolicy(BaseModel):
     max_nfr: float | None = Field(
         default=0.02, gt=0, lt=1, description="Largest share of queries that may be right now and wrong afterwards."
     )
+    max_nfr_by_severity: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default={},
+        description="Limits of the same share for classes of the query attribute `severity`, such as `{critical = "
+        "0.005}`; the attribute has to be among `evaluation.slices`.",
+    )
+    max_false_discoveries: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="Largest share of false ones among the slices that are reported to lose more than the rest; they "
+        "decide nothing.",
+    )
     max_dip_points: float | None = Field(
         default=1.0,
         ge=0,
@@ -107,6 +119,21 @@ class RolloutPolicy(BaseModel):
     num_resamples: int = Field(default=2000, ge=100, description="Resamples of the clustered bootstrap.")
     seed: int = Field(default=0, ge=0, description="Seed of the bootstrap.")
     power: float = Field(default=0.8, gt=0, lt=1, description="Power for which further queries are planned.")
+
+
+def severity_scopes(policy: RolloutPolicy) -> tuple[str, ...]:
+    """Scopes of the severity classes that have a limit of their own."""
+    return tuple(f"severity={name}" for name in policy.max_nfr_by_severity)
+
+
+def max_nfr_in(policy: RolloutPolicy, scope: str) -> float | None:
+    """The limit of negative flips in a scope: that of its severity class, where it is one.
+
+    >>> policy = RolloutPolicy(max_nfr_by_severity={"critical": 0.005})
+    >>> max_nfr_in(policy, "severity=critical"), max_nfr_in(policy, "overall")
+    (0.005, 0.02)
+    """
+    return policy.max_nfr_by_severity.get(scope.removeprefix("severity="), policy.max_nfr)
 
 
 def verdict_not_below(lower: float | None, upper: float | None, threshold: float) -> Verdict:

@@ -37,7 +37,8 @@ ORDER = {
     "evaluation": (
         "evaluation", "evaluation.intervals", "evaluation.changed", "evaluation.outcomes", "evaluation.retrieval",
         "evaluation.flips", "evaluation.matrix", "evaluation.backfill", "evaluation.power", "evaluation.cost",
-        "evaluation.policy", "evaluation.clustering", "evaluation.thresholds", "evaluation.consumers",
+        "evaluation.policy", "evaluation.slices", "evaluation.clustering", "evaluation.thresholds",
+        "evaluation.consumers",
         "evaluation.evidence", "evaluation.guards", "evaluation.needs", "evaluation.decision", "evaluation.arrays",
         "evaluation.ways", "evaluation.captions", "evaluation.headline", "evaluation.plots", "evaluation.report",
         "evaluation.label_page",
@@ -57,6 +58,7 @@ ORDER = {
         "flows.update.serving", "flows.update.rollout", "flows.update.act", "flows.update.freeze",
         "flows.update.train", "flows.update.judge", "flows.update.conclude", "flows.update.diagnosis",
         "flows.update.labelling",
+        "flows.update.consumer_sections",
         "flows.update.explorer", "flows.update.publish", "flows.update.order", "flows.update.replay",
         "flows.update.flow",
         "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.sharded", "flows.search.http",

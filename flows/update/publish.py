@@ -19,6 +19,7 @@ from graceful.flows.store.evaluations import FLIPS_FILE, Evaluation, read_flips
 from graceful.flows.store.events import Decided
 from graceful.flows.store.reports import REPORT_FILE, REPORT_JSON
 from graceful.flows.store.workspace import Workspace
+from graceful.flows.update.consumer_sections import consumer_sections
 from graceful.flows.update.diagnosis import diagnosis, flips_against_owners, lineage_rows, matrices
 from graceful.flows.update.explorer import explore
 from graceful.flows.update.labelling import write_label_list
@@ -62,6 +63,7 @@ def publish(
         lineage=lineage_rows(registry),
         explorer=explorer,
         files=[file for file in _BESIDE if file == REPORT_JSON or exists(join(location, file))],
+        sections=consumer_sections(evidence),
         appendix=[
             *_history(workspace, decided, document),
             Section("What the lineage has become", rows=diagnosis(registry, evaluation, matrix)),

@@ -27,6 +27,7 @@ from graceful.flows.store.workspace import Workspace
 from graceful.flows.update import act
 from graceful.flows.update.act import Case, decide_and_act
 from graceful.flows.update.assess import Candidacy, assess
+from graceful.flows.update.consumer_sections import consumer_sections
 from graceful.flows.update.serving import ingest
 from graceful.indexing.cluster_choice import ClusteringConfig
 from tests.flows import tiny
@@ -307,6 +308,8 @@ def test_planted_people_that_fall_apart_are_counted_and_hold_the_update(tmp_path
     assert full.b_cubed_f < full.b_cubed_f_served == 1.0
     assert evaluation.decision.outcome == "HOLD"
     assert "of the photos change person, at least" in evaluation.decision.summary
+    (section,) = consumer_sections(evaluation.evidence)
+    assert (section.title, section.rows[-1]["people split"]) == ("People", f"{full.num_split:,}")
 
 
 def test_a_rotated_space_is_whole_when_it_is_whole_and_in_pieces_on_a_mixed_gallery(tmp_path, album):

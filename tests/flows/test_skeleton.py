@@ -16,6 +16,7 @@ from graceful.flows.store.workspace import Workspace
 from graceful.flows.update import act, gate, rollout
 from graceful.flows.update.act import Case, decide_and_act
 from graceful.flows.update.assess import Candidacy, assess, mix_drift, record_decision
+from graceful.flows.update.consumer_sections import consumer_sections
 from graceful.flows.update.rollout import Rollout
 from graceful.flows.update.serving import generations_to_write, ingest, release_previous, rollback
 from graceful.indexing.reindex import ReindexReport
@@ -166,6 +167,26 @@ def test_states_that_are_judged_are_those_that_production_serves(world, evaluati
     assert abs((served == 1).mean() - (expected == 1).mean()) < 0.04
     assert mix_drift(workspace, after) == 0.0
     assert mix_drift(workspace, evaluation) == pytest.approx(0.5, abs=0.51)
+
+
+def test_a_golden_query_and_a_slice_that_is_lost_are_named(world, evaluation_set):
+    workspace, models = world
+    labels = evaluation_set.queries.labels
+    lost = frozenset(f"id{number:03d}" for number in range(15))
+    tagged = EvaluationSet(
+        "tagged", evaluation_set.queries, evaluation_set.gallery, evaluation_set.clusters,
+        {"golden": np.where(labels == "id003", "true", ""), "shop": np.where(np.isin(labels, [*lost]), "north", "south")},
+    )  # fmt: skip
+    broken = candidate(models, noise=0.2, lost=lost)
+    wide = POLICY.model_copy(update={"max_nfr": 0.9, "quality_margin_points": 90.0, "max_dip_points": 90.0})
+    evaluation = judge_candidate(workspace, models, tagged, broken, FIRST.generation_id, wide)
+    assert evaluation.decision.outcome == "HOLD"
+    assert "(synthetic:id003/g" in evaluation.decision.summary
+    assert "shop=north" in {item.scope for item in evaluation.evidence.consumers.discovered}
+    (section,) = consumer_sections(evaluation.evidence)
+    assert section.rows[0]["slice"] == "shop=north"
+    untagged = judge_candidate(workspace, models, evaluation_set, broken, FIRST.generation_id, wide)
+    assert untagged.decision.outcome == "COMPATIBLE_ROLLOUT"
 
 
 def test_decision_is_recomputed_from_the_stored_outcomes(world, evaluation_set, tmp_path):

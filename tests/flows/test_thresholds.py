@@ -9,7 +9,9 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from graceful.evaluation.consumers import Consumed, ScoreSample
+from graceful.evaluation.matrix import matrix_from_outcomes
 from graceful.evaluation.policy import Consumer, RolloutPolicy
+from graceful.evaluation.report import render_report
 from graceful.files import set_crash_hook
 from graceful.flows.cli import app
 from graceful.flows.commands.images import search_image
@@ -23,6 +25,7 @@ from graceful.flows.store.workspace import Workspace
 from graceful.flows.update import consumers
 from graceful.flows.update.assess import Candidacy, assess
 from graceful.flows.update.bench import Bench
+from graceful.flows.update.consumer_sections import consumer_sections
 from graceful.flows.update.consumers import sample_scores
 from graceful.flows.update.rollout import Rollout
 from graceful.flows.update.serving import ingest
@@ -177,6 +180,22 @@ def test_thresholds_are_there_before_anything_may_be_read_and_are_recorded_once(
     assert workspace.registry.thresholds() == {("unlock", G1, G1): evaluation.decision.thresholds[0].threshold}
     carried_out(world, evaluation, "first")
     assert [event.kind for event in workspace.registry.history()].count("thresholds_set") == 1
+
+
+def test_the_report_shows_each_threshold_with_its_rates(world):
+    limits = policy(unlock=UNLOCK)
+    bootstrapped(world, limits)
+    evaluation = judged(world, limits, G2, G1, noise=0.1)
+    section = consumer_sections(evaluation.evidence)[0]
+    assert [row["where"] for row in section.rows] == [
+        f"rows of {G1}", f"rows of {G1}", f"rows of {G2}", "served", "fraction/0", "fraction/0.5", "fraction/1"
+    ]  # fmt: skip
+    matrix = matrix_from_outcomes(evaluation.outcomes, [G1, G2])
+    page = render_report(evaluation.evidence, evaluation.decision, evaluation.policy, matrix=matrix, sections=[section])
+    chosen = {t.gallery_generation: t.threshold for t in evaluation.decision.thresholds}
+    assert "Thresholds of consumers" in page
+    assert f"{G1}: {chosen[G1]:.4f}, {G2}: {chosen[G2]:.4f}" in page
+    assert consumer_sections(judged(world, WIDE, G2, G1).evidence) == []
 
 
 def test_an_older_client_gets_a_threshold_for_the_new_rows_that_it_may_read(world):
