@@ -173,9 +173,10 @@ def test_a_golden_query_and_a_slice_that_is_lost_are_named(world, evaluation_set
     workspace, models = world
     labels = evaluation_set.queries.labels
     lost = frozenset(f"id{number:03d}" for number in range(15))
+    shop, golden = np.where(np.isin(labels, [*lost]), "north", "south"), np.where(labels == "id003", "true", "")
+    slices = {"golden": golden, "shop": shop}
     tagged = EvaluationSet(
-        "tagged", evaluation_set.queries, evaluation_set.gallery, evaluation_set.clusters,
-        {"golden": np.where(labels == "id003", "true", ""), "shop": np.where(np.isin(labels, [*lost]), "north", "south")},
+        "tagged", evaluation_set.queries, evaluation_set.gallery, evaluation_set.clusters, slices
     )  # fmt: skip
     broken = candidate(models, noise=0.2, lost=lost)
     wide = POLICY.model_copy(update={"max_nfr": 0.9, "quality_margin_points": 90.0, "max_dip_points": 90.0})
