@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from graceful.evaluation import slices
 from graceful.evaluation.decision import Decision, decide
 from graceful.evaluation.evidence import Evidence
+from graceful.evaluation.intervals import share_bounds
 from graceful.evaluation.outcomes import SERVED, Outcomes, fraction_state
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.evaluation.slices import IDENTITY_SIZE, discover_slices, golden_flips
@@ -144,6 +146,37 @@ def test_a_planted_pair_of_values_is_found_and_comes_first(planted: Plant) -> No
     assert found.num_left_out == 0
     # 3 + 2 + 2 values, 16 pairs of them; all identities have one query: that slice is everything.
     assert found.num_tested == 23
+
+
+def test_p_values_are_the_larger_of_two_tests_and_corrected_for_all_that_were_tested(planted: Plant) -> None:
+    outcomes = planted(baseline_right=1.0, queries_per_cluster=4, slices=columns())
+    where = (outcomes.slices["camera"] == "a") & (outcomes.slices["light"] == "night")
+    found, num_tested, _ = discover_slices(lose(outcomes, where, 0.05, 0.002), SERVED, FULL)
+    lost, clusters = outcomes.first_rank[FULL] == 7, outcomes.clusters
+    larger = set()
+    for item in found:
+        inside = np.ones(4000, bool)
+        for part in item.scope.split(" & "):
+            name, _, value = part.partition("=")
+            inside &= outcomes.slices[name] == value
+        rates = [lost[side].mean() for side in (inside, ~inside)]
+        total = 0.0
+        for cluster in set(clusters.tolist()):
+            mine = clusters == cluster
+            here = ((lost - rates[0]) * inside * mine).sum() / inside.sum()
+            total += (here - ((lost - rates[1]) * ~inside * mine).sum() / (~inside).sum()) ** 2
+        error = np.sqrt(total * 1000 / 999)
+        freedom = min(len(set(clusters[side].tolist())) for side in (inside, ~inside)) - 1
+        difference = stats.t.sf((rates[0] - rates[1]) / error, freedom)
+        sizes = [share_bounds(lost[side], clusters[side]).effective_n for side in (inside, ~inside)]
+        typical = stats.beta.ppf(0.5, rates[1] * sizes[1] + 1, sizes[1] * (1 - rates[1]))
+        count = stats.beta.cdf(typical, rates[0] * sizes[0], sizes[0] * (1 - rates[0]) + 1)
+        assert item.p_value == pytest.approx(max(difference, count), rel=1e-6)
+        larger.add(bool(count > difference))
+    assert True in larger
+    harmonic = sum(1 / rank for rank in range(1, num_tested + 1))
+    corrected = [item.p_value * num_tested * harmonic / rank for rank, item in enumerate(found, 1)]
+    assert [item.q_value for item in found] == pytest.approx([min(corrected[place:]) for place in range(len(found))])
 
 
 def test_identities_of_many_queries_are_a_slice_too(planted: Plant) -> None:
