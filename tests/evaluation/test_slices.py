@@ -148,10 +148,20 @@ def test_a_planted_pair_of_values_is_found_and_comes_first(planted: Plant) -> No
     assert found.num_tested == 23
 
 
-def test_p_values_are_the_larger_of_two_tests_and_corrected_for_all_that_were_tested(planted: Plant) -> None:
-    outcomes = planted(baseline_right=1.0, queries_per_cluster=4, slices=columns())
-    where = (outcomes.slices["camera"] == "a") & (outcomes.slices["light"] == "night")
-    found, num_tested, _ = discover_slices(lose(outcomes, where, 0.05, 0.002), SERVED, FULL)
+@pytest.mark.parametrize(("per_cluster", "by_count"), [(4, False), (10, True)])
+def test_p_values_are_the_larger_of_two_tests_and_corrected_for_all_that_were_tested(
+    planted: Plant, per_cluster: int, by_count: bool
+) -> None:
+    """With ten queries an identity, and twelve losses, the count says less than the difference."""
+    cameras = {"camera": np.repeat(["a", "b"], [1200, 2800])}
+    outcomes = planted(baseline_right=1.0, queries_per_cluster=per_cluster, slices=cameras if by_count else columns())
+    if by_count:
+        where = np.isin(np.arange(4000), [*np.linspace(0, 1199, 12).astype(int), 3999])
+        lose(outcomes, where, 1.0, 0.0)
+    else:
+        lose(outcomes, (outcomes.slices["camera"] == "a") & (outcomes.slices["light"] == "night"), 0.05, 0.002)
+    found, num_tested, _ = discover_slices(outcomes, SERVED, FULL, false_share=0.5 if by_count else 0.1)
+    assert found
     lost, clusters = outcomes.first_rank[FULL] == 7, outcomes.clusters
     larger = set()
     for item in found:
@@ -173,7 +183,7 @@ def test_p_values_are_the_larger_of_two_tests_and_corrected_for_all_that_were_te
         count = stats.beta.cdf(typical, rates[0] * sizes[0], sizes[0] * (1 - rates[0]) + 1)
         assert item.p_value == pytest.approx(max(difference, count), rel=1e-6)
         larger.add(bool(count > difference))
-    assert True in larger
+    assert by_count in larger
     harmonic = sum(1 / rank for rank in range(1, num_tested + 1))
     corrected = [item.p_value * num_tested * harmonic / rank for rank, item in enumerate(found, 1)]
     assert [item.q_value for item in found] == pytest.approx([min(corrected[place:]) for place in range(len(found))])
