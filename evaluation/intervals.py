@@ -14,6 +14,7 @@ time, the corrected one 5 %. Every random act takes a seed. Shapes: Q queries, C
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,12 @@ class DifferenceBands:
     critical: float
 
 
+@functools.lru_cache(maxsize=1024)
+def _t_quantile(level: float, freedom: float) -> float:
+    return float(stats.t.ppf(level, freedom))
+
+
+@functools.lru_cache(maxsize=4096)  # many states share their numbers
 def clopper_pearson(hits: float, n: float, alpha: float = 0.05) -> tuple[float, float]:
     """One-sided exact lower and upper bounds of a share, each at level alpha. Real-valued hits and n are allowed.
 
@@ -160,7 +167,7 @@ def effective_sample(
     design_effect = 1 + (sum_of_squares / n - 1) * icc
     if num_clusters < 2:
         return float(design_effect), 1.0
-    freedom = (stats.t.ppf(1 - alpha, n - 1) / stats.t.ppf(1 - alpha, num_clusters - 1)) ** 2
+    freedom = (_t_quantile(1 - alpha, n - 1) / _t_quantile(1 - alpha, num_clusters - 1)) ** 2
     return float(design_effect), float(min(n / design_effect * freedom, n))
 
 

@@ -119,6 +119,19 @@ class RolloutPolicy(BaseModel):
     num_resamples: int = Field(default=2000, ge=100, description="Resamples of the clustered bootstrap.")
     seed: int = Field(default=0, ge=0, description="Seed of the bootstrap.")
     power: float = Field(default=0.8, gt=0, lt=1, description="Power for which further queries are planned.")
+    expected_gain_points: float = Field(
+        default=2.0, ge=0, le=100, description="What a new generation is trained to win; read before a training alone."
+    )
+    min_power: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Least chance that an update of the expected gain, with half of the allowed flips, passes every "
+        "guard; 0: never asked.",
+    )
+    when_underpowered: Literal["warn", "refuse"] = Field(
+        default="warn", description="What 'graceful update' does before a training whose chance is less than that."
+    )
 
 
 def severity_scopes(policy: RolloutPolicy) -> tuple[str, ...]:

@@ -106,6 +106,12 @@ async def _until_signalled(runner: "Runner") -> None:
         await running
 
 
+def days_between(config: "PipelineConfig") -> float | None:
+    """Days between the next two updates of a schedule; None where there are no two."""
+    times = asyncio.run(_next_times(config, 2))
+    return (times[1] - times[0]).total_seconds() / 86_400 if len(times) > 1 else None
+
+
 async def _next_times(config: "PipelineConfig", count: int) -> list[Any]:
     from prefect.server.schemas.schedules import CronSchedule
 

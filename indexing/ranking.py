@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,8 +77,8 @@ class _Bounds:
 
     @cached_property
     def lowest(self) -> NDArray[np.float32]:
-        """The lowest of each query, (B, 1)."""
-        return self.scores[self.block.starts[1:] - 1][:, None]
+        """The lowest of each query, (B,)."""
+        return self.scores[self.block.starts[1:] - 1]
 
     @cached_property
     def table(self) -> NDArray[np.float32]:
@@ -92,17 +91,6 @@ class _Bounds:
     def number(self) -> NDArray[np.int64]:
         """Place (P,) of each bound within its query."""
         return np.arange(len(self.scores)) - self.block.starts[self.block.rows]
-
-
-class _Tile(NamedTuple):
-    """Scores (B, W) with a mask of the same shape; the mask's memory has a multiple of eight columns, unused ones 0."""
-
-    scores: NDArray[np.float32]
-    padded_mask: NDArray[np.bool_]
-
-    @property
-    def mask(self) -> NDArray[np.bool_]:
-        return self.padded_mask[:, : self.scores.shape[1]]
 
 
 def rank_layout(
@@ -236,31 +224,31 @@ def _count_span(
     reached: list[list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = [[] for _ in piece.states]
     widest = max(end - begin for begin, end in span)
     memory = np.empty(len(queries) * widest, np.float32) if product is None else product.reshape(-1)
-    mask_memory = np.zeros(len(queries) * -(-widest // 8) * 8, np.bool_)
     for begin, end in span:
-        width = end - begin
-        tile = _Tile(
-            memory[: len(queries) * width].reshape(len(queries), width),
-            mask_memory[: len(queries) * -(-width // 8) * 8].reshape(len(queries), -(-width // 8) * 8),
-        )
-        tile.padded_mask[:, width:] = False
+        tile = memory[: len(queries) * (end - begin)].reshape(len(queries), end - begin)
         if product is None:
-            np.matmul(queries, piece.vectors[begin:end].T, out=tile.scores)
+            np.matmul(queries, piece.vectors[begin:end].T, out=tile)
         low, high = np.searchsorted(block.left_out[1], [piece.begin + begin, piece.begin + end])
         rows, columns = block.left_out[:, low:high]
-        tile.scores[rows, columns - piece.begin - begin] = -np.inf
+        tile[rows, columns - piece.begin - begin] = -np.inf
+        highest = tile.max(axis=1)
         for place, state in enumerate(piece.states):
             bound = bounds[state]
-            np.greater_equal(tile.scores, bound.lowest, out=tile.mask)
-            num_reached = int(np.count_nonzero(tile.padded_mask))
+            rows = np.flatnonzero(highest >= bound.lowest)
+            if not len(rows):
+                continue
+            some = tile[rows] if 2 * len(rows) < len(tile) else tile  # a row without any is not looked at again
+            rows = rows if len(some) < len(tile) else np.arange(len(tile))
+            mask = some >= bound.lowest[rows, None]
+            num_reached = int(np.count_nonzero(mask))
             look_up = LOOK_UP_NS * num_reached
-            compare = COMPARE_NS * tile.scores.size * block.most
+            compare = COMPARE_NS * tile.size * block.most
             sort = SORT_NS * num_reached + FIND_NS * len(block.columns) + ROW_NS * len(queries)
-            if look_up > min(compare, sort):
+            if look_up <= min(compare, sort):
+                row, column = np.divmod(np.flatnonzero(mask), mask.shape[1])
+                reached[place].append((rows[row], some[row, column]))
+            else:
                 counts[place] += _count_by_comparing(tile, bound) if compare < sort else _count_by_sorting(tile, bound)
-            elif num_reached:
-                row, column = np.divmod(np.flatnonzero(tile.padded_mask), tile.padded_mask.shape[1])
-                reached[place].append((row, tile.scores[row, column]))
     for place, state in enumerate(piece.states):
         if reached[place]:
             rows, scores = (np.concatenate(parts) for parts in zip(*reached[place], strict=True))
@@ -276,20 +264,22 @@ def _count_reached(rows: NDArray[np.int64], scores: NDArray[np.float32], bounds:
     return total - before[bounds.block.rows]
 
 
-def _count_by_comparing(tile: _Tile, bounds: _Bounds) -> NDArray[np.int64]:
-    """How many scores of each row of a tile reach each bound, (P,)."""
+def _count_by_comparing(tile: NDArray[np.float32], bounds: _Bounds) -> NDArray[np.int64]:
+    """How many scores of each row of a tile (B, W) reach each bound, (P,)."""
+    width = tile.shape[1]
+    mask = np.zeros((len(tile), -(-width // 8) * 8), np.bool_)  # eight at a time are counted
     table = np.empty(bounds.table.shape[:2], np.int64)
     for number, bound in enumerate(bounds.table):
-        np.greater_equal(tile.scores, bound, out=tile.mask)
-        table[number] = np.bitwise_count(tile.padded_mask.view(np.uint64)).sum(axis=1, dtype=np.int64)
+        np.greater_equal(tile, bound, out=mask[:, :width])
+        table[number] = np.bitwise_count(mask.view(np.uint64)).sum(axis=1, dtype=np.int64)
     return table[bounds.number, bounds.block.rows]
 
 
-def _count_by_sorting(tile: _Tile, bounds: _Bounds) -> NDArray[np.int64]:
-    """The same; the mask says which scores reach the lowest bound of their row."""
+def _count_by_sorting(tile: NDArray[np.float32], bounds: _Bounds) -> NDArray[np.int64]:
+    """The same."""
     counts = []
-    for row, (low, high) in enumerate(pairwise(bounds.block.starts)):
-        above = np.sort(tile.scores[row, tile.mask[row]])
+    for scores, lowest, (low, high) in zip(tile, bounds.lowest, pairwise(bounds.block.starts), strict=True):
+        above = np.sort(scores[scores >= lowest])
         counts.append(len(above) - np.searchsorted(above, bounds.scores[low:high]))
     return np.concatenate(counts)
 

@@ -92,6 +92,47 @@ def check(root: RootOption = ".", as_json: JsonOption = False) -> None:
 
 
 @command()
+def plan(
+    root: RootOption = ".",
+    gain: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=100, help="Points that the next generation is trained to win; by default the policy's."
+        ),
+    ] = None,
+    min_power: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Least chance that it is decided; by default the policy's. 0: never refuse."),
+    ] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(min=0, help="Most that carrying it out may cost, in the currency of \\[prices].")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be measured and simulated.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Look ahead before a training: could an update be decided with these queries, and what would each option take?
+
+    Measures samples of this gallery and this encoder, changes nothing. Exit code 2: the chance that an update is
+    decided is below the policy's min_power, or nothing is known to cost at most --max-cost.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.plan import plan_update
+        from graceful.flows.terminal_plan import print_plan
+
+        console = console_for(as_json)
+        found = plan_update(
+            place(root),
+            gain_points=gain,
+            min_power=min_power,
+            max_cost=max_cost,
+            dry_run=dry_run,
+            say=lambda text: console.print(f"[dim]{text}[/dim]", highlight=False),
+        )
+        output(as_json, found.model_dump(mode="json"), lambda console: print_plan(console, found))
+        raise typer.Exit(WRONG_USE if found.refused else 0)
+
+
+@command()
 def update(
     root: RootOption = ".",
     again: Annotated[bool, typer.Option(help="Judge anew what was decided about before.")] = False,

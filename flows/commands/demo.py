@@ -69,6 +69,30 @@ ANOTHER_SPACE = SyntheticGeneration("g004-beaded", spread=0.3, noise=0.1, rotati
 
 WIDTH = 80
 
+MEANING = {
+    "BOOTSTRAP": (
+        "nothing serves yet, so nothing can break: it serves",
+        "graceful update, when new pictures have come",
+    ),
+    "INCONCLUSIVE": (
+        "these queries cannot tell whether it is safe; nothing moves",
+        "label more identities; or your word: graceful accept, graceful reject",
+    ),
+    "COMPATIBLE_ROLLOUT": (
+        "it serves at once on the old gallery; what pays is re-embedded after",
+        "graceful status watches, graceful rollback takes it back",
+    ),
+    "HOLD": (
+        "it would break more than the limits allow, or cannot be judged",
+        "graceful flips shows what breaks; train another, or graceful accept",
+    ),
+    "FULL_BACKFILL": (
+        "worth it, but not on old vectors: all is embedded, then it serves",
+        "graceful rollback while the old vectors stay; then graceful collect",
+    ),
+}
+"""What each outcome means, and what to do next."""
+
 
 class FolderInUseError(UsageError):
     """The demo would write into a folder that holds something."""
@@ -342,7 +366,11 @@ class Demo:
 
     def _told(self, name: str, result: Any) -> str:
         if name == "judge":
-            return f"decided and recorded: [/dim][bold cyan]{result[0].outcome}[/bold cyan][dim]"
+            meaning, what_next = MEANING[result[0].outcome]
+            return (
+                f"decided and recorded: [/dim][bold cyan]{result[0].outcome}[/bold cyan]\n     means: {meaning}\n"
+                f"     next:  {what_next}[dim]"
+            )
         if name in ("embed before the move", "re-index") and isinstance(result, ReindexReport) and result.embedded:
             when = "before it serves" if name == "embed before the move" else f"in {len(result.waves)} waves"
             return f"{result.embedded:,} pictures embedded {when}"

@@ -22,6 +22,7 @@ from graceful.flows.store.reports import REPORT_FILE
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.act import Case, Order, Step, carry_on, decide_and_act, plain
 from graceful.flows.update.conclude import completed, conclude, release_when_due
+from graceful.flows.update.foresee import foresee
 from graceful.flows.update.freeze import Inputs, freeze
 from graceful.flows.update.gate import MoveRefusedError
 from graceful.flows.update.judge import class_distance, judge, recorded
@@ -101,6 +102,8 @@ def update(
             # Decided and done; what cannot be read since (a damaged file that was dropped) is embedded all the same.
             report = do("re-index", lambda: carry_on(session.workspace, session.config.gallery, session.progress))
             return _result(inputs, known, evaluation, report, repeated=True)
+        if known is None:
+            foresee(inputs)
         references = [
             do(f"extend cache of {name}", lambda name=name: extend_cache(inputs, name))  # type: ignore[misc]
             for name in inputs.frozen.predecessors

@@ -16,7 +16,7 @@ from tests.flows import tiny
 
 COMMANDS = [
     "accept", "adopt", "blame", "check", "cluster", "collect", "decide", "delete", "demo", "doctor", "flips", "history",
-    "ingest", "init", "promote", "reject", "replay", "report", "retire", "revoke", "rollback",
+    "ingest", "init", "plan", "promote", "reject", "replay", "report", "retire", "revoke", "rollback",
     "search", "selftest", "serve", "status", "update",
 ]  # fmt: skip
 IN_GROUPS = ["evalset create", "evalset grow", "evalset label", "evalset show"]

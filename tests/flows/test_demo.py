@@ -1,5 +1,6 @@
 """`graceful demo`: every outcome in one walk, on a workspace that the other commands then work on."""
 
+import json
 import re
 from pathlib import Path
 
@@ -32,6 +33,36 @@ def test_demo_tells_every_outcome_in_order(told):
     assert "ROLLBACK" in text
     too_long = [line for line in text.splitlines() if len(line) > 80 and "/" not in line]
     assert not too_long
+
+
+@pytest.mark.timeout(60)
+def test_every_outcome_says_what_it_means_and_what_to_do_next(told):
+    _, text = told
+    found = re.findall(r"recorded: ([A-Z_]+)\n     means: (\S.*)\n     next:  (.*)", text)
+    assert [outcome for outcome, _, _ in found] == OUTCOMES
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    for _, _, what_next in found:
+        named = re.findall(r"graceful (\w+)", what_next)
+        assert named
+        assert set(named) <= commands
+
+
+@pytest.mark.timeout(60)
+def test_judging_every_example_again_gives_the_same_outcome_and_its_exit_code(told):
+    root, _ = told
+    codes = {}
+    for folder in root.glob("evaluations/*"):
+        again = invoke("decide", "--from", folder, "--json")
+        document = json.loads(again.stdout)
+        assert document["agrees_with_recorded"]
+        codes[document["decision"]["outcome"]] = again.exit_code
+    assert codes == {
+        "BOOTSTRAP": 0,
+        "INCONCLUSIVE": 4,
+        "COMPATIBLE_ROLLOUT": 0,
+        "HOLD": 3,
+        "FULL_BACKFILL": 0,
+    }
 
 
 @pytest.mark.timeout(60)

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_info
 
 import graceful.indexing.exact as exact
+import graceful.indexing.ranking as ranking
 from graceful.indexing.exact import (
     NonFiniteEmbeddingError,
     RelevantRanks,
@@ -255,3 +257,57 @@ class TestTopK:
     def test_k_below_one_is_refused(self) -> None:
         with pytest.raises(ValueError, match="k >= 1, found 0"):
             top_k(np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32), 0)
+
+
+class TestTiles:
+    """The same ranks however the products are cut, and whichever way they are counted."""
+
+    @pytest.fixture(
+        params=[
+            {"LOOK_UP_NS": 0},
+            {"LOOK_UP_NS": 10**9, "COMPARE_NS": 0},
+            {"LOOK_UP_NS": 10**9, "SORT_NS": 0, "FIND_NS": 0, "ROW_NS": 0},
+        ],
+        ids=["looked up", "compared", "sorted"],
+    )
+    def way(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        small = {"TILE_COLUMNS": 7, "SORTED_COLUMNS": 11, "SPAN_COLUMNS": 14, "STRIP_ROWS": 3, "STRIP_COLUMNS": 5}
+        for name, value in {**small, **request.param}.items():
+            monkeypatch.setattr(ranking, name, value)
+
+    @pytest.mark.usefixtures("way")
+    @pytest.mark.parametrize(("num_identities", "block_rows"), [(1, 4), (3, 9), (12, 50), (60, 50)])
+    def test_ranks_are_those_of_brute_force(self, num_identities: int, block_rows: int) -> None:
+        rng = np.random.default_rng(num_identities)
+        queries, gallery = grid_vectors(rng, 40, 4), grid_vectors(rng, 83, 4)
+        names = [f"id{number}" for number in range(num_identities)]
+        asked, shown = rng.choice(names, 40).tolist(), rng.choice(names, 83).tolist()
+        items, rows = [f"i{number}" for number in range(40)], [f"i{number}" for number in range(83)]
+        found = relevant_ranks(queries, gallery, asked, shown, items, rows, block_rows=block_rows)
+        assert as_lists(found) == brute_ranks(queries, gallery, asked, shown, items, rows)
+
+    @pytest.mark.parametrize("width", [24, 128, 700])
+    @pytest.mark.parametrize(("num_queries", "num_rows"), [(5, 3000), (400, 900), (400, 3000), (1300, 1100)])
+    def test_equal_vectors_are_ranked_last_in_products_of_any_size(
+        self, num_queries: int, num_rows: int, width: int
+    ) -> None:
+        vector = unit_vectors(np.random.default_rng(width), 1, width)
+        queries, gallery = np.repeat(vector, num_queries, axis=0), np.repeat(vector, num_rows, axis=0)
+        asked = [str(number) for number in range(num_queries)]
+        shown = [str(number % 450) for number in range(num_rows)]
+        found = relevant_ranks(queries, gallery, asked, shown)
+        num_relevant = np.diff(found.offsets)
+        measured = num_relevant > 0
+        np.testing.assert_array_equal(found.first()[measured], (num_rows - num_relevant + 1)[measured])
+
+    def test_blas_has_its_threads_back_afterwards(self) -> None:
+        before = [entry["num_threads"] for entry in threadpool_info()]
+        rng = np.random.default_rng(0)
+        relevant_ranks(unit_vectors(rng, 5, 8), unit_vectors(rng, 9, 8), ["a"] * 5, ["a"] * 9)
+        assert [entry["num_threads"] for entry in threadpool_info()] == before
+
+    @pytest.mark.parametrize(("below", "rank"), [(2**-22, 2), (2**-20, 1)])
+    def test_scores_within_the_tolerance_are_ties(self, below: float, rank: int) -> None:
+        gallery = np.array([[0.5, 0], [0.5 - below, 0]], np.float32)
+        found = relevant_ranks(np.array([[1, 0]], np.float32), gallery, ["a"], ["a", "b"])
+        assert found.first().tolist() == [rank]
