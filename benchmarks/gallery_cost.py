@@ -14,8 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from benchmarks.harness import Ratio, paired, ratio_of, timed
+from graceful.evaluation.bands import difference_bands
 from graceful.evaluation.flips import nfr_matrix
-from graceful.evaluation.intervals import bootstrap_means
 from graceful.evaluation.matrix import matrix_from_outcomes
 from graceful.evaluation.outcomes import Outcomes, metric_values, outcome_from_ranks, pair_state
 from graceful.indexing.embed import EmbeddedUnit, EmbedUnit, embed_units
@@ -100,7 +100,7 @@ def _evaluate_matrix(num_rows: int, repeats: int) -> Ratio:
         matrix_from_outcomes(outcomes, names)
         nfr_matrix(outcomes, [pair_state(name, name) for name in names])
         values = np.stack([metric_values(outcomes, state) for state in found], axis=1)
-        bootstrap_means(values, asked, num_resamples=1000, seed=0)
+        difference_bands(values - values[:, :1], asked)
 
     pairs, processor, rest = [], [], []
     for _ in range(repeats):

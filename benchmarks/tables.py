@@ -1,8 +1,8 @@
-"""Writes the tables of docs/results.md, scale.md and statistics.md from stored results: `python -m benchmarks.tables`.
+"""Writes the tables of the pages from stored results: `python -m benchmarks.tables`.
 
 docs/results/<example>.json is the `replay.json` of a workspace; benchmarks/results.json what `python -m benchmarks`
-wrote, benchmarks/results-scale.json what `python -m benchmarks.gallery_scale` wrote. Each table stands there between
-two comments with its name. Nothing is typed in by hand.
+wrote, results-scale.json and results-error-rates.json beside it what `benchmarks.gallery_scale` and
+`benchmarks.error_rates` wrote. Each table stands there between two comments with its name. Nothing is typed in by hand.
 """
 
 import json
@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.error_rates import RUNS, RUNS_DECISION, RUNS_POWER, exceeds
+
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("results.md", "scale.md", "statistics.md")
+PAGES = ("results.md", "scale.md", "statistics.md", "error_rates.md")
 EXAMPLES = ("digits", "omniglot", "cifar100")
 
 
@@ -106,6 +108,85 @@ def estimators(stored: dict[str, Any]) -> str:
     return "\n".join([*lines, "", told])
 
 
+def error_rates(stored: dict[str, Any]) -> str:
+    """Every cell that exceeds its level, the worst of the others, and the named ones."""
+    cells = sorted(stored["cells"], key=lambda cell: -cell.get("false_again", cell["false"]) / cell["level"])
+    above, again = [cell for cell in cells if exceeds(cell)], [cell for cell in cells if "false_again" in cell]
+    shown = [*above, *(cell for cell in again if cell not in above)]
+    shown += [cell for cell in cells if cell["name"] and cell not in shown]
+    head = ["| | false passes, % | again | level | s.e. | at half | at zero |", "|---|---|---|---|---|---|---|"]
+    told = (
+        f"{len(cells):,} cells; {len(again)} were above their level by more than two standard errors and were "
+        f"simulated again with fresh draws, {len(above)} were so again (**bold**). At least {RUNS_DECISION} runs a "
+        f"cell, most {RUNS}; `{stored['command']}`, {stored['hardware']}, {stored['date']}, "
+        f"{stored['seconds'] / 60:.0f} minutes. Passes at half the limit and at zero: {RUNS_POWER} runs."
+    )
+    return "\n".join([told, "", *head, *map(_error_rate, shown)])
+
+
+def _error_rate(cell: dict[str, Any]) -> str:
+    again = _percent(cell.get("false_again"))
+    power = [_whole(cell.get("power_half")), _whole(cell.get("power_zero"))]
+    mark = "**" if exceeds(cell) else ""
+    numbers = [_percent(cell["false"]), f"{mark}{again}{mark}" if again else "", _percent(cell["level"])]
+    return "| " + " | ".join([_cell(cell), *numbers, _percent(cell["standard_error"]), *power]) + " |"
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    """One situation in words."""
+    sizes = ", log-normal sizes" if cell["sizes"] == "lognormal" else ""
+    alike = "half of an identity lost" if cell["losses"] == "halves" else f"ICC {cell['icc']:g}"
+    states = f", {cell['num_states']} states" if cell["num_states"] > 1 else ""
+    name = f" ({cell['name']})" if cell["name"] else ""
+    return (
+        f"{cell['guard']} {100 * cell['limit']:g} %: {cell['num_queries']:,} of {cell['num_identities']:,}{sizes}, "
+        f"{alike}, {cell['losses']}{states}{name}"
+    )
+
+
+def error_rate_groups(stored: dict[str, Any]) -> str:
+    """Mean and highest rate of false passes, and mean power, by what the cells have in common."""
+    lines = ["| cells | number | mean, % | highest | level | at half | at zero |", "|---|---|---|---|---|---|---|"]
+    for guard in ("NFR", "quality"):
+        of_guard = [cell for cell in stored["cells"] if cell["guard"] == guard]
+        for what in ("icc", "num_identities", "sizes", "losses", "num_states"):
+            for value in sorted({cell[what] for cell in of_guard}):
+                cells = [cell for cell in of_guard if cell[what] == value]
+                final = [cell.get("false_again", cell["false"]) for cell in cells]
+                half, zero = ([cell[name] for cell in cells if name in cell] for name in ("power_half", "power_zero"))
+                text = {"icc": "ICC", "num_identities": "identities", "num_states": "states"}.get(what, what)
+                means = [_whole(sum(powers) / len(powers)) if powers else "" for powers in (half, zero)]
+                row = [f"{guard}, {text} {value}", str(len(cells)), _percent(sum(final) / len(final))]
+                row += [_percent(max(final)), _percent(cells[0]["level"]), *means]
+                lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def null_series(stored: dict[str, Any]) -> str:
+    """One of five null candidates passes, before and after the error level was shared."""
+    lines = ["| five null candidates | each has alpha, % | they share it, % |", "|---|---|---|"]
+    for row in stored["series"]:
+        hard = "the same identities are hard" if row["shared"] else "fresh draws"
+        lines.append(f"| {_cell({**row, 'name': hard})} | {_percent(row['without'])} | {_percent(row['with'])} |")
+    return "\n".join([*lines, "", f"NFR exactly 2 %, level 2.5 %, {stored['series'][0]['runs']} runs."])
+
+
+def spending_price(stored: dict[str, Any]) -> str:
+    """Power at each look."""
+    looks = list(stored["prices"][0]["looks"])
+    lines = ["| passes, % | no plan | " + " | ".join(f"look {look}" for look in looks) + " |"]
+    lines.append("|---|---|" + "---|" * len(looks))
+    for row in stored["prices"]:
+        truth = "half the limit" if row["guard"] == "NFR" else "no difference"
+        cells = [_whole(row["none"]), *(_whole(row["looks"][look]) for look in looks)]
+        lines.append(f"| {_cell({**row, 'name': truth})} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _whole(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f}"
+
+
 def _controls(result: dict[str, Any], generations: Sequence[str]) -> list[str]:
     lines = ["| control without constraints | AC | NFR between neighbours | self-tests | last on earlier galleries |"]
     lines.append("|---|---|---|---|---|")
@@ -135,6 +216,13 @@ def with_tables(text: str) -> str:
         name: history(name, json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())) for name in EXAMPLES
     }
     tables["benchmarks"] = benchmarks(json.loads((ROOT / "benchmarks" / "results.json").read_text()))
+    rates = json.loads((ROOT / "benchmarks" / "results-error-rates.json").read_text())
+    tables |= {
+        "error rates": error_rates(rates),
+        "error rate groups": error_rate_groups(rates),
+        "null series": null_series(rates),
+        "spending price": spending_price(rates),
+    }
     tables["scale"] = scale(json.loads((ROOT / "benchmarks" / "results-scale.json").read_text()))
     stored = json.loads((ROOT / "benchmarks" / "results-labels.json").read_text())
     tables |= {"labels": labels(stored), "estimators": estimators(stored)}

@@ -119,7 +119,7 @@ def flips_caption(states: Sequence[StateEvidence], policy: RolloutPolicy) -> str
     if not known:
         return "No flips were measured."
     worst = max(known, key=lambda state: state.nfr or 0.0)
-    limit = "" if policy.max_nfr is None else f" The limit is {share_text(policy.max_nfr)}."
+    limit = "" if policy.nfr_limit is None else f" The limit is {share_text(policy.nfr_limit)}."
     wins = "" if worst.pfr is None else f", {percent(worst.pfr)} are won"
     each = "" if not worst.nfr or worst.pfr is None else f": {worst.pfr / worst.nfr:.1f} for each one lost"
     where = (

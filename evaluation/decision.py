@@ -43,6 +43,7 @@ from graceful.evaluation.guards import (
 from graceful.evaluation.needs import as_question, further, hardest, in_words
 from graceful.evaluation.outcomes import fraction_state
 from graceful.evaluation.policy import RolloutPolicy, severity_scopes
+from graceful.evaluation.spending import at_level, told
 
 JUDGING_VERSION = 2
 """Version of the judgement. Raise it with every change after which the same outcomes and policy are decided
@@ -89,13 +90,16 @@ class Decision(BaseModel):
 
 def decide(evidence: Evidence, policy: RolloutPolicy) -> Decision:
     """Apply the rules above to the evidence."""
+    policy = at_level(policy, evidence.look)
     missing = missing_pieces(evidence, policy)
     if missing:
         return _hold(evidence, f"evidence is missing ({len(missing)}), first: {missing[0].scope}", missing, ())
     if evidence.is_first_generation:
-        return _bootstrap(evidence)
+        return _bootstrap(evidence, policy)
     full, rollouts = full_option(evidence, policy), rollout_options(evidence, policy)
-    everything = (*full.reasons, *(reason for option in rollouts for reason in option.reasons), *standing(evidence))
+    everything = (
+        *full.reasons, *(reason for option in rollouts for reason in option.reasons), *standing(evidence, policy)
+    )  # fmt: skip
     failed = full.with_verdict("FAIL")
     if failed:
         return _hold(evidence, f"even the fully backfilled state fails: {failed[0].text}", failed, everything)
@@ -173,6 +177,11 @@ def _preconditions(evidence: Evidence, policy: RolloutPolicy) -> list[str]:
             f"{percent(evidence.unreadable_share)} of the gallery cannot be read now, the limit is "
             f"{percent(policy.max_unreadable_share)}: repair it first, 'graceful check' names the rows"
         )
+    if evidence.look is not None and evidence.look.share == 0:
+        found.append(
+            f"the error level of evaluation set {evidence.look.evaluation_set} is spent: the "
+            f"{evidence.look.number - 1} judgements before had all of it; bring fresh evaluation identities"
+        )
     overall = [state for state in evidence.states if state.scope == OVERALL]
     judged = overall[-1].num_queries - overall[-1].num_log_queries if overall else 0
     if overall and judged < policy.min_coverage * evidence.num_queries:
@@ -189,8 +198,10 @@ def _preconditions(evidence: Evidence, policy: RolloutPolicy) -> list[str]:
 
 
 def _missing_limits(evidence: Evidence, policy: RolloutPolicy) -> list[str]:
-    names = ("quality_margin_points", "max_nfr", "max_dip_points", "max_wave_zero_share")
+    names = ("quality_margin_points", "max_dip_points", "max_wave_zero_share")
     missing = [f"threshold: {name} of the policy" for name in names if getattr(policy, name) is None]
+    if policy.nfr_limit is None and policy.max_flips_per_repair is None:
+        missing.append("threshold: max_nfr of the policy")
     for name in ("alpha", "metric", "k", "quality_margin_points"):
         found, asked = getattr(evidence, name), getattr(policy, name)
         if found != asked:
@@ -221,14 +232,14 @@ def _measured(evidence: Evidence, scope: str, fraction: float) -> bool:
     return len(found) == 1 and found[0].num_queries > 0 and None not in (found[0].difference, found[0].nfr)
 
 
-def _bootstrap(evidence: Evidence) -> Decision:
+def _bootstrap(evidence: Evidence, policy: RolloutPolicy) -> Decision:
     return _decision(
         evidence,
         outcome="BOOTSTRAP",
         summary=f"BOOTSTRAP: the lineage is empty and the self-test of {evidence.candidate} was measured "
         f"({percent(evidence.self_test)}); it serves as the first generation.",
         certificates=certificates_to_issue(evidence),
-        decisive=standing(evidence),
+        decisive=standing(evidence, policy),
     )
 
 
@@ -300,7 +311,7 @@ def _inconclusive(
         evidence,
         outcome="INCONCLUSIVE",
         summary=f"INCONCLUSIVE: the evaluation is too small to tell whether {as_question(option, reason, policy)}. "
-        f"{in_words(need, policy)}",
+        f"{in_words(need, policy)}{_spent(evidence, policy)}",
         queries_needed=need.queries,
         identities_needed=need.identities,
         identities_range=(need.least, need.most),
@@ -309,6 +320,12 @@ def _inconclusive(
         decisive=open_reasons,
         others=everything,
     )
+
+
+def _spent(evidence: Evidence, policy: RolloutPolicy) -> str:
+    """What the error level has to do with it, where earlier candidates or a plan have taken of it."""
+    look = evidence.look
+    return "" if look is None or look.share == 1 else f" This was {told(look, policy)}."
 
 
 def _decision(

@@ -1,14 +1,16 @@
 """What the decision is made from: bounds for every state that would really be served, against what is served now.
 
-`gather_evidence` turns per-query outcomes into bounds, purely: no I/O, no clock, every resample seeded. `Evidence` is
-JSON and holds all that `evaluation.decision.decide` reads; a number that was not measured is None, never 0.
+`gather_evidence` turns per-query outcomes into bounds, purely: no I/O, no clock, every random draw seeded. `Evidence`
+is JSON and holds all that `evaluation.decision.decide` reads; a number that was not measured is None, never 0.
 
 Multiplicity. All guards must pass, so each one has the whole alpha. The *best* fraction is chosen among several, so:
 
 * Quality and dip use one simultaneous (max-t) band over all fractions of a scope.
-* NFR needs no such correction along the way: a rollout to any fraction must pass every earlier state, which is a
-  fixed-sequence test (the first state that is really bad has to pass, at its own alpha, before anything goes wrong). A
-  full backfill is a second way to go wrong, so both share alpha: every NFR bound is taken at alpha / 2.
+* NFR, flips since the anchor and flips per repair need no such correction along the way: a rollout to any fraction must
+  pass every earlier state, which is a fixed-sequence test (the first state that is really bad has to pass, at its own
+  alpha, before anything goes wrong). A full backfill is a second way to go wrong, so both share alpha: every bound of
+  flips is taken at alpha / 2.
+* Candidates that are judged on the same evaluation identities share alpha: see `evaluation.spending`.
 """
 
 from __future__ import annotations
@@ -21,16 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from graceful.evaluation.bands import DifferenceBands, difference_bands
 from graceful.evaluation.changed import log_differences
 from graceful.evaluation.consumers import Consumed, ConsumerEvidence, GoldenEvidence, Reads, gather_consumers
 from graceful.evaluation.cost import CostInputs, OptionCost, option_costs
-from graceful.evaluation.intervals import (
-    DifferenceBands,
-    bands_from_means,
-    bootstrap_means_and_errors,
-    mcnemar_exact,
-    share_bounds,
-)
+from graceful.evaluation.intervals import mcnemar_exact, share_bounds
 from graceful.evaluation.outcomes import (
     SERVED,
     Comparison,
@@ -47,6 +44,7 @@ from graceful.evaluation.outcomes import (
 )
 from graceful.evaluation.policy import RolloutPolicy, Verdict, severity_scopes, verdict_not_below
 from graceful.evaluation.slices import discover_slices, golden_flips, golden_queries
+from graceful.evaluation.spending import Look, at_level
 
 OVERALL = "overall"
 NFR_FAMILIES = 2  # ways to be wrong that share alpha: a rollout along its way, and a full backfill
@@ -90,6 +88,21 @@ class StateEvidence(PairedDifference):
     num_flipped_clusters: int = Field(description="Clusters that hold a flip.")
     cluster_square: float | None = Field(description="Mean of the squared number of queries per cluster.")
     pfr: float | None = Field(description="Share of queries wrong now and right in this state.")
+    flips_per_repair: float | None = Field(
+        default=None, description="Queries that break for each one that is repaired, NFR / PFR; None: none is repaired."
+    )
+    flips_per_repair_lower: float | None = Field(default=None, description="Its lower bound, clusters respected.")
+    flips_per_repair_upper: float | None = Field(default=None, description="Its upper bound; None: no bound.")
+    nfr_over_noise: float | None = Field(
+        default=None, description="NFR as a multiple of the policy's noise_floor; None: that was not given."
+    )
+    cumulative_nfr: float | None = Field(
+        default=None,
+        description="Share of queries that the anchor had right in a gallery of its own and that are wrong in this "
+        "state; None: no anchor.",
+    )
+    cumulative_nfr_lower: float | None = Field(default=None, description="Its exact lower bound, clusters respected.")
+    cumulative_nfr_upper: float | None = Field(default=None, description="Its exact upper bound, clusters respected.")
     mcnemar_p: float | None = Field(description="Exact McNemar p-value: any systematic change. Reported, no guard.")
 
 
@@ -116,7 +129,9 @@ class Evidence(BaseModel):
     champion: str | None = Field(description="The generation that serves now; None for the first.")
     is_first_generation: bool = Field(description="Whether the lineage is empty: nothing to compare with.")
     order: str = Field(description="Order in which the gallery would be re-embedded.")
-    alpha: float = Field(description="Error level for which the bounds were taken.")
+    alpha: float = Field(description="Error level for which the bounds were taken: the policy's, or this look's part.")
+    look: Look | None = Field(default=None, description="What part of the error level this judgement uses; None: all.")
+    anchor: str | None = Field(default=None, description="The generation that cumulative flips are counted from.")
     metric: Metric = Field(description="Metric of values and differences.")
     k: int = Field(description="Depth at which a query is right.")
     quality_margin_points: float | None = Field(description="Margin by which the certificates were judged.")
@@ -184,6 +199,12 @@ class Question(BaseModel):
     thresholds: dict[str, dict[str, float]] = Field(
         default={}, description="Thresholds that are served now: consumer, then generation of the hit's vector."
     )
+    anchor: str | None = Field(
+        default=None, description="The older generation that flips are counted from as well, in a gallery of its own."
+    )
+    look: Look | None = Field(
+        default=None, description="What part of the policy's error level may be used; None: all of it."
+    )
 
 
 def gather_evidence(
@@ -195,6 +216,7 @@ def gather_evidence(
     for another wave 0 are not used, and those that should have been are named as missing.
     """
     candidate, champion, cost = question.candidate, question.champion, question.cost
+    policy = at_level(policy, question.look)
     shares = {owner: float(share) for owner, share in question.live_owners.items()}
     if any(not 0 <= share <= 1 for share in shares.values()) or sum(shares.values()) > 1 + 1e-6:
         raise ValueError(f"gathering evidence: expected shares in [0, 1] with a sum of at most 1, found {shares}")
@@ -205,6 +227,8 @@ def gather_evidence(
         "is_first_generation": champion is None,
         "order": question.order,
         "alpha": policy.alpha,
+        "look": question.look,
+        "anchor": question.anchor,
         "metric": policy.metric,
         "k": policy.k,
         "quality_margin_points": policy.quality_margin_points,
@@ -241,6 +265,8 @@ def gather_evidence(
     consumers = gather_consumers(consumed or Consumed(), policy, reads, way, alpha=each_at)
     consumers = consumers.model_copy(update=_where_it_matters(outcomes, policy, way))
     missing += consumers.missing
+    if question.anchor is not None and not measured(outcomes, pair_state(question.anchor, question.anchor)).any():
+        missing.append(f"baseline: state {pair_state(question.anchor, question.anchor)!r}")
     unreadable = question.unreadable_share
     if unreadable is None:
         unreadable = max(0.0, 1 - sum(shares.values()))
@@ -251,9 +277,11 @@ def gather_evidence(
     hoped_way = {} if hoped == wave_zero else _way(outcomes, policy, question, hoped)
     return Evidence(
         **common,
-        states=_states(outcomes, policy, scopes, way),
+        states=_states(outcomes, policy, scopes, way, question.anchor),
         hoped_wave_zero=None if hoped == wave_zero else hoped,
-        hoped_states=_states(outcomes, policy, scopes, hoped_way) if len(hoped_way) == len(policy.fractions) else (),
+        hoped_states=_states(outcomes, policy, scopes, hoped_way, question.anchor)
+        if len(hoped_way) == len(policy.fractions)
+        else (),
         certificates=certificates,
         clients=clients,
         live_owners=shares,
@@ -415,7 +443,11 @@ def unmeasured_wave(outcomes: Outcomes, policy: RolloutPolicy, question: Questio
     if question.champion is None or question.wave_zero is None:
         return None
     certificates = certify(
-        outcomes, policy, live_owners=question.live_owners, candidate=question.candidate, champion=question.champion
+        outcomes,
+        at_level(policy, question.look),
+        live_owners=question.live_owners,
+        candidate=question.candidate,
+        champion=question.champion,
     )
     wave_zero = wave_zero_generations(certificates)
     as_named = question.model_copy(update={"wave_zero": wave_zero})
@@ -477,7 +509,11 @@ def _scopes(outcomes: Outcomes, policy: RolloutPolicy) -> tuple[dict[str, NDArra
 
 
 def _states(
-    outcomes: Outcomes, policy: RolloutPolicy, scopes: Mapping[str, NDArray[np.bool_]], way: Mapping[float, str]
+    outcomes: Outcomes,
+    policy: RolloutPolicy,
+    scopes: Mapping[str, NDArray[np.bool_]],
+    way: Mapping[float, str],
+    anchor: str | None,
 ) -> tuple[StateEvidence, ...]:
     if SERVED not in outcomes.first_rank:
         return ()
@@ -488,6 +524,7 @@ def _states(
     families = [list(range(s * width, (s + 1) * width)) for s in range(len(scopes))]
     clusters = _codes(outcomes)
     bands = _bands(clusters, policy, pairs, families)
+    alpha = policy.alpha / NFR_FAMILIES
     states = []
     for index, ((scope, fraction), pair) in enumerate(zip(cells, pairs, strict=True)):
         state, band = way[fraction], bands[index // width]
@@ -501,7 +538,8 @@ def _states(
                 num_without_baseline=int(alone.sum()),
                 band_critical=_finite(band.critical),
                 **_difference_numbers(pair, band, index % width),
-                **_flip_numbers(pair, clusters, policy.alpha / NFR_FAMILIES),
+                **_flip_numbers(pair, clusters, alpha, policy.noise_floor),
+                **_flips_since(outcomes, anchor, state, policy.k, scopes[scope], clusters, alpha),
             )
         )
     return tuple(states)
@@ -513,21 +551,17 @@ def _bands(
     pairs: Sequence[_Pair | None],
     families: Sequence[list[int]],
 ) -> list[DifferenceBands]:
-    """One band per family of comparisons, all from the same resamples."""
+    """One band per family of comparisons."""
     columns = np.full((len(clusters), len(pairs)), np.nan)
-    used = np.ones(len(clusters), np.bool_)
     for index, pair in enumerate(pairs):
         if pair is not None:
             num = len(pair.known.counted)
             columns[:num, index][pair.known.counted] = pair.known.after - pair.known.before
             columns[num:, index] = pair.log
-            # Queries of the log that nothing is known of must not be drawn: they would only make resamples smaller.
-            used[num:] = False
-    used |= ~np.isnan(columns).all(axis=1)
-    columns, clusters = columns[used], clusters[used]
-    means, errors = bootstrap_means_and_errors(columns, clusters, num_resamples=policy.num_resamples, seed=policy.seed)
     return [
-        bands_from_means(columns[:, family], clusters, (means[:, family], errors[:, family]), alpha=policy.alpha)
+        difference_bands(
+            columns[:, family], clusters, alpha=policy.alpha, num_resamples=policy.num_resamples, seed=policy.seed
+        )
         for family in families
     ]
 
@@ -548,12 +582,13 @@ def _difference_numbers(pair: _Pair | None, band: DifferenceBands, column: int) 
     }
 
 
-def _flip_numbers(pair: _Pair, clusters: NDArray[Any], alpha: float) -> dict[str, Any]:
+def _flip_numbers(pair: _Pair, clusters: NDArray[Any], alpha: float, noise_floor: float | None) -> dict[str, Any]:
     before, after = pair.known.right_before, pair.known.right_after
     settled = ~np.isnan(pair.log)
     losses = np.concatenate([before & ~after, pair.log[settled] < 0])
     wins = np.concatenate([~before & after, pair.log[settled] > 0])
-    bounds = share_bounds(losses, clusters[np.concatenate([pair.known.counted, settled])], alpha)
+    inside = clusters[np.concatenate([pair.known.counted, settled])]
+    bounds = share_bounds(losses, inside, alpha)
     if bounds.num_queries == 0:
         unknown = (
             "nfr",
@@ -566,6 +601,8 @@ def _flip_numbers(pair: _Pair, clusters: NDArray[Any], alpha: float) -> dict[str
             "mcnemar_p",
         )
         return {**dict.fromkeys((*unknown, "mcnemar_p")), "num_flipped_clusters": 0}
+    # A ratio of two shares: each of its two bounds takes half.
+    broken, repaired = share_bounds(losses, inside, alpha / 2), share_bounds(wins, inside, alpha / 2)
     return {
         "nfr": bounds.value,
         "nfr_lower": bounds.lower,
@@ -574,9 +611,39 @@ def _flip_numbers(pair: _Pair, clusters: NDArray[Any], alpha: float) -> dict[str
         "nfr_icc": bounds.estimated_icc,
         "num_flipped_clusters": bounds.num_hit_clusters,
         "cluster_square": float((np.unique(clusters, return_counts=True)[1].astype(np.float64) ** 2).mean()),
-        "pfr": float(wins.mean()),
+        "pfr": repaired.value,
+        "flips_per_repair": _ratio(broken.value, repaired.value),
+        "flips_per_repair_lower": _ratio(broken.lower, repaired.upper),
+        "flips_per_repair_upper": _ratio(broken.upper, repaired.lower),
+        "nfr_over_noise": None if noise_floor is None else bounds.value / noise_floor,
         "mcnemar_p": mcnemar_exact(int(losses.sum()), int(wins.sum())),
     }
+
+
+def _flips_since(
+    outcomes: Outcomes,
+    anchor: str | None,
+    state: str,
+    k: int,
+    within: NDArray[np.bool_],
+    clusters: NDArray[np.int64],
+    alpha: float,
+) -> dict[str, Any]:
+    """Flips of a state against an older generation on a gallery of its own: what the updates since have added up to."""
+    within, clusters = within[: len(outcomes)], clusters[: len(outcomes)]  # the anchor's answers to a log are not kept
+    if anchor is None or not (measured(outcomes, pair_state(anchor, anchor)) & within).any():
+        return {}
+    pair = compare(outcomes, pair_state(anchor, anchor), state, k=k, within=within)
+    bounds = share_bounds(pair.right_before & ~pair.right_after, clusters[pair.counted], alpha)
+    return {
+        "cumulative_nfr": bounds.value,
+        "cumulative_nfr_lower": bounds.lower,
+        "cumulative_nfr_upper": bounds.upper,
+    }
+
+
+def _ratio(value: float, base: float) -> float | None:
+    return value / base if base > 0 else None
 
 
 def _codes(outcomes: Outcomes) -> NDArray[np.int64]:

@@ -24,14 +24,18 @@ from graceful.evaluation.policy import (
     verdict_not_above,
     verdict_not_below,
 )
+from graceful.evaluation.spending import told
 
 Guard = Literal[
     "missing",
     "self-test",
+    "error level",
     "certificate",
     "wave zero",
     "quality",
     "NFR",
+    "flips per repair",
+    "cumulative NFR",
     "dip",
     "cost",
     "clusters",
@@ -51,7 +55,9 @@ class Reason(BaseModel):
     guard: Guard = Field(description="What was judged.")
     scope: str = Field(default=OVERALL, description="'overall', 'slice=value', or the generation of a certificate.")
     state: str | None = Field(default=None, description="State that was judged; for a dip the worst one on the way.")
-    threshold: float | None = Field(default=None, description="The limit, as a share (cost: days).")
+    threshold: float | None = Field(
+        default=None, description="The limit, as a share (cost: days; flips per repair: a ratio)."
+    )
     value: float | None = Field(default=None, description="What was measured, in the threshold's unit.")
     bound: float | None = Field(default=None, description="The bound that was compared with the threshold.")
     n: int | None = Field(default=None, description="Queries it rests on.")
@@ -148,8 +154,8 @@ def state_of(evidence: Evidence, scope: str, fraction: float) -> StateEvidence:
     return next(state for state in evidence.states if state.scope == scope and state.fraction == fraction)
 
 
-def standing(evidence: Evidence) -> list[Reason]:
-    """Self-test and certificates: they shape the options (wave 0) and are no guards of their own."""
+def standing(evidence: Evidence, policy: RolloutPolicy) -> list[Reason]:
+    """Self-test, error level and certificates: they shape bounds and options (wave 0) and are no guards themselves."""
     own = pair_state(evidence.candidate, evidence.candidate)
     reasons = [
         Reason(
@@ -157,6 +163,9 @@ def standing(evidence: Evidence) -> list[Reason]:
             else "UNKNOWN", text=f"self-test of {evidence.candidate}: {percent(evidence.self_test)}",
         )
     ]  # fmt: skip
+    if evidence.look is not None:
+        text, share = told(evidence.look, policy), evidence.look.share
+        reasons.append(Reason(guard="error level", state=own, value=share, verdict="PASS", text=text))
     for item in (*evidence.certificates, *evidence.clients):
         is_client = item.gallery_generation == evidence.candidate
         against = "its own vectors" if is_client else evidence.champion
@@ -209,13 +218,18 @@ def _scopes(evidence: Evidence) -> list[str]:
 
 
 def _judge_state(evidence: Evidence, policy: RolloutPolicy, fraction: float) -> tuple[Reason, ...]:
-    states = [state_of(evidence, scope, fraction) for scope in _scopes(evidence)]
     only = _lost_only(policy)
-    reasons = tuple(
-        judge(state, policy)
-        for state in states
-        for judge in ((_judge_nfr,) if state.scope in only else (_judge_quality, _judge_nfr))
-    )
+    reasons: list[Reason] = []
+    for state in (state_of(evidence, scope, fraction) for scope in _scopes(evidence)):
+        whole = state.scope not in only
+        if whole:
+            reasons.append(_judge_quality(state, policy))
+        if max_nfr_in(policy, state.scope) is not None:
+            reasons.append(_judge_nfr(state, policy))
+        if whole and policy.max_flips_per_repair is not None:
+            reasons.append(_judge_flips_per_repair(state, policy))
+        if whole and policy.max_cumulative_nfr is not None and evidence.anchor is not None:
+            reasons.append(_judge_cumulative_nfr(state, policy, evidence.anchor))
     return (*reasons, *_judge_consumers(evidence, policy, fraction))
 
 
@@ -237,14 +251,44 @@ def _judge_nfr(state: StateEvidence, policy: RolloutPolicy) -> Reason:
     threshold = limit_of(max_nfr_in(policy, state.scope))
     verdict = verdict_not_above(state.nfr_lower, state.nfr_upper, threshold)
     bound = state.nfr_lower if verdict == "FAIL" else state.nfr_upper
+    noise = "" if state.nfr_over_noise is None else f", {state.nfr_over_noise:.2g} times the noise floor"
     text = (
         f"{state.scope}, {state.state}: {percent(state.nfr)} of queries right now and wrong afterwards, "
-        f"{'at least' if verdict == 'FAIL' else 'at most'} {percent(bound)}, limit {percent(threshold)}, "
+        f"{_most(verdict)} {percent(bound)}, limit {percent(threshold)}; {_per_repair(state.flips_per_repair)}{noise}; "
         f"n {state.num_queries}: {verdict}"
     )
     return Reason(
         guard="NFR", scope=state.scope, state=state.state, threshold=threshold, value=state.nfr, bound=bound,
         n=state.num_queries, verdict=verdict, text=text,
+    )  # fmt: skip
+
+
+def _judge_flips_per_repair(state: StateEvidence, policy: RolloutPolicy) -> Reason:
+    threshold = limit_of(policy.max_flips_per_repair)
+    verdict = verdict_not_above(state.flips_per_repair_lower, state.flips_per_repair_upper, threshold)
+    bound = state.flips_per_repair_lower if verdict == "FAIL" else state.flips_per_repair_upper
+    text = (
+        f"{state.scope}, {state.state}: {_per_repair(state.flips_per_repair)}, {_most(verdict)} "
+        f"{'unbounded' if bound is None else format(bound, '.2f')}, limit {threshold:g}, n {state.num_queries}: "
+        f"{verdict}"
+    )
+    return Reason(
+        guard="flips per repair", scope=state.scope, state=state.state, threshold=threshold,
+        value=state.flips_per_repair, bound=bound, n=state.num_queries, verdict=verdict, text=text,
+    )  # fmt: skip
+
+
+def _judge_cumulative_nfr(state: StateEvidence, policy: RolloutPolicy, anchor: str) -> Reason:
+    threshold = limit_of(policy.max_cumulative_nfr)
+    verdict = verdict_not_above(state.cumulative_nfr_lower, state.cumulative_nfr_upper, threshold)
+    bound = state.cumulative_nfr_lower if verdict == "FAIL" else state.cumulative_nfr_upper
+    text = (
+        f"{state.scope}, {state.state}: {percent(state.cumulative_nfr)} of queries right with {anchor} and wrong "
+        f"afterwards, {_most(verdict)} {percent(bound)}, limit {percent(threshold)}, n {state.num_queries}: {verdict}"
+    )
+    return Reason(
+        guard="cumulative NFR", scope=state.scope, state=state.state, threshold=threshold, value=state.cumulative_nfr,
+        bound=bound, n=state.num_queries, verdict=verdict, text=text,
     )  # fmt: skip
 
 
@@ -373,6 +417,14 @@ def _metric_name(policy: RolloutPolicy) -> str:
 
 def _side(verdict: Verdict) -> str:
     return "at most" if verdict == "FAIL" else "at least"
+
+
+def _most(verdict: Verdict) -> str:
+    return "at least" if verdict == "FAIL" else "at most"
+
+
+def _per_repair(ratio: float | None) -> str:
+    return "no query repaired" if ratio is None else f"{ratio:.2f} flips per repaired query"
 
 
 def _points(share: float | None) -> str:

@@ -60,6 +60,11 @@ def further(reason: Reason, evidence: Evidence, policy: RolloutPolicy) -> Need:
         return _NOTHING
     if reason.guard == "NFR":
         return _for_flips(state, limit_of(reason.threshold), policy)
+    if reason.guard == "cumulative NFR" and state.cumulative_nfr is not None:
+        since = state.model_copy(update={"nfr": state.cumulative_nfr})  # as much alike as those of this update
+        return _for_flips(since, limit_of(reason.threshold), policy)
+    if reason.guard == "flips per repair" and state.pfr is not None:
+        return _for_ratio(state, state.pfr, limit_of(reason.threshold), policy)
     if reason.guard == "cost":
         cost, inputs = evidence.costs[-1], evidence.cost_inputs
         if inputs is None or not inputs.value_per_point_day or not reason.threshold or cost.total_price is None:
@@ -79,6 +84,8 @@ def as_question(option: Option, reason: Reason, policy: RolloutPolicy) -> str:
     metric = f"recall@{policy.k}" if policy.metric == "recall@k" else policy.metric
     limit = {
         "NFR": f"at most {percent(reason.threshold)} of the queries would go from right to wrong",
+        "flips per repair": f"at most {reason.threshold} queries would break for each one that is repaired",
+        "cumulative NFR": f"at most {percent(reason.threshold)} of what an older generation had right would be wrong",
         "quality": f"{metric} would stay within {limit_of(policy.quality_margin_points):g} points of today's",
         "dip": f"{metric} would never fall by more than {limit_of(policy.max_dip_points):g} points on the way",
         "wave zero": "the vectors that are stored can still be searched",
@@ -135,6 +142,21 @@ def _for_flips(state: StateEvidence, limit: float, policy: RolloutPolicy) -> Nee
             f"each has: at least {least_of_all:,} are needed"
         )
     return _need(solve, rate, rates, num_clusters, mean, why)
+
+
+def _for_ratio(state: StateEvidence, pfr: float, limit: float, policy: RolloutPolicy) -> Need:
+    """Identities until flips per repair clear their limit, limit x PFR - NFR being above or below 0."""
+    nfr, mean, effect = state.nfr or 0.0, state.num_queries / state.num_clusters, state.nfr_design_effect or 1.0
+    spare = limit * pfr - nfr
+    sd = math.sqrt(max(limit**2 * pfr + nfr - spare**2, 0.0))
+
+    def solve(true: float) -> int | None:
+        alpha = policy.alpha / NFR_FAMILIES / 2  # each of the two shares has half
+        queries = queries_for_margin(true, sd, 0.0, alpha=alpha, power=policy.power, design_effect=effect)
+        return None if queries is None else math.ceil(queries / mean)
+
+    plausible = spare + stats.norm.ppf(PLAUSIBLE) * sd * math.sqrt(effect / state.num_queries)
+    return _need(solve, spare, plausible, state.num_clusters, mean, "")
 
 
 def _for_photos(item: ClusterEvidence, reason: Reason, policy: RolloutPolicy) -> Need:

@@ -127,9 +127,9 @@ def detectable(queries: Queries, policy: RolloutPolicy) -> Detectable:
     # No difference at all: the gate takes minus the exact bound of the losses, shared by all fractions.
     loss = share_bounds(np.zeros(len(clusters), bool), clusters, policy.alpha / len(policy.fractions)).upper
     needed = None
-    if policy.max_nfr is not None and len(sizes):
-        needed = identities_for_nfr(policy.max_nfr, sizes.tolist(), alpha)
-    limit = 1.0 if policy.max_nfr is None else policy.max_nfr
+    if policy.nfr_limit is not None and len(sizes):
+        needed = identities_for_nfr(policy.nfr_limit, sizes.tolist(), alpha)
+    limit = 1.0 if policy.nfr_limit is None else policy.nfr_limit
     return Detectable(
         num_queries=len(clusters),
         num_identities=len(sizes),
@@ -200,7 +200,7 @@ def truths(policy: RolloutPolicy, gain_points: float, last: StateEvidence | None
 
     Flips are half of what the policy allows. `last`: the fully re-embedded state of an earlier evaluation.
     """
-    nfr = (policy.max_nfr or 0.0) / 2
+    nfr = (policy.nfr_limit or 0.0) / 2
     found = [
         Truth(name="nothing changes at all", nfr=0.0, pfr=0.0),
         Truth(name="as good as today's, half of the allowed flips", nfr=nfr, pfr=nfr),
@@ -213,7 +213,7 @@ def truths(policy: RolloutPolicy, gain_points: float, last: StateEvidence | None
 
 def expected_truth(policy: RolloutPolicy, gain_points: float) -> Truth:
     """An update that wins what is expected and flips half of what is allowed."""
-    nfr = (policy.max_nfr or 0.0) / 2
+    nfr = (policy.nfr_limit or 0.0) / 2
     pfr = min(nfr + gain_points / 100, 1 - nfr)
     return Truth(name=f"{gain_points:g} points better, half of the allowed flips", nfr=nfr, pfr=max(pfr, 0.0))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from graceful.evaluation.outcomes import Metric
 
@@ -48,7 +48,22 @@ class RolloutPolicy(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    alpha: float = Field(default=0.05, gt=0, lt=0.5, description="One-sided error level of every guard.")
+    alpha: float = Field(
+        default=0.05,
+        gt=0,
+        lt=0.5,
+        description="One-sided error level of every guard, over all candidates judged on the same identities.",
+    )
+    alpha_spending: Literal["group_sequential", "none"] = Field(
+        default="group_sequential",
+        description="group_sequential: candidates judged on the same evaluation identities share alpha; none: each has "
+        "the whole, and bad ones add up.",
+    )
+    planned_updates: int = Field(
+        default=4,
+        ge=1,
+        description="Candidates over which half of alpha is spent; the next as many have a sixth, and it never ends.",
+    )
     metric: Metric = Field(default="recall@k", description="Metric of the quality and dip guards.")
     k: int = Field(default=1, ge=1, description="A query is right when a relevant item is among the first k.")
     quality_margin_points: float | None = Field(
@@ -71,6 +86,28 @@ class RolloutPolicy(BaseModel):
         lt=1,
         description="Largest share of false ones among the slices that are reported to lose more than the rest; they "
         "decide nothing.",
+    )
+    noise_floor: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="NFR between two trainings of one recipe that differ in the seed alone, as you measured it.",
+    )
+    max_nfr_over_noise: float | None = Field(
+        default=None, gt=0, description="Largest NFR as a multiple of noise_floor; the smaller limit counts."
+    )
+    max_flips_per_repair: float | None = Field(
+        default=None, gt=0, description="Largest number of queries that may break for each one that is repaired."
+    )
+    max_cumulative_nfr: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Largest share of queries that the first generation that served, or that of cumulative_updates "
+        "ago, had right and that may be wrong afterwards.",
+    )
+    cumulative_updates: int | None = Field(
+        default=None, ge=1, description="How many generations max_cumulative_nfr reaches back; by default all."
     )
     max_dip_points: float | None = Field(
         default=1.0,
@@ -116,8 +153,12 @@ class RolloutPolicy(BaseModel):
         default=(0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0), description="Fractions of the gallery that are judged."
     )
     allow_full_backfill: bool = Field(default=True, description="Whether a full backfill may be decided at all.")
-    num_resamples: int = Field(default=2000, ge=100, description="Resamples of the clustered bootstrap.")
-    seed: int = Field(default=0, ge=0, description="Seed of the bootstrap.")
+    num_resamples: int = Field(
+        default=2000,
+        ge=100,
+        description="Random draws, at least, for the quantile that holds for all fractions at once.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of these draws.")
     power: float = Field(default=0.8, gt=0, lt=1, description="Power for which further queries are planned.")
     expected_gain_points: float = Field(
         default=2.0, ge=0, le=100, description="What a new generation is trained to win; read before a training alone."
@@ -133,6 +174,20 @@ class RolloutPolicy(BaseModel):
         default="warn", description="What 'graceful update' does before a training whose chance is less than that."
     )
 
+    @model_validator(mode="after")
+    def _noise_is_measured(self) -> RolloutPolicy:
+        if self.max_nfr_over_noise is not None and self.noise_floor is None:
+            raise ValueError("max_nfr_over_noise: expected noise_floor beside it, the NFR between two seeds")
+        return self
+
+    @property
+    def nfr_limit(self) -> float | None:
+        """The smallest of the limits given for the NFR: `max_nfr`, and `max_nfr_over_noise` x `noise_floor`."""
+        relative = None
+        if self.max_nfr_over_noise is not None and self.noise_floor is not None:
+            relative = self.max_nfr_over_noise * self.noise_floor
+        return min((limit for limit in (self.max_nfr, relative) if limit is not None), default=None)
+
 
 def severity_scopes(policy: RolloutPolicy) -> tuple[str, ...]:
     """Scopes of the severity classes that have a limit of their own."""
@@ -146,7 +201,7 @@ def max_nfr_in(policy: RolloutPolicy, scope: str) -> float | None:
     >>> max_nfr_in(policy, "severity=critical"), max_nfr_in(policy, "overall")
     (0.005, 0.02)
     """
-    return policy.max_nfr_by_severity.get(scope.removeprefix("severity="), policy.max_nfr)
+    return policy.max_nfr_by_severity.get(scope.removeprefix("severity="), policy.nfr_limit)
 
 
 def verdict_not_below(lower: float | None, upper: float | None, threshold: float) -> Verdict:

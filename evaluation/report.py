@@ -304,7 +304,7 @@ def _forests(evidence: Evidence, lived: LivedStates, policy: RolloutPolicy) -> l
         most = max(inside, key=lambda s: 1.0 if s.nfr_upper is None else s.nfr_upper)
         if most.nfr is not None:
             verdict = (
-                "" if policy.max_nfr is None else verdict_not_above(most.nfr_lower, most.nfr_upper, policy.max_nfr)
+                "" if policy.nfr_limit is None else verdict_not_above(most.nfr_lower, most.nfr_upper, policy.nfr_limit)
             )
             losses.append(ForestRow(_label(scope, most), most.nfr, most.nfr_lower, most.nfr_upper, verdict))
         least = min(inside, key=lambda s: -1.0 if s.difference_lower is None else s.difference_lower)
@@ -315,8 +315,8 @@ def _forests(evidence: Evidence, lived: LivedStates, policy: RolloutPolicy) -> l
             quality.append(_quality_row(f"on vectors of {item.gallery_generation.partition('-')[0]}", item, policy))
     if losses:
         title = "Searches that work now and would fail"
-        limit = "" if policy.max_nfr is None else f"The dashed line is the limit, {share_text(policy.max_nfr)}."
-        figure = forest_figure(_worst(losses, lower_is_worse=False), policy.max_nfr, "per cent", good_side="left")
+        limit = "" if policy.nfr_limit is None else f"The dashed line is the limit, {share_text(policy.nfr_limit)}."
+        figure = forest_figure(_worst(losses, lower_is_worse=False), policy.nfr_limit, "per cent", good_side="left")
         drawn.append(_Drawn(title, figure, limit))
     if quality:
         margin = policy.quality_margin_points
@@ -365,7 +365,7 @@ def _ways(
     title = f"{metric}: everything is re-embedded first" if whole else f"{metric} while the gallery is re-embedded"
     drawn = [_Drawn(title, figure, caption)]
     if measured:
-        figure = flips_figure(measured, policy.max_nfr, chosen)
+        figure = flips_figure(measured, policy.nfr_limit, chosen)
         caption = flips_caption(lived.states or overall, policy)
         drawn.append(_Drawn("Searches lost and won on the way", figure, caption))
     return drawn
@@ -384,12 +384,12 @@ def _slices(
     shown = [
         ForestRow(
             f"{row['slice']}\nn {row['n']:,}", row["nfr"], row["nfr_lower"], row["nfr_upper"],
-            verdict_not_above(row["nfr_lower"], row["nfr_upper"], policy.max_nfr)
-            if row["guarded"] and policy.max_nfr is not None else "",
+            verdict_not_above(row["nfr_lower"], row["nfr_upper"], policy.nfr_limit)
+            if row["guarded"] and policy.nfr_limit is not None else "",
         )
         for row in rows[:MAX_FOREST_ROWS]
     ]  # fmt: skip
-    figure = forest_figure(shown, policy.max_nfr, "per cent of the searches lost", good_side="left")
+    figure = forest_figure(shown, policy.nfr_limit, "per cent of the searches lost", good_side="left")
     return {"rows": rows, "when": moment(state.fraction), "svg": svg(figure, "Searches lost by slice")}
 
 

@@ -43,7 +43,7 @@ print(graceful.nfr_bound(before, after, identity).upper)  # at 95 %, the share i
 _SECTIONS = {
     "Workspace": ("flows.api", "errors"),
     "Judge two models": ("evaluation.arrays", "evaluation.policy", "evaluation.decision"),
-    "Bounds and numbers of queries": ("evaluation.intervals", "evaluation.power"),
+    "Bounds and numbers of queries": ("evaluation.intervals", "evaluation.bands", "evaluation.power"),
     "Flips": ("evaluation.flips",),
     "Matrix of generations": ("evaluation.matrix",),
     "Backfill curves": ("evaluation.backfill",),

@@ -16,16 +16,10 @@ if TYPE_CHECKING:
     from graceful.errors import GracefulError
     from graceful.evaluation.arrays import backfill_curve, compatibility_matrix, judge_outcomes
     from graceful.evaluation.backfill import BackfillCurve, smallest_sufficient_fraction
+    from graceful.evaluation.bands import DifferenceBands, difference_bands
     from graceful.evaluation.decision import Decision
     from graceful.evaluation.flips import FlipRates, flip_rates, negative_flip_rate, positive_flip_rate
-    from graceful.evaluation.intervals import (
-        DifferenceBands,
-        ShareBounds,
-        clopper_pearson,
-        difference_bands,
-        nfr_bound,
-        share_bounds,
-    )
+    from graceful.evaluation.intervals import ShareBounds, clopper_pearson, nfr_bound, share_bounds
     from graceful.evaluation.matrix import (
         AdvBctScores,
         CompatibilityMatrix,
@@ -74,10 +68,10 @@ _HOME = {
     "flip_rates": "evaluation.flips",
     "negative_flip_rate": "evaluation.flips",
     "positive_flip_rate": "evaluation.flips",
-    "DifferenceBands": "evaluation.intervals",
+    "DifferenceBands": "evaluation.bands",
     "ShareBounds": "evaluation.intervals",
     "clopper_pearson": "evaluation.intervals",
-    "difference_bands": "evaluation.intervals",
+    "difference_bands": "evaluation.bands",
     "nfr_bound": "evaluation.intervals",
     "share_bounds": "evaluation.intervals",
     "AdvBctScores": "evaluation.matrix",

@@ -19,11 +19,14 @@ from graceful.evaluation.cost import CostInputs, OptionCost, break_even_days, op
 from graceful.evaluation.evidence import OVERALL, StateEvidence
 from graceful.evaluation.planning import BestFraction, Detectable, Power, best_fraction, detectable, joint_power, truths
 from graceful.evaluation.policy import RolloutPolicy
+from graceful.evaluation.spending import at_level
 from graceful.files import exists, join
 from graceful.flows.runtime.session import Session, open_session
 from graceful.flows.settings.config import load_workspace_config
 from graceful.flows.store.evaluation_set import EvaluationSet, load_evaluation_set
 from graceful.flows.store.evaluations import Evaluation
+from graceful.flows.store.events import Looked
+from graceful.flows.store.ledger import next_look
 from graceful.flows.store.workspace import Workspace, require_workspace
 from graceful.flows.update.foresee import in_plain_words, last_judged, likeness_and_right, queries_of
 from graceful.indexing.embed import EmbeddedUnit, EmbedUnit
@@ -135,6 +138,8 @@ def plan_update(
         say(steps[0])
         evaluation_set = load_evaluation_set(config.evaluation)
         last = last_judged(workspace)
+        looks = workspace.registry.events(Looked)
+        policy = at_level(policy, None if champion is None else next_look(looks, root, evaluation_set, policy))
         best_possible, powers = _simulate(evaluation_set, policy, gain, last)
         sentences = in_plain_words(best_possible, powers[:3], policy)
         if champion is None or view is None:

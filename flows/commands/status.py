@@ -7,11 +7,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from graceful.errors import GracefulError
+from graceful.evaluation.spending import next_share
 from graceful.files import crash_point, join, list_files, remove
 from graceful.flows.store.clusterings import forget_in_clusterings
 from graceful.flows.store.evaluation_set import evaluation_set_uri, named_in_set
-from graceful.flows.store.events import Decided, Trained, UpdateStarted
+from graceful.flows.store.events import Decided, Looked, Trained, UpdateStarted
 from graceful.flows.store.labels import forget_label_page
+from graceful.flows.store.registry import Registry
 from graceful.flows.store.reports import forget_pictures
 from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.flows.update.serving import delete, go_forward, reject, retire, revoke, rollback
@@ -41,6 +43,7 @@ def workspace_status(root: str) -> dict[str, Any]:
         "rows_by_generation": {},
         "newest_decision": decided[-1].payload.outcome if decided else None,
         "pending": registry.pending_generation(),
+        "error_level": _error_level(registry),
     }
     if serving.champion is not None:
         view = workspace.view(serving.champion)
@@ -54,6 +57,22 @@ def workspace_status(root: str) -> dict[str, Any]:
         plan = registry.plan(serving.active_plan)[0]
         found["plan"] = {"generation": plan.generation, "fraction": plan.fraction, "items": plan.num_items}
     return found
+
+
+def _error_level(registry: Registry) -> dict[str, Any] | None:
+    """What the judgements so far have spent on the newest evaluation set, and what the next one may use."""
+    looks = registry.events(Looked)
+    if not looks:
+        return None
+    newest = looks[-1].payload.look
+    spent = min(newest.spent + newest.share, 1.0)
+    return {
+        "evaluation_set": newest.evaluation_set,
+        "judgements": newest.number,
+        "spent": round(spent, 4),
+        "next_share": round(next_share(spent, newest.planned_updates), 4),
+        "restored_by": "fresh evaluation identities",
+    }
 
 
 def delete_items(root: str, item_ids: list[str], *, forget: bool) -> dict[str, Any]:

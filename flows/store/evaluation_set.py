@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -167,6 +168,14 @@ def named_in_set(location: str) -> set[str]:
     """Content hashes of the images of a stored set."""
     filesystem, path = resolve(join(location, "rows.parquet"))
     return set(pq.read_table(path, columns=["content_sha256"], filesystem=filesystem)["content_sha256"].to_pylist())
+
+
+def queries_of_set(root: str, set_id: str) -> tuple[set[str], set[str]]:
+    """Clusters and content hashes of the queries of a stored set."""
+    filesystem, path = resolve(join(evaluation_set_uri(root, set_id), "rows.parquet"))
+    rows = pq.read_table(path, columns=["role", "cluster", "content_sha256"], filesystem=filesystem)
+    rows = rows.filter(pc.equal(rows["role"], "query"))
+    return set(rows["cluster"].to_pylist()), set(rows["content_sha256"].to_pylist())
 
 
 def save_evaluation_set(root: str, evaluation_set: EvaluationSet) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from graceful.errors import UnknownFormatError
+from graceful.evaluation.spending import Look
 
 
 class _Happened(BaseModel):
@@ -50,6 +51,14 @@ class Adopted(_Happened):
     kind: Literal["adopted"] = "adopted"
     name: str
     factory: str
+
+
+class Looked(_Happened):
+    """A candidate is judged on an evaluation set, and uses a part of its error level. `outcomes`: their digest."""
+
+    kind: Literal["looked"] = "looked"
+    outcomes: str
+    look: Look
 
 
 class Decided(_Happened):
@@ -160,8 +169,9 @@ class UpdateCompleted(_Happened):
 
 
 Happened = Annotated[
-    UpdateStarted | Trained | Adopted | Decided | Promoted | Held | Pending | Overridden | Rejected | RolledBack
-    | Forwarded | CertificateRevoked | ThresholdsSet | PlanCompleted | PreviousReleased | Retired | UpdateCompleted,
+    UpdateStarted | Trained | Adopted | Looked | Decided | Promoted | Held | Pending | Overridden | Rejected
+    | RolledBack | Forwarded | CertificateRevoked | ThresholdsSet | PlanCompleted | PreviousReleased | Retired
+    | UpdateCompleted,
     Field(discriminator="kind"),
 ]  # fmt: skip
 KINDS = tuple(model.model_fields["kind"].default for model in get_args(get_args(Happened)[0]))

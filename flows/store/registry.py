@@ -148,6 +148,39 @@ class Registry:
         }
         return _append_in_order(self._lineage, [row], unit=event_id)
 
+    def record_once(self, kind: type[H], key: str, generation: str, make: Callable[[list[Event[H]]], H]) -> H:
+        """Append an event that is made from those of its kind before it, unless one of this key is there; returns it.
+
+        `make` is asked again where another event was recorded in between, so that no two count the same ones before.
+        """
+        name = kind.model_fields["kind"].default
+        event_id = f"{name}/{key}"
+        for attempt in range(_ATTEMPTS):
+            version = self._lineage.version()
+            rows = self._lineage.snapshot(version).rows().sort_by("sequence").to_pylist()
+            before: list[Event[H]] = [from_row(row, self.location) for row in rows if row["kind"] == name]
+            known = [event.payload for event in before if event.event_id == event_id]
+            if known:
+                return known[0]
+            happened = make(before)
+            row = {
+                "event_id": event_id,
+                "sequence": version + 1,
+                "kind": name,
+                "update_key": "",
+                "generation": generation,
+                "at": time.time(),
+                "payload": to_text(happened),
+            }
+            try:
+                _append(self._lineage, [row], unit=event_id, expected_version=version)
+            except TableConflictError:
+                _back_off(attempt)
+                continue
+            self._lineage.compact()
+            return happened
+        raise TableConflictError(f"recording {name} {key}: others wrote first {_ATTEMPTS} times; try again")
+
     def events(self, kind: type[H], update_key: str | None = None) -> list[Event[H]]:
         """Events of one kind in the order in which they were recorded, of one update or of all.
 

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from graceful.evaluation.consumers import Consumed
 from graceful.evaluation.cost import CostInputs
 from graceful.evaluation.evidence import CertificateEvidence, Question, certify, wave_zero_generations
-from graceful.evaluation.outcomes import live_state
+from graceful.evaluation.outcomes import Outcomes, live_state
 from graceful.evaluation.policy import RolloutPolicy
+from graceful.evaluation.spending import Look, at_level
 from graceful.files import crash_point
 from graceful.flows.store.evaluation_set import EvaluationSet, near_copy_share
 from graceful.flows.store.evaluations import Evaluation, judge, write_evaluation
@@ -52,6 +53,8 @@ class Candidacy:
     search: SearchConfig = field(default_factory=SearchConfig)
     clusters: ClusteringConfig | None = None
     """How the states are clustered; None: they are not."""
+    anchor: str | None = None
+    take_look: Callable[[Outcomes], Look] | None = None
 
 
 def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candidacy, vectors: Vectors) -> Evaluation:
@@ -59,6 +62,8 @@ def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candi
 
     `candidacy.generations` are all generations of the matrix beside the candidate, by ordinal. `candidacy.clients` are
     older ones that still query; the champion is not among them: after a rollback it must see what it sees now.
+    `candidacy.take_look` is asked for this judgement's part of the error level before anything is bounded; without it
+    the judgement has all of it.
     """
     candidate, champion = candidacy.candidate, candidacy.champion
     lineage = sorted({*candidacy.generations, candidate}, key=ordinal_of)
@@ -93,6 +98,7 @@ def assess(workspace: Workspace, evaluation_set: EvaluationSet, candidacy: Candi
         cost=candidacy.cost,
         near_copy_share=near_copy_share(workspace.root, evaluation_set),
         chance=bench.chance(candidacy.policy.metric, candidacy.policy.k),
+        anchor=candidacy.anchor,
     )
     if champion is None:
         sample = sample_scores(bench, candidacy.policy, [(candidate, candidate)], candidacy.seed)
@@ -119,7 +125,8 @@ def _judge_against(
     bench.measure_served(champion, owners)
     for query in (champion, candidate):
         bench.measure_live(query, owners, list(shares))
-    certificates = _certificates(bench, candidacy.policy, shares, candidate, champion)
+    look = candidacy.take_look(bench.outcomes()) if candidacy.take_look is not None else None
+    certificates = _certificates(bench, at_level(candidacy.policy, look), shares, candidate, champion)
     decided = wave_zero_generations(certificates)
     for wave_zero in (decided, *_other_waves(bench, certificates, candidate)):
         passed = sorted({*shares} - {*wave_zero, candidate}, key=ordinal_of)
@@ -141,6 +148,7 @@ def _judge_against(
             "live_owners": shares,
             "unreadable_share": unreadable,
             "wave_zero": decided,
+            "look": look,
             "thresholds": served_thresholds(workspace.registry, candidacy.policy.thresholds, champion, list(shares)),
         }
     )

@@ -17,9 +17,11 @@ from graceful.evaluation.planning import (
     joint_power,
 )
 from graceful.evaluation.policy import RolloutPolicy
+from graceful.evaluation.spending import at_level
 from graceful.flows.store.evaluation_set import EvaluationSet
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
-from graceful.flows.store.events import Decided
+from graceful.flows.store.events import Decided, Looked
+from graceful.flows.store.ledger import next_look
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.freeze import Inputs
 
@@ -37,9 +39,11 @@ def foresee(inputs: Inputs) -> None:
 
     Raises: UnderpoweredError.
     """
-    policy = inputs.session.config.policy
+    registry, policy = inputs.registry, inputs.session.config.policy
     if inputs.frozen.champion is None or policy.min_power == 0:
         return
+    look = next_look(registry.events(Looked), inputs.workspace.root, inputs.evaluation_set, policy)
+    policy = at_level(policy, look)
     queries = queries_of(inputs.evaluation_set)
     if not len(queries.clusters):
         return

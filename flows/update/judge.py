@@ -9,6 +9,7 @@ from graceful.evaluation.cost import CostInputs
 from graceful.files import exists, read_json
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
 from graceful.flows.store.events import Decided
+from graceful.flows.store.ledger import take_look
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.assess import Candidacy, assess, mix_drift, record_decision
 from graceful.flows.update.bench import Classifier
@@ -57,6 +58,10 @@ def judge(inputs: Inputs, candidate: str, paragon: str | None = None) -> tuple[D
             cost=_cost(inputs, candidate),
             search=config.search,
             clusters=None if config.policy.max_cluster_churn is None else config.clusters,
+            anchor=_anchor(inputs, candidate),
+            take_look=lambda outcomes: take_look(
+                registry, workspace.root, inputs.evaluation_set, outcomes, candidate, config.policy
+            ),
         ),
         lambda generation, hashes: workspace.cache(generation).read(hashes),
     )
@@ -93,6 +98,20 @@ def _clients(inputs: Inputs, candidate: str) -> tuple[str, ...]:
     """Older generations whose clients still query; the champion's view is left as it is, for a rollback."""
     supported = set(inputs.session.config.gallery.supported_query_generations)
     return tuple(n for n in inputs.frozen.generations if n in supported - {candidate, inputs.frozen.champion})
+
+
+def _anchor(inputs: Inputs, candidate: str) -> str | None:
+    """The generation that flips are counted from over several updates; None before there is one beside the champion.
+
+    Of the generations that served and take part, in the order in which they first did: the oldest, or the one that
+    `policy.cumulative_updates` names.
+    """
+    served = list(dict.fromkeys(state.champion for state in inputs.registry.serving_history() if state.champion))
+    older = [n for n in served if n in inputs.frozen.generations and n not in (candidate, inputs.frozen.champion)]
+    reach = inputs.session.config.policy.cumulative_updates
+    if not older or reach == 1:
+        return None
+    return older[0] if reach is None or reach > len(older) else older[1 - reach]
 
 
 def _cost(inputs: Inputs, candidate: str) -> CostInputs | None:

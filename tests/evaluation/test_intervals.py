@@ -1,4 +1,4 @@
-"""Bounds: golden numbers, laws, and coverage in simulation."""
+"""Bounds of shares: golden numbers, laws, and coverage in simulation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ import pytest
 
 from graceful.evaluation.intervals import (
     ICC_FLOOR,
-    bootstrap_means,
     clopper_pearson,
-    difference_bands,
     intra_cluster_correlation,
     mcnemar_exact,
     nfr_bound,
-    resample_counts,
     share_bounds,
 )
 
@@ -139,124 +136,6 @@ def test_lost_identities_would_slip_through_without_the_bound_that_counts_each_o
 ) -> None:
     monkeypatch.setattr("graceful.evaluation.intervals.CLUSTERS_COUNT_ONCE", 0)
     assert false_passes(0.02, 1000, 50, 1.0) > 0.25
-
-
-def rare_losses(rng: np.random.Generator, rate: float, num: int, size: int, icc: float) -> tuple[Any, Any]:
-    scale = (1 - icc) / icc
-    chance = np.repeat(rng.beta(rate * scale, (1 - rate) * scale, num), size)
-    return -(rng.random(num * size) < chance).astype(float)[:, None], np.repeat(np.arange(num), size)
-
-
-RARE = [(0.01, 100, 50, 0.1), (0.01, 500, 10, 0.3), (0.005, 500, 10, 0.1)]
-
-
-def false_rollouts(rate: float, num: int, size: int, icc: float, runs: int = 200) -> float:
-    rng = np.random.default_rng(1)
-    passed = []
-    for seed in range(runs):
-        values, clusters = rare_losses(rng, rate, num, size, icc)
-        passed.append(difference_bands(values, clusters, num_resamples=300, seed=seed).lower[0] >= -rate)
-    return float(np.mean(passed))
-
-
-@pytest.mark.parametrize("cell", RARE)
-def test_rare_losses_without_wins_pass_at_their_margin_no_more_often_than_alpha(
-    cell: tuple[float, int, int, float],
-) -> None:
-    """Nominal 5 %, standard error 1.5 points. A symmetric max-t band passes 8 to 15 % of them."""
-    assert false_rollouts(*cell) <= 0.05 + 2 * 0.015
-
-
-def test_a_band_that_takes_one_error_for_all_resamples_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_error(*args: Any, **kwargs: Any) -> Any:
-        means = bootstrap_means(*args, **kwargs)
-        return means, np.broadcast_to(means.std(axis=0), means.shape)
-
-    monkeypatch.setattr("graceful.evaluation.intervals.bootstrap_means_and_errors", one_error)
-    assert false_rollouts(0.01, 100, 50, 0.1) > 0.08
-
-
-def test_resample_counts_draw_every_cluster_once_on_average() -> None:
-    counts = resample_counts(50, 400, np.random.default_rng(0))
-    assert (counts.sum(axis=1) == 50).all()
-    assert counts.mean(axis=0) == pytest.approx(np.ones(50), abs=0.2)
-
-
-def test_bootstrap_means_agree_with_resampling_query_by_query() -> None:
-    rng = np.random.default_rng(3)
-    clusters = rng.integers(0, 30, 200)
-    values = rng.normal(size=(200, 2))
-    values[rng.random((200, 2)) < 0.2] = np.nan
-    counts = resample_counts(len(np.unique(clusters)), 5, np.random.default_rng(9))
-    means = bootstrap_means(values, clusters, num_resamples=5, seed=9)
-    code = np.unique(clusters, return_inverse=True)[1]
-    for b in range(5):
-        weights = counts[b, code]
-        for s in range(2):
-            known = ~np.isnan(values[:, s])
-            assert means[b, s] == pytest.approx(np.average(values[known, s], weights=weights[known]))
-
-
-def test_blocks_of_resamples_give_what_one_block_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    values, clusters = np.random.default_rng(0).normal(size=(60, 1)), np.arange(60)
-    whole = bootstrap_means(values, clusters, num_resamples=50, seed=1)
-    monkeypatch.setattr("graceful.evaluation.intervals.MAX_COUNTS_PER_BLOCK", 7 * 60)
-    np.testing.assert_allclose(bootstrap_means(values, clusters, num_resamples=50, seed=1), whole)
-
-
-def test_the_bootstrap_error_is_the_textbook_error_and_clusters_widen_it() -> None:
-    values = np.random.default_rng(4).normal(size=(2000, 1)) * 0.1
-    alone = difference_bands(values, np.arange(2000))
-    assert alone.standard_error[0] == pytest.approx(0.1 / np.sqrt(2000), rel=0.08)
-    assert alone.lower[0] == pytest.approx(alone.value[0] - 1.645 * alone.standard_error[0], abs=2e-4)
-    repeated = difference_bands(np.repeat(values[:200], 10, axis=0), np.repeat(np.arange(200), 10))
-    assert repeated.design_effect[0] == pytest.approx(10, rel=0.15)
-
-
-def test_a_simultaneous_band_is_wider_and_holds_for_all_states_at_once() -> None:
-    rng = np.random.default_rng(5)
-    below = []
-    for seed in range(200):
-        values = rng.normal(size=(300, 6)) * 0.1
-        bands = difference_bands(values, np.arange(300), num_resamples=400, seed=seed)
-        below.append((bands.lower > 0).any())
-    assert np.mean(below) <= 0.09
-    assert bands.critical > 2.0  # pointwise: 1.645
-
-
-def test_a_difference_at_minus_the_margin_passes_about_as_often_as_alpha_allows() -> None:
-    """Paired 0/1 outcomes, clustered: the lower bound may be at or above the truth in about 5 % of the runs."""
-    rng = np.random.default_rng(6)
-    clusters = np.repeat(np.arange(150), 4)
-    passed = []
-    for seed in range(300):
-        lean = np.repeat(rng.random(150) < 0.5, 4)  # half of the clusters flip towards losses
-        chance = rng.random(600)
-        values = np.where(chance < 0.12, np.where(lean, -1.0, 0.5), 0.0)[:, None]
-        passed.append(difference_bands(values, clusters, num_resamples=400, seed=seed).lower[0] >= 0.12 * (-0.25))
-    assert 0.01 <= np.mean(passed) <= 0.09
-
-
-def test_no_change_at_all_is_bounded_by_the_exact_bound_and_not_by_zero() -> None:
-    bands = difference_bands(np.zeros((300, 1)), np.arange(300))
-    assert bands.lower[0] == pytest.approx(-0.00994, abs=1e-4)
-    assert bands.upper[0] == pytest.approx(0.00994, abs=1e-4)
-
-
-def test_bands_say_nothing_about_no_query_or_one_cluster() -> None:
-    values = np.array([[np.nan, 0.1], [np.nan, 0.1]])
-    bands = difference_bands(values, np.array([0, 0]), num_resamples=100)
-    assert np.isneginf(bands.lower).all()
-    assert np.isposinf(bands.upper).all()
-    assert np.isnan(bands.value[0])
-    empty = difference_bands(np.zeros((0, 2)), np.zeros(0, int), num_resamples=100)
-    assert np.isneginf(empty.lower).all()
-
-
-def test_the_same_seed_gives_the_same_band() -> None:
-    values, clusters = np.random.default_rng(0).normal(size=(100, 3)), np.arange(100)
-    first, second = (difference_bands(values, clusters, seed=7, num_resamples=200) for _ in range(2))
-    np.testing.assert_array_equal(first.lower, second.lower)
 
 
 def test_mcnemar_is_the_sign_test_on_flips() -> None:

@@ -206,6 +206,8 @@ ROWS = (
     Row("publish an index", "snapshot-before-manifest", "the last file, the manifest that names them"),
 )
 ELSEWHERE = {
+    "look-taken": "the real command, killed there in `tests/flows/test_kill_and_resume.py`, and at every write of the "
+    "ledger in `tests/flows/test_ledger.py`: the same look is found again, none is lost or counted twice",
     "evaluation-written": "the real command, killed there in `tests/flows/test_kill_and_resume.py`: an evaluation is "
     "written whole, and read back before it is decided about again",
     "decided": "the real command, killed there in `tests/flows/test_kill_and_resume.py`: the recorded decision is "

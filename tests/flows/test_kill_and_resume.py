@@ -25,7 +25,7 @@ STEPS = [
     "move serving state", "re-index", "conclude", "publish", "collect",
 ]  # fmt: skip
 INSIDE = [
-    "evaluation-written", "decided", "certified", "protected", "plan-saved", "before-serving-moves",
+    "look-taken", "evaluation-written", "decided", "certified", "protected", "plan-saved", "before-serving-moves",
     "after-serving-moved", "vectors-before-commit", "vectors-after-commit", "wave-done",
 ]  # fmt: skip
 MOVED = (

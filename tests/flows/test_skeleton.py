@@ -130,7 +130,7 @@ def test_planted_flips_are_counted_and_hold_the_candidate(world, evaluation_set)
 
 def test_too_few_queries_are_inconclusive_and_say_how_many_would_do(world, evaluation_set):
     workspace, models = world
-    few = np.arange(0, len(evaluation_set.queries), 12)
+    few = np.arange(0, len(evaluation_set.queries), 24)
     small = EvaluationSet(
         "small", evaluation_set.queries.take(few), evaluation_set.gallery, evaluation_set.clusters[few], {}
     )
