@@ -354,9 +354,11 @@ def searched(tmp_path_factory):
     """Two generations trained and rolled out, with a consumer of five digits' scores."""
     root = tmp_path_factory.mktemp("digits") / "workspace"
     unlock = {"threshold": 0.9, "guards": "FAR", "limit": 0.95}
-    tiny.new_workspace(root, {"policy.thresholds": {"unlock": unlock}})
+    # Five identities show nothing at a part of the error level.
+    changes = {"policy.thresholds": {"unlock": unlock}, "policy.alpha_spending": "none"}
+    tiny.new_workspace(root, changes)
     update(root)
-    tiny.write_config(root, root / "digits.parquet", {"policy.thresholds": {"unlock": unlock}, **tiny.grown(5)})
+    tiny.write_config(root, root / "digits.parquet", {**changes, **tiny.grown(5)})
     result = update(root)
     assert result.outcome in ("COMPATIBLE_ROLLOUT", "FULL_BACKFILL")
     return root
