@@ -402,7 +402,7 @@ def _judge_clusters(item: ClusterEvidence, limit: float) -> Reason:
     bound = item.changed_lower if verdict == "FAIL" else item.changed_upper
     text = (
         f"clusters, {item.state}: {percent(item.changed)} of the photos change person, "
-        f"{'at least' if verdict == 'FAIL' else 'at most'} {percent(bound)}, limit {percent(limit)}; {item.num_split} "
+        f"{_most(verdict)} {percent(bound)}, limit {percent(limit)}; {item.num_split} "
         f"people split, {item.num_merged} merged, n {item.num_items}: {verdict}"
     )
     return Reason(
