@@ -21,7 +21,8 @@ ORDER = {
         "training.measure", "training.glyphs", "training.materialise", "training.folders", "training.rows",
         "training.datasets", "training.backbones", "training.heads", "training.encoder", "training.predecessors",
         "training.constraints.bct", "training.constraints.cross_contrast", "training.constraints.ract",
-        "training.constraints", "training.pixels", "training.progress", "training.finishing", "training.loop",
+        "training.constraints", "training.pixels", "training.material", "training.objective", "training.progress",
+        "training.finishing", "training.starting", "training.loop",
         "training.launch",
     ),
     "indexing": (

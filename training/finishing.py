@@ -4,7 +4,8 @@ In this order: interpolation changes the weights, so that batch norm statistics 
 need the final network.
 """
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn import functional
 from graceful.errors import UsageError
 from graceful.training.encoder import autocast, embed, normalise
 from graceful.training.generation import Preprocessing
+from graceful.training.material import Batch
 
 
 def interpolate(network: nn.Module, parent_state: Mapping[str, Tensor], share: float) -> None:
@@ -39,23 +41,22 @@ def interpolate_rows(rows: Tensor, parent_rows: Tensor, share: float) -> Tensor:
 
 def calibrate(
     network: nn.Module,
-    pixels: Tensor,
+    batches: Iterable[Batch],
     preprocessing: Preprocessing,
     device: torch.device,
     dtype: torch.dtype | None,
-    num_images: int,
-    seed: int,
-    batch_size: int = 256,
 ) -> int:
     """Replace the running statistics of every batch norm by those of clean training images; return how many were used.
 
     Statistics collected on augmented batches do not fit the clean images that are stored and searched. A random
-    `num_images` (all if there are fewer) go through in equal batches, without augmentation; the stored mean and
-    variance are the plain averages over these batches. Returns 0 for a network without batch norm.
+    sample goes through in equal batches, without augmentation; the stored mean and variance are the plain averages over
+    these batches. Returns 0 for a network without batch norm, and changes nothing where there are no images.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.track_running_stats]
-    if not norms or num_images == 0:
+    batches = iter(batches)
+    first = next(batches, None) if norms else None
+    if first is None or not len(first.rows):
         return 0
     momenta = [norm.momentum for norm in norms]
     was_training = network.training
@@ -64,43 +65,36 @@ def calibrate(
         norm.reset_running_stats()
         norm.momentum = None  # the average over all batches, instead of an exponential one
         norm.train()
-    chosen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[:num_images]
+    num_images = 0
     with torch.no_grad(), autocast(device, dtype):
-        for rows in chosen.tensor_split(max(1, len(chosen) // batch_size)):
-            network(normalise(pixels.index_select(0, rows).to(device), preprocessing))
+        for batch in itertools.chain([first], batches):
+            network(normalise(batch.pixels.to(device), preprocessing))
+            num_images += len(batch.rows)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     network.train(was_training)
-    return len(chosen)
+    return num_images
 
 
 def sum_by_class(
     network: nn.Module,
-    pixels: Tensor,
-    labels: Tensor,
+    batches: Iterable[Batch],
     num_classes: int,
     preprocessing: Preprocessing,
     device: torch.device,
     dtype: torch.dtype | None,
-    share: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Return the sums (C, d) of the unit embeddings of every class over one rank's share of the clean images.
 
-    share: rank and world size; the sums of all ranks add up to those of all images.
+    The sums of all ranks add up to those of all images.
     """
-    rank, world_size = share
     network.eval()
     sums: Tensor | None = None
-    for rows in _blocks(len(pixels), rank, world_size):
-        vectors = embed(network, pixels.index_select(0, rows), preprocessing, device, dtype)
+    for batch in batches:
+        vectors = embed(network, batch.pixels, preprocessing, device, dtype)
         if sums is None:
             sums = torch.zeros(num_classes, vectors.shape[1], device=device)
-        sums.index_add_(0, labels[rows].to(device), vectors.nan_to_num(0.0))
+        sums.index_add_(0, batch.labels.to(device), vectors.nan_to_num(0.0))
     if sums is None:
-        raise UsageError(f"class means: expected images for rank {rank} of {world_size}, found none; use fewer workers")
+        raise UsageError("class means: expected images for every rank, found none for one; use fewer workers")
     return sums
-
-
-def _blocks(num_images: int, rank: int, world_size: int, block: int = 512) -> Iterator[Tensor]:
-    mine = torch.arange(rank, num_images, world_size)
-    yield from mine.split(block)

@@ -22,10 +22,13 @@ from graceful.training.generation import GenerationCard, PredecessorRef, Preproc
 from graceful.training.images import decode, read_payloads
 from graceful.training.job import ConstraintConfig, TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
-from graceful.training.loop import IncompatibleParentError, TrainingDeadlineError, TrainingDivergedError, train_worker
+from graceful.training.loop import TrainingDeadlineError, TrainingDivergedError, train_worker
 from graceful.training.manifest import LabelledImages
+from graceful.training.material import Material
 from graceful.training.pixels import ChangedImagesError, affine, crop_flip, training_batch
+from graceful.training.predecessors import Predecessors
 from graceful.training.progress import TrailReporter
+from graceful.training.starting import IncompatibleParentError
 
 MakeJob = Callable[..., TrainingJob]
 
@@ -181,13 +184,16 @@ def test_stored_batch_norm_statistics_are_those_of_the_clean_training_images(
 def test_calibration_takes_the_wanted_number_of_images_and_leaves_settings(preprocessing: Preprocessing) -> None:
     network = nn.Sequential(nn.BatchNorm2d(1, momentum=0.3), nn.Dropout(0.5)).train()
     pixels = torch.randint(0, 255, (600, 1, 8, 8), dtype=torch.uint8)
-    assert calibrate(network, pixels, preprocessing, torch.device("cpu"), None, 512, seed=0) == 512
+    labels = torch.arange(600) % 2
+    material = Material(["a", "b"], labels, pixels, Predecessors((), labels.numpy(), torch.device("cpu")))
+    assert calibrate(network, material.sample(512, seed=0), preprocessing, torch.device("cpu"), None) == 512
     assert network[0].momentum == 0.3
     assert network.training
-    assert calibrate(network, pixels, preprocessing, torch.device("cpu"), None, 4096, seed=0) == 600
+    assert calibrate(network, material.sample(4096, seed=0), preprocessing, torch.device("cpu"), None) == 600
     expected = normalise(pixels, preprocessing)
     torch.testing.assert_close(network[0].running_mean, expected.mean().reshape(1), rtol=1e-3, atol=1e-4)
-    assert calibrate(nn.Linear(2, 2), pixels, preprocessing, torch.device("cpu"), None, 512, seed=0) == 0
+    assert calibrate(nn.Linear(2, 2), material.sample(512, seed=0), preprocessing, torch.device("cpu"), None) == 0
+    assert calibrate(network, material.sample(0, seed=0), preprocessing, torch.device("cpu"), None) == 0
 
 
 def test_interpolation_averages_weights_and_rows() -> None:
