@@ -130,17 +130,6 @@ def flips_against(
     return found
 
 
-def flips_by_slice(outcomes: Outcomes, before: str, after: str, name: str, *, k: int = 1) -> dict[str, FlipRates]:
-    """`state_flips` for every value of one slice, in sorted order."""
-    if name not in outcomes.slices:
-        raise ValueError(f"computing flips by slice: expected one of {sorted(outcomes.slices)}, found {name!r}")
-    values = outcomes.slices[name]
-    return {
-        value: state_flips(outcomes, before, after, k=k, within=values == value)
-        for value in sorted(set(values.tolist()) - {""})
-    }
-
-
 def nfr_matrix(outcomes: Outcomes, states: Sequence[str], *, k: int = 1) -> NDArray[np.float64]:
     """NFR for all pairs of S states (S, S): row = before, column = after. One product of hit matrices.
 

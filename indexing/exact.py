@@ -162,36 +162,6 @@ def rank_states(
     return {pair: results[pair] for pair in pairs}
 
 
-def mixed_gallery(vectors_by_generation: Mapping[str, NDArray[np.float32]], owner: ArrayLike) -> NDArray[np.float32]:
-    """Return the (N, D) gallery whose row i is row i of the generation that owns it.
-
-    `owner` (N,) holds keys of `vectors_by_generation`, or codes in its order. Rows of a generation that owns nothing
-    are not looked at; each must otherwise have N rows.
-
-    Raises:
-        WidthMismatchError: owning generations differ in width.
-    """
-    codes = owner_codes(vectors_by_generation, owner, None)
-    names = list(vectors_by_generation)
-    owning = [names[code] for code in np.unique(codes)]
-    if not owning:
-        return np.zeros((0, 0), dtype=np.float32)
-    width = vectors_by_generation[owning[0]].shape[1]
-    mixed = np.empty((len(codes), width), dtype=np.float32)
-    for name in owning:
-        vectors = vectors_by_generation[name]
-        if vectors.shape[1] != width:
-            raise WidthMismatchError(
-                f"mixing galleries: expected one width, found {width} ({owning[0]}) and {vectors.shape[1]} ({name}); "
-                "rank them as a mix instead"
-            )
-        if len(vectors) != len(codes):
-            raise ValueError(f"mixing galleries: expected {len(codes)} rows of {name}, found {len(vectors)}")
-        mine = codes == names.index(name)
-        mixed[mine] = vectors[mine]
-    return mixed
-
-
 def top_k(
     query_vectors: NDArray[np.float32],
     gallery_vectors: NDArray[np.float32],

@@ -351,8 +351,3 @@ def _loader(location: str) -> Callable[[NDArray[np.int64]], NDArray[np.float32]]
         return vectors
 
     return load
-
-
-def gallery_exists(location: str) -> bool:
-    """Tell whether a gallery was created at a location."""
-    return exists(join(location, "items", "_delta_log"))

@@ -20,11 +20,6 @@ class TrainedOnQueriesError(GracefulError):
     """Evaluation queries were in an earlier generation's training."""
 
 
-def images_trained_on(workspace: Workspace, evaluation_set: EvaluationSet) -> dict[str, int]:
-    """Queries that each generation was trained on, by content; generations with none are left out."""
-    return {generation: len(names) for generation, names in _leaks(workspace, evaluation_set).items()}
-
-
 def training_manifests(workspace: Workspace) -> Iterator[tuple[str, LabelledImages]]:
     """Each generation that was trained here and takes part, with the images that it was trained on.
 

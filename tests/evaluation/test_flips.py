@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from graceful.evaluation.flips import (
     flip_rates,
     flips_against,
-    flips_by_slice,
     negative_flip_rate,
     nfr_matrix,
     positive_flip_rate,
@@ -79,15 +78,6 @@ def test_a_query_lost_afterwards_is_a_negative_flip() -> None:
     outcomes = Outcomes(*(np.array(["a", "b", "c"]),) * 3, {}, rank, precision)
     assert state_flips(outcomes, "served", "fraction/0").nfr == 0.5
     assert nfr_matrix(outcomes, ["served", "fraction/0"])[0, 1] == 0.5
-
-
-def test_slices_are_reported_one_by_one(planted) -> None:
-    outcomes = planted(num_queries=100, losses=10, slices={"camera": np.repeat(["day", "night"], [65, 35])})
-    rates = flips_by_slice(outcomes, "served", "fraction/0", "camera")
-    assert list(rates) == ["day", "night"]
-    assert (rates["day"].nfr, rates["night"].nfr) == (5 / 65, 5 / 35)
-    with pytest.raises(ValueError, match="found 'size'"):
-        flips_by_slice(outcomes, "served", "fraction/0", "size")
 
 
 def test_different_queries_are_refused() -> None:

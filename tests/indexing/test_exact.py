@@ -17,7 +17,6 @@ from graceful.indexing.exact import (
     NonFiniteEmbeddingError,
     RelevantRanks,
     WidthMismatchError,
-    mixed_gallery,
     rank_states,
     relevant_ranks,
     top_k,
@@ -32,6 +31,12 @@ def grid_vectors(rng: np.random.Generator, num: int, width: int) -> NDArray[np.f
 def unit_vectors(rng: np.random.Generator, num: int, width: int) -> NDArray[np.float32]:
     values = rng.standard_normal((num, width)).astype(np.float32)
     return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def mixed(galleries: dict[str, NDArray[np.float32]], owner: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The gallery whose row i is row i of the generation that owns it."""
+    stacked = np.stack(list(galleries.values()))
+    return stacked[owner, np.arange(len(owner))]
 
 
 def brute_ranks(
@@ -194,7 +199,7 @@ class TestStates:
         )
         assert list(ranked) == pairs
         for query, state in pairs:
-            gallery = galleries[state] if state in galleries else mixed_gallery(galleries, mixes[state])
+            gallery = galleries[state] if state in galleries else mixed(galleries, mixes[state])
             expected = brute_ranks(queries[query], gallery, query_identities, gallery_identities)
             assert as_lists(ranked[query, state]) == expected
 
@@ -220,14 +225,7 @@ class TestStates:
         with pytest.raises(ValueError, match=r"\['g1'\].*found \('g1', 'g2'\)"):
             rank_states(vectors, vectors, [("g1", "g2")], ["a", "b"], ["a", "b"])
         with pytest.raises(ValueError, match=r"expected owners among \['g1'\], found \['g9'\]"):
-            mixed_gallery(vectors, ["g1", "g9"])
-
-    def test_mixed_gallery_takes_each_row_from_its_owner(self) -> None:
-        galleries = {"g1": np.zeros((3, 2), dtype=np.float32), "g2": np.ones((3, 2), dtype=np.float32)}
-        assert mixed_gallery(galleries, ["g2", "g1", "g2"])[:, 0].tolist() == [1, 0, 1]
-        assert mixed_gallery(galleries, [0, 0, 1])[:, 0].tolist() == [0, 0, 1]
-        with pytest.raises(WidthMismatchError, match=r"2 \(g1\) and 4 \(g3\)"):
-            mixed_gallery({**galleries, "g3": np.ones((3, 4), dtype=np.float32)}, ["g1", "g3", "g2"])
+            rank_states(vectors, vectors, [("g1", "mix")], ["a", "b"], ["a", "b"], mixes={"mix": ["g1", "g9"]})
 
 
 class TestTopK:

@@ -14,7 +14,7 @@ from graceful.indexing import tables
 from graceful.indexing.checked_files import DamagedFileError
 from graceful.indexing.embed import embed_units
 from graceful.indexing.embedding_files import read_embeddings, write_embedding_file
-from graceful.indexing.gallery import Gallery, GalleryVersion, VectorCommit, gallery_exists
+from graceful.indexing.gallery import Gallery, GalleryVersion, VectorCommit
 from graceful.indexing.items import NOTHING
 from graceful.indexing.maintenance import collect, forget
 from graceful.indexing.reindex import carry_out, embed_missing
@@ -77,14 +77,13 @@ def stage(gallery, generation, unit, rows):
     )  # fmt: skip
 
 
-def test_gallery_exists_once_it_was_created_and_opening_creates_nothing(tmp_path):
+def test_opening_a_gallery_creates_nothing(tmp_path):
     location = str(tmp_path / "gallery")
-    assert not gallery_exists(location)
     with pytest.raises(MissingTableError, match=r"expected one at .*, found none; restore it"):
         Gallery(location)
-    assert not gallery_exists(location)
+    assert not (tmp_path / "gallery").exists()
     Gallery(location, create=True)
-    assert gallery_exists(location)
+    Gallery(location)
 
 
 def test_ingest_counts_new_changed_and_unchanged_items(gallery):
