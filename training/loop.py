@@ -1,8 +1,9 @@
 """The per-worker training loop in plain PyTorch: one process, or one of several under a process group.
 
-The same function runs in this process, under Ray Train and in tests. Everything random in epoch e comes from
-(seed, epoch, rank), so a run that is killed and resumed from an epoch's checkpoint ends with the same weights as one
-that was not (on the same hardware with the same number of workers).
+The same function runs in this process, under Ray Train and in tests. Everything random in a step comes from
+(seed, epoch, step, rank), so a run that is killed and resumed from a checkpoint ends with the same weights as one that
+was not (on the same hardware with the same number of workers). Losses and batch norm are those of the global batch
+(distributed.py): how many workers share it changes the result by rounding and by their own draws of the augmentation.
 """
 
 import math
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from graceful.errors import GracefulError
+from graceful.errors import GracefulError, UsageError
+from graceful.training.distributed import share_weight, synchronised_batch_norm
 from graceful.training.encoder import named_dtype, save_generation, sixteen_bit_type
 from graceful.training.finishing import calibrate, interpolate, interpolate_rows, sum_by_class
 from graceful.training.generation import GenerationCard
@@ -76,7 +78,8 @@ def train_worker(
         parent = load_parent(job, material, device, dtype)
         trainee = build_trainee(config, len(material.classes), parent)
         trainee.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        seconds = _run_epochs(run, trainee, parent is not None, deadline)
+        with synchronised_batch_norm(trainee):
+            seconds = _run_epochs(run, trainee, parent is not None, deadline)
         return _finish(run, trainee, parent, seconds)
 
 
@@ -84,6 +87,13 @@ def _run_epochs(run: _Run, trainee: Trainee, from_parent: bool, deadline: float 
     """Train all epochs that the latest checkpoint has not seen; return the seconds of all of them."""
     config, material = run.job.config, run.material
     steps = math.ceil(len(material) / config.batch_size)
+    smallest = len(material) // steps
+    if smallest < run.world_size:
+        raise UsageError(
+            f"training {run.job.name}: expected an image of every batch for each of {run.world_size} workers, found "
+            f"batches of {smallest} ({len(material)} images in batches of at most {config.batch_size}); raise "
+            "batch_size or use fewer workers"
+        )
     max_lr = config.max_lr if from_parent and config.start == "parent" else config.first_max_lr
     optimizer = torch.optim.AdamW(_parameter_groups(trainee, config.weight_decay), lr=max_lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=max_lr, total_steps=steps * config.epochs)
@@ -103,14 +113,16 @@ def _run_epochs(run: _Run, trainee: Trainee, from_parent: bool, deadline: float 
         started = time.perf_counter()
         model.train()
         sums: dict[str, Tensor] = {}
-        own = seed_of(config.seed, epoch, run.rank)
-        torch.manual_seed(own)  # dropout, if the network has any, draws from torch's own generator
-        generator = torch.Generator().manual_seed(own)
-        for batch in material.batches(config.seed, epoch, steps, run.rank, run.world_size):
+        for step, batch in enumerate(material.batches(config.seed, epoch, steps, run.rank, run.world_size)):
+            own = seed_of(config.seed, epoch, run.rank, step)
+            torch.manual_seed(own)  # dropout, if the network has any, draws from torch's own generator
+            generator = torch.Generator().manual_seed(own)
+            shared = torch.Generator().manual_seed(seed_of(config.seed, epoch, None, step + 1))
             images = training_batch(batch.pixels, config.preprocessing, config.augmentation, generator, run.device)
             labels = batch.labels.to(run.device)
             embeddings, task = model(images, labels, run.dtype)
-            terms = {"task": task, **objective.terms(embeddings, labels, batch, generator)}
+            task = task * share_weight(len(labels), batch.total)
+            terms = {"task": task, **objective.terms(embeddings, labels, batch, shared)}
             loss = torch.stack(list(terms.values())).sum()
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()

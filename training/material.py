@@ -1,7 +1,7 @@
 """What a worker trains on: images with their classes, handed out batch by batch, and what predecessors say of them.
 
-Everything random in epoch e comes from (seed, epoch, rank), so that an epoch is the same whenever it is drawn. A global
-batch is the same for any number of workers; each rank gets its share of it.
+Everything random in a step comes from (seed, epoch, step, rank), so that a step is the same whenever it is drawn. A
+global batch is the same for any number of workers; each rank gets its share of it.
 """
 
 from collections.abc import Iterator
@@ -26,6 +26,7 @@ class Batch:
     rows: Tensor  # (B,) int64, rows of the manifest
     labels: Tensor  # (B,) int64 into the classes, on the CPU
     pixels: Tensor  # (B, channels, size, size) uint8, on the CPU
+    total: int  # images of the global batch
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,30 @@ class Material:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, seed: int, epoch: int, steps: int, rank: int, world_size: int) -> Iterator[Batch]:
-        """Yield this rank's share of each of the epoch's `steps` global batches."""
+    def batches(
+        self, seed: int, epoch: int, steps: int, rank: int, world_size: int, first_step: int = 0
+    ) -> Iterator[Batch]:
+        """Yield this rank's share of each of the epoch's `steps` global batches, from `first_step` on.
+
+        Rank r holds the images r, r + world_size, ... of a global batch (`distributed.gather_rows` puts them back).
+        """
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed_of(seed, epoch, None)))
-        for batch in order.tensor_split(steps):
-            yield self._take(batch[rank::world_size])
+        for batch in order.tensor_split(steps)[first_step:]:
+            yield self._take(batch[rank::world_size], len(batch))
 
     def clean(self, rank: int, world_size: int, block: int = 512) -> Iterator[Batch]:
         """Yield this rank's share of all images once, in blocks."""
         for rows in torch.arange(rank, len(self), world_size).split(block):
-            yield self._take(rows)
+            yield self._take(rows, len(rows))
 
     def sample(self, num_images: int, seed: int, block: int = 256) -> Iterator[Batch]:
         """Yield a random `num_images` (all if there are fewer) in equal batches; the same on every rank."""
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:num_images]
         for rows in chosen.tensor_split(max(1, len(chosen) // block)):
-            yield self._take(rows)
+            yield self._take(rows, len(rows))
 
-    def _take(self, rows: Tensor) -> Batch:
-        return Batch(rows, self.labels[rows], self.pixels.index_select(0, rows))
+    def _take(self, rows: Tensor, total: int) -> Batch:
+        return Batch(rows, self.labels[rows], self.pixels.index_select(0, rows), total)
 
 
 def load_material(job: TrainingJob, device: torch.device, scratch: Path) -> Material:
@@ -77,7 +83,7 @@ def load_material(job: TrainingJob, device: torch.device, scratch: Path) -> Mate
     return Material(classes, torch.from_numpy(labels), pixels, predecessors)
 
 
-def seed_of(seed: int, epoch: int, rank: int | None) -> int:
-    """Return the seed of what is random in an epoch: of one rank, or (None) of what all ranks share."""
+def seed_of(seed: int, epoch: int, rank: int | None, step: int = 0) -> int:
+    """Return the seed of what is random in a step of an epoch: of one rank, or (None) of what all ranks share."""
     who = 0 if rank is None else rank + 1
-    return int(np.random.SeedSequence([seed, epoch, who]).generate_state(1)[0])
+    return int(np.random.SeedSequence([seed, epoch, who, step]).generate_state(1)[0])

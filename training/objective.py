@@ -2,6 +2,9 @@
 
 task + sum over constraints of weight x (sum or mean over predecessors k of weight_k C_k). Predecessors take part
 through stored embeddings and rows only.
+
+On several ranks a constraint that compares the images of a batch with each other sees the global batch, and every other
+constraint a rank's own images, weighted by their number: the mean over the ranks is the loss of the global batch.
 """
 
 from typing import Any
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graceful.training.constraints import CONSTRAINTS
+from graceful.training.distributed import gather_rows, share_weight
 from graceful.training.job import TrainingConfig
 from graceful.training.material import Batch, Material
 
@@ -27,24 +31,30 @@ class Objective:
     def terms(self, embeddings: Tensor, labels: Tensor, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """Return each constraint's weighted loss over all predecessors, by name; empty without predecessors.
 
-        `embeddings` (B, d) not normalised and `labels` (B,) on the device; `batch` holds the same B images.
+        `embeddings` (B, d) not normalised and `labels` (B,) on the device; `batch` holds the same B images, a rank's
+        share. `generator` is in the same state on every rank.
         """
         predecessors = self._predecessors
         if not len(predecessors):
             return {}
         terms: dict[str, Tensor] = {}
         for entry, constraint in self._constraints:
-            ref_labels = self._every_class
+            ref_labels, weight = self._every_class, entry.weight * share_weight(len(labels), batch.total)
+            new, new_labels = embeddings, labels
             if constraint.reference == "rows":
                 references = [group.rows for group in predecessors.groups]
             elif constraint.reference == "instances":
                 references = predecessors.draw_instances(generator)
             else:
-                references, ref_labels = predecessors.of_batch(batch.rows), labels
+                new = gather_rows(embeddings, True, batch.total)
+                new_labels = ref_labels = gather_rows(labels, False, batch.total)
+                own = predecessors.of_batch(batch.rows)
+                references = [gather_rows(o.transpose(0, 1), False, batch.total).transpose(0, 1) for o in own]
+                weight = entry.weight  # the loss of the global batch, on every rank
             losses = [
-                (constraint(embeddings, labels, reference, ref_labels) * group.weights).sum()
+                (constraint(new, new_labels, reference, ref_labels) * group.weights).sum()
                 for group, reference in zip(predecessors.groups, references, strict=True)
             ]
-            total = torch.stack(losses).sum() * entry.weight
+            total = torch.stack(losses).sum() * weight
             terms[entry.name] = total / len(predecessors) if entry.reduction == "mean" else total
         return terms
