@@ -53,7 +53,8 @@ ORDER = {
         "flows.store.events", "flows.store.registry", "flows.store.ledger", "flows.store.workspace",
         "flows.store.claim", "flows.store.reports", "flows.store.evaluations", "flows.store.leaks",
         "flows.store.evalsets", "flows.store.labels", "flows.store.clusterings", "flows.store.thresholds",
-        "flows.settings", "flows.settings.template", "flows.settings.cron", "flows.settings.config",
+        "flows.settings", "flows.settings.template", "flows.settings.cron", "flows.settings.endpoint",
+        "flows.settings.config",
         "flows.settings.reference", "flows.settings.inspection", "flows.settings.starter",
         "flows.runtime", "flows.runtime.environment", "flows.runtime.server", "flows.runtime.progress",
         "flows.runtime.cluster", "flows.runtime.jobs", "flows.runtime.encoders", "flows.runtime.session",
@@ -66,7 +67,10 @@ ORDER = {
         "flows.update.consumer_sections",
         "flows.update.explorer", "flows.update.publish", "flows.update.order", "flows.update.replay",
         "flows.update.flow",
-        "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.sharded", "flows.search.http",
+        "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.sharded",
+        "flows.search.batches", "flows.search.answering", "flows.search.looking", "flows.search.refusals",
+        "flows.search.bodies", "flows.search.describing", "flows.search.guarding", "flows.search.metrics",
+        "flows.search.http", "flows.search.connections", "flows.search.serving",
         "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
         "flows.commands.status", "flows.commands.doctor",
         "flows.commands.selftest", "flows.commands.evaluations", "flows.commands.evalset",
@@ -113,14 +117,17 @@ ALLOWED = {
     "jinja2": ("evaluation.report", "evaluation.label_page"),
     "rich": ("flows",),
     "typer": ("flows.cli", "flows.cli_reference"),
-    "fastapi": ("flows.search.http",),
-    "uvicorn": ("flows.search.http",),
+    "fastapi": ("flows.search.http", "flows.search.bodies", "flows.search.refusals"),
+    "starlette": ("flows.search.http", "flows.search.bodies", "flows.search.guarding"),
+    "uvicorn": ("flows.search.connections", "flows.search.serving"),
+    "h11": ("flows.search.connections",),
+    "prometheus_client": ("flows.search.metrics",),
 }
 FORBIDDEN = {"flows.cli": ("pyarrow", "prefect", "ray", *PACKAGES[:3])}
 # Plain Python: an update, a search and a judgement run the same without Prefect.
 WITHOUT_PREFECT = (
-    "flows.search.searcher", "flows.search.http", "flows.update.order", "flows.update.replay", "flows.commands.status",
-    "flows.commands.demo", "flows.commands.accept", "flows.api",
+    "flows.search.searcher", "flows.search.serving", "flows.update.order", "flows.update.replay",
+    "flows.commands.status", "flows.commands.demo", "flows.commands.accept", "flows.api",
 )  # fmt: skip
 
 

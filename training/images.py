@@ -176,6 +176,23 @@ def decode(payload: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def check_size(payload: bytes, max_pixels: int) -> None:
+    """Look at an image's header, and decode nothing.
+
+    Raises: UnreadableImageError on more than `max_pixels`. What cannot be opened passes: `decode` says what it is.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            width, height = _open(payload).size
+    except UnreadableImageError:
+        raise
+    except Exception:  # decode says what it is
+        return
+    if width * height > max_pixels:
+        raise UnreadableImageError(f"is too large: expected at most {max_pixels:,} pixels, found {width}x{height}")
+
+
 def unreadable_reason(payload: bytes | None) -> str | None:
     """Return why an image cannot be decoded, or None when it can: it is decoded in full, as a photo."""
     if payload is None:

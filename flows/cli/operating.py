@@ -194,15 +194,24 @@ def serve(
     ray_address: Annotated[
         str, typer.Option(help="Cluster of the shards: local (this machine alone), auto, or host:port.")
     ] = "local",
+    token_file: Annotated[
+        str | None,
+        typer.Option(help="File with the bearer token that a search must carry; by default $GRACEFUL_SEARCH_TOKEN."),
+    ] = None,
+    no_token: Annotated[
+        bool, typer.Option("--no-token", help="Answer whoever connects; without it other hosts need a token.")
+    ] = False,
     ui_host: Annotated[str, typer.Option(help="Address that the flow UI listens on.")] = "127.0.0.1",
     ui_port: Annotated[int, typer.Option(help="Port of the flow UI.")] = 4200,
 ) -> None:
     """Run updates on the schedule of the configuration, shown in the flow UI; or, with --http, answer searches."""
     with reported_errors():
         if http:
-            from graceful.flows.search.http import serve_searches
+            from graceful.flows.search.guarding import read_token
+            from graceful.flows.search.serving import serve_searches
 
-            serve_searches(place(root), host, port, shards, ray_address)
+            token = read_token(token_file, host, refused=no_token)
+            serve_searches(place(root), host, port, shards, ray_address, token)
         else:
             from graceful.flows.runtime.environment import prepare_environment
 

@@ -2,278 +2,239 @@
 
     GET  /health    200 while searches are answered, 503 before a generation serves
     GET  /status    who serves, which snapshot, and whether the last look at the serving state succeeded
-    POST /search    an image (raw bytes, or a form with one file) or {"vector": [...]}; ?k=10
+    GET  /metrics   the same and more, for Prometheus
+    GET  /docs      this page as HTML, made from /openapi.json; loads nothing from elsewhere
+    POST /search    an image (raw bytes, or a form with one file) or {"vector": [...]}; ?k=10&sources=false
 
-The serving state is followed in the background. A look that fails (a damaged snapshot, a store that does not answer)
-leaves the snapshot in place that serves, and shows in /status. Every answer names the query generation and the
-snapshot that it comes from, whole. Safe to run in any number of processes on one workspace.
+Three kinds of threads beside the event loop: one looks at the serving state, one answers vectors, one answers images
+(with others that decode for it). The event loop itself reads bodies and writes answers, and waits for nobody: a probe
+of /health is answered whatever waits. Every answer names the query generation and the snapshot that it comes from,
+whole. Safe to run in any number of processes on one workspace.
 """
 
 import asyncio
 import contextlib
 import logging
 import os
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, MutableMapping
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import numpy as np
-import uvicorn
-from fastapi import FastAPI, HTTPException, Query, Request
-from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
-from graceful.flows.search.searcher import (
-    GallerySearcher,
-    Hit,
-    IncompleteAnswerError,
-    ServedSnapshot,
-    ServingSearcher,
-    UnreadableQueryError,
+from graceful.flows.search.answering import (
+    MAX_K,
+    Answer,
+    ImageQuestion,
+    VectorQuery,
+    VectorQuestion,
+    answer_images,
+    answer_vectors,
 )
-from graceful.flows.settings.config import load_search_config
-from graceful.flows.store.workspace import Workspace, open_workspace, require_workspace
-from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
+from graceful.flows.search.batches import Batches
+from graceful.flows.search.bodies import BodyBudget, json_limit, read_body
+from graceful.flows.search.describing import REFUSALS, REQUEST_BODY, SEARCH_EXAMPLE, page
+from graceful.flows.search.guarding import Guard, Token
+from graceful.flows.search.looking import OpenSearcher, SearchState
+from graceful.flows.search.metrics import CONTENT_TYPE, SearchMetrics
+from graceful.flows.search.refusals import ANSWERABLE, Refused, busy, refusal_of
+from graceful.flows.search.searcher import GallerySearcher
+from graceful.flows.settings.config import load_endpoint_config, load_search_config
+from graceful.flows.settings.endpoint import EndpointConfig
 
-MAX_BODY_BYTES = 32 * 2**20
-MAX_K = 1_000
+MAX_DECODERS = 8
 
 _log = logging.getLogger("graceful.search")
 
 
-class VectorQuery(BaseModel):
-    """A query that the client has encoded itself."""
+class Endpoint:
+    """What is behind the application: the state that is followed, and the two queues."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    def __init__(self, root: str, config: EndpointConfig, open_searcher: OpenSearcher) -> None:
+        self.config = config
+        self.state = SearchState(root, open_searcher)
+        self.budget = BodyBudget(config.max_waiting_mib * 2**20)
+        limits = {"max_waiting": config.max_waiting, "max_batch": config.batch_searches}
+        self.images = Batches[ImageQuestion, bytes]("images", self._answer_images, **limits)
+        self.vectors = Batches[VectorQuestion, bytes]("vectors", self._answer_vectors, **limits)
+        self.metrics = SearchMetrics(self.state, self.budget, {"image": self.images, "vector": self.vectors})
+        self._decoders = ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_DECODERS), "search-decoding")
 
-    vector: list[float] = Field(description="One embedding, made by the serving generation.")
-    generation: str | None = Field(
-        default=None, description="Who made it; a query of another generation than the serving one is refused."
-    )
-    k: int | None = Field(default=None, ge=1, le=MAX_K, description="How many items to return.")
-
-
-class FoundItem(BaseModel):
-    """One item found; `generation` is the one whose vector it was found by."""
-
-    item_id: str
-    score: float
-    generation: str
-    source: str
-    label: str
-    above: dict[str, bool] = Field(description="Whether the score is at least each consumer's threshold for this hit.")
-
-
-class Answer(BaseModel):
-    """Hits, best first, and what they come from."""
-
-    query_generation: str
-    snapshot_id: str
-    thresholds: dict[str, dict[str, float]] = Field(
-        description="Consumer of scores, generation of the hit's vector: threshold for queries of this generation."
-    )
-    hits: list[FoundItem]
-
-
-OpenSearcher = Callable[[Workspace], ServingSearcher]
-
-
-class SearchState:
-    """The searcher behind the application, and how the last look at the serving state went."""
-
-    def __init__(self, root: str, open_searcher: OpenSearcher) -> None:
-        self.root = root
-        self.open_searcher = open_searcher
-        self.searcher: ServingSearcher | None = None
-        self.error: str | None = None
-        self.looked_at = 0.0
-        self.moved_at = 0.0
-        self._one_encoding = threading.Lock()
-
-    def refresh(self) -> None:
-        """Look at the serving state; never raises: what went wrong is kept for /status."""
+    @contextlib.asynccontextmanager
+    async def running(self, refresh_s: float, first_look_s: float | None) -> AsyncIterator[None]:
+        """Follow the serving state and answer, for as long as the block runs."""
+        self.images.start()
+        self.vectors.start()
+        looked = self.state.follow(refresh_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(looked, first_look_s)
         try:
-            if self.searcher is None:
-                self.searcher = self.open_searcher(open_workspace(self.root))
-                moved = True
-            else:
-                moved = self.searcher.refresh()
-            self.error = None
-        except Exception as error:
-            moved, line = False, f"{type(error).__name__}: {' '.join(str(error).split())}"
-            if line != self.error:
-                _log.warning("following the serving state: %s", line)
-            self.error = line
-        self.looked_at = time.time()
-        if moved and self.searcher is not None:
-            self.moved_at = self.looked_at
-            served = self.searcher.served
-            _log.info("serving %s (snapshot %s)", served.generation, served.snapshot_id)
+            yield
+        finally:
+            ending = (self.state.close, self.images.close, self.vectors.close)
+            await asyncio.gather(*(asyncio.to_thread(end) for end in ending))
+            self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    def served(self) -> ServedSnapshot:
-        """What answers now; 503 where nothing does."""
-        if self.searcher is None:
-            raise HTTPException(503, self.error or "no generation serves yet")
-        return self.searcher.served
+    async def search(self, request: Request, k: int, with_sources: bool) -> bytes:
+        """The body of the answer to one request.
 
-    def search_payload(self, served: ServedSnapshot, payload: bytes, k: int) -> list[Hit]:
-        """Search with an image; one at a time is encoded, with all threads, instead of many that wait for cores."""
-        with self._one_encoding:
-            return served.search_payload(payload, k)
+        Raises:
+            Refused, or an error of `refusals.ANSWERABLE`: it is not answered.
+            ClientDisconnect: the client has gone, and its question with it.
+        """
+        width = self.state.served().width
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        is_vector = kind == "application/json"
+        lane: Batches[Any, bytes] = self.vectors if is_vector else self.images
+        if lane.num_waiting >= lane.max_waiting:  # known before the body is here
+            raise busy(f"searching: {lane.max_waiting} {lane.name} wait already; ask again")
+        limit = json_limit(width) if is_vector else self.config.max_image_mib * 2**20
+        with self.budget.hold() as held:
+            body = await read_body(
+                request,
+                held,
+                limit=limit,
+                timeout_s=self.config.body_timeout_s,
+                is_form=kind == "multipart/form-data",
+            )
+            started = time.perf_counter()
+            question = _vector_question(body, k, with_sources) if is_vector else _image(body, k, with_sources)
+            answer = await _unless_gone(request, lane.ask(question))
+        self.metrics.answered("vector" if is_vector else "image", time.perf_counter() - started)
+        return answer
 
-    def status(self) -> dict[str, Any]:
-        """What /status says."""
-        served = None if self.searcher is None else self.searcher.served
-        return {
-            "query_generation": served.generation if served else None,
-            "snapshot_id": served.snapshot_id if served else None,
-            "width": served.width if served else None,
-            "rows_by_generation": served.rows_by_generation if served else {},
-            "unreadable": served.num_unreadable if served else None,
-            "serving_since": self.moved_at or None,
-            "last_look": {"at": self.looked_at or None, "ok": self.error is None, "error": self.error},
-        }
+    def _answer_images(self, questions: Sequence[ImageQuestion]) -> Sequence[bytes | Exception]:
+        self.metrics.together("image", len(questions))
+        served = self.state.served()
+        return answer_images(served, questions, max_pixels=self.config.max_pixels, mapper=self._decoders.map)
+
+    def _answer_vectors(self, questions: Sequence[VectorQuestion]) -> Sequence[bytes | Exception]:
+        self.metrics.together("vector", len(questions))
+        return answer_vectors(self.state.served(), questions)
 
 
-def make_app(root: str, *, refresh_s: float | None = None, open_searcher: OpenSearcher = GallerySearcher) -> FastAPI:
+def make_app(
+    root: str,
+    *,
+    refresh_s: float | None = None,
+    open_searcher: OpenSearcher = GallerySearcher,
+    config: EndpointConfig | None = None,
+    token: Token | None = None,
+    first_look_s: float | None = None,
+) -> FastAPI:
     """Return the application over a workspace.
 
-    It looks at the gallery and the serving state every `refresh_s` seconds, by default as the configuration says.
+    It looks at the gallery and the serving state every `refresh_s` seconds, by default as the configuration says, and
+    is ready after its first look, or after `first_look_s`. With a token every path but /health needs it.
     """
-    state = SearchState(root, open_searcher)
+    config = config or load_endpoint_config(root)
+    endpoint = Endpoint(root, config, open_searcher)
     seconds = load_search_config(root).refresh_s if refresh_s is None else refresh_s
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await run_in_threadpool(state.refresh)
-        following = asyncio.create_task(_follow(state, seconds))
-        try:
+        async with endpoint.running(seconds, first_look_s):
             yield
-        finally:
-            following.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await following
 
     app = FastAPI(
-        title="graceful search", lifespan=lifespan, openapi_url="/openapi.json", docs_url=None, redoc_url=None
+        title="graceful search",
+        description="Searches a gallery of images by an image, or by a vector of the serving generation.",
+        lifespan=lifespan,
+        openapi_url="/openapi.json",
+        docs_url=None,
+        redoc_url=None,
     )
-    app.state.search = state
+    app.add_middleware(Guard, token=token, failed=endpoint.metrics.failed)
 
-    @app.get("/health")
-    def health() -> JSONResponse:
-        serving = state.searcher is not None
+    @app.get("/health", summary="Whether searches are answered")
+    async def health() -> JSONResponse:
+        serving = endpoint.state.searcher is not None
         return JSONResponse({"status": "ok" if serving else "nothing served"}, 200 if serving else 503)
 
-    @app.get("/status")
-    def status() -> dict[str, Any]:
-        return state.status()
+    @app.get("/status", summary="Who serves, and how the last look went")
+    async def status() -> dict[str, Any]:
+        return endpoint.state.status()
 
-    @app.post("/search", openapi_extra={"requestBody": _request_body()})
-    async def search(request: Request, k: Annotated[int, Query(ge=1, le=MAX_K)] = 10) -> Answer:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        is_form, limited = kind == "multipart/form-data", _limited(request)
-        body = await _form_file(limited) if is_form else await limited.body()
-        served = state.served()
+    @app.get("/metrics", summary="Figures for Prometheus", response_class=Response)
+    async def metrics() -> Response:
+        return Response(endpoint.metrics.exposition(), media_type=CONTENT_TYPE)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(page(app.openapi()))
+
+    @app.post(
+        "/search",
+        summary="Find the most similar images",
+        response_model=Answer,
+        responses={200: {"content": {"application/json": {"example": SEARCH_EXAMPLE}}}, **REFUSALS},
+        openapi_extra={"requestBody": REQUEST_BODY},
+    )
+    async def search(
+        request: Request,
+        k: Annotated[int, Query(ge=1, le=MAX_K, description="How many items to return.")] = 10,
+        sources: Annotated[bool, Query(description="Also name the server's file of each hit.")] = config.sources,
+    ) -> Response:
         try:
-            if kind == "application/json":
-                query = _vector_query(body)
-                if query.generation not in (None, served.generation):
-                    raise HTTPException(
-                        409,
-                        f"the query was encoded by {query.generation}, but {served.generation} serves; encode it again",
-                    )
-                vector = np.asarray([query.vector], np.float32)
-                hits = (await run_in_threadpool(served.search_vectors, vector, query.k or k))[0]
-            else:
-                if not body:
-                    raise HTTPException(400, "searching: expected an image or a vector in the body, found nothing")
-                hits = await run_in_threadpool(state.search_payload, served, body, k)
-        except (UnreadableQueryError, WidthMismatchError, NonFiniteEmbeddingError) as error:
-            raise HTTPException(422, str(error)) from None
-        except IncompleteAnswerError as error:
-            raise HTTPException(503, str(error), {"retry-after": "1"}) from None
-        found = [FoundItem(**asdict(hit)) for hit in hits]
-        return Answer(
-            query_generation=served.generation,
-            snapshot_id=served.snapshot_id,
-            thresholds={name: dict(values) for name, values in served.thresholds.items()},
-            hits=found,
-        )
+            return Response(await endpoint.search(request, k, sources), media_type="application/json")
+        except ANSWERABLE as error:
+            raise refusal_of(error) from None
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, refusal: Refused) -> JSONResponse:
+        endpoint.metrics.failed(refusal.kind)
+        document = {"detail": refusal.detail, "kind": refusal.kind}
+        return JSONResponse(document, refusal.status_code, refusal.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong(request: Request, error: RequestValidationError) -> JSONResponse:
+        problem = error.errors()[0]
+        line = f"searching: {problem['loc'][-1]}: {problem['msg']}, found {problem.get('input')!r}"
+        return await refused(request, Refused(422, "wrong_request", line))
 
     return app
 
 
-def serve_searches(root: str, host: str, port: int, num_shards: int = 0, address: str = "local") -> None:
-    """Answer searches over HTTP until interrupted.
-
-    With `num_shards` the index lies in so many processes of a Ray cluster, which is started here, or is at `address`.
-    """
-    require_workspace(root)
-    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    _log.info("searches of %s: POST http://%s:%d/search", root, host, port)
-    if not num_shards:
-        uvicorn.run(make_app(root), host=host, port=port, log_level="warning", access_log=False)
-        return
-    from graceful.flows.search.sharded import open_sharded_searcher
-
-    with open_sharded_searcher(num_shards, address) as open_searcher:
-        app = make_app(root, open_searcher=open_searcher)
-        uvicorn.run(app, host=host, port=port, log_level="warning", access_log=False)
-
-
-async def _follow(state: SearchState, refresh_s: float) -> None:
-    while True:
-        await asyncio.sleep(refresh_s)
-        await run_in_threadpool(state.refresh)
-
-
-def _limited(request: Request) -> Request:
-    """The same request, whose body is refused once it is too large, before all of it is in memory."""
-    size = 0
-
-    async def receive() -> MutableMapping[str, Any]:
-        nonlocal size
-        message = await request.receive()
-        size += len(message.get("body", b""))
-        if size > MAX_BODY_BYTES:
-            raise HTTPException(413, f"searching: expected at most {MAX_BODY_BYTES >> 20} MiB; send a smaller image")
-        return message
-
-    return Request(request.scope, receive)
-
-
-async def _form_file(request: Request) -> bytes:
-    """The bytes of the one file of a multipart form."""
-    async with request.form() as form:
-        files = [value for _, value in form.multi_items() if not isinstance(value, str)]
-        if len(files) != 1:
-            raise HTTPException(400, f"searching: expected a form with one file, found {len(files)}")
-        return await files[0].read()
-
-
-def _vector_query(body: bytes) -> VectorQuery:
+async def _unless_gone(request: Request, answer: "asyncio.Future[bytes]") -> bytes:
+    """Wait for an answer; where the client goes first, its question is not answered."""
+    gone = asyncio.ensure_future(_until_gone(request))
+    either: set[asyncio.Future[Any]] = {answer, gone}
     try:
-        return VectorQuery.model_validate_json(body)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        answer.cancel()
+        gone.cancel()
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _image(body: bytes, k: int, with_sources: bool) -> ImageQuestion:
+    if not body:
+        line = "searching: expected an image or a vector in the body, found nothing"
+        raise Refused(400, "wrong_request", line)
+    return ImageQuestion(body, k, with_sources)
+
+
+def _vector_question(body: bytes, k: int, with_sources: bool) -> VectorQuestion:
+    try:
+        query = VectorQuery.model_validate_json(body)
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"]) or "body"
-        raise HTTPException(422, f'searching: {place}: {problem["msg"]}; send {{"vector": [...]}}') from None
-
-
-def _request_body() -> dict[str, Any]:
-    """What /openapi.json says about the body of a search: FastAPI cannot see that one address takes three kinds."""
-    image = {"type": "string", "format": "binary", "description": "An image file."}
-    form = {"type": "object", "required": ["image"], "properties": {"image": image}}
-    return {
-        "required": True,
-        "description": f"An image, alone or as the file of a form, or a vector; at most {MAX_BODY_BYTES >> 20} MiB.",
-        "content": {
-            "image/*": {"schema": image},
-            "multipart/form-data": {"schema": form},
-            "application/json": {"schema": VectorQuery.model_json_schema()},
-        },
-    }
+        line = f'searching: {place}: {problem["msg"]}; send {{"vector": [...]}}'
+        raise Refused(422, "wrong_request", line) from None
+    with np.errstate(over="ignore"):  # too large for float32 is infinite, and refused as that
+        vector = np.asarray(query.vector, np.float32)
+    return VectorQuestion(vector, query.generation, query.k or k, with_sources)

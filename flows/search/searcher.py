@@ -6,9 +6,9 @@ moves on. What a refresh costs depends on what has changed, not on the gallery.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +22,13 @@ from graceful.indexing.following import Followed
 from graceful.indexing.search import SearchResult
 from graceful.indexing.sidecar import ItemEntry
 from graceful.training.encoder import SourceEncoder, open_encoder
-from graceful.training.images import UnreadableImageError, decode
+from graceful.training.images import MAX_PIXELS, UnreadableImageError, check_size, decode
 
 __all__ = [
     "GallerySearcher",
     "Hit",
     "IncompleteAnswerError",
+    "Mapper",
     "NothingServedError",
     "SearchedIndex",
     "ServedSnapshot",
@@ -46,6 +47,10 @@ class UnreadableQueryError(GracefulError):
 
 class IncompleteAnswerError(GracefulError):
     """A part of the index does not answer now; what the others found is not an answer."""
+
+
+Mapper = Callable[[Callable[[bytes], Any], Iterable[bytes]], Iterable[Any]]
+"""`map`, or that of a pool of threads."""
 
 
 @dataclass(frozen=True)
@@ -147,23 +152,28 @@ class ServedSnapshot:
             raise UnreadableQueryError(f"searching: image {sources[index]} {reason}; give a readable image")
         return self.search_vectors(vectors, k)
 
-    def search_payload(self, payload: bytes, k: int = 10) -> list[Hit]:
-        """Encode one image given as its bytes and return the best `k` items.
+    def encode_payloads(
+        self, payloads: Sequence[bytes], max_pixels: int = MAX_PIXELS, mapper: Mapper = map
+    ) -> list[NDArray[np.float32] | UnreadableQueryError]:
+        """Encode images given as their bytes, in one pass; for each its vector (D,), or why there is none.
 
-        Raises:
-            UnreadableQueryError: the bytes cannot be decoded or embedded.
+        `mapper` decodes: `map`, or that of a pool of threads. An image of more than `max_pixels` is not decoded.
         """
-        try:
-            pixels = decode(payload, self.encoder.card.preprocessing)
-        except UnreadableImageError as error:
-            raise UnreadableQueryError(f"searching: the image {error}; give a readable image") from None
-        vectors = self.encoder.encode_pixels(np.stack([pixels]))
-        if not np.isfinite(vectors).all():
-            raise UnreadableQueryError("searching: the image has no finite embedding; give another image")
-        return self.search_vectors(vectors, k)[0]
 
-    def search_vectors(self, vectors: NDArray[np.float32], k: int = 10) -> list[list[Hit]]:
-        """Return the best `k` items for query vectors (n, D) made by this generation; they are scaled to unit length.
+        def pixels_of(payload: bytes) -> NDArray[np.uint8] | UnreadableQueryError:
+            try:
+                check_size(payload, max_pixels)
+                return decode(payload, self.encoder.card.preprocessing)
+            except UnreadableImageError as error:
+                return UnreadableQueryError(f"searching: the image {error}; give a readable image")
+
+        decoded = list(mapper(pixels_of, payloads))
+        images = [pixels for pixels in decoded if not isinstance(pixels, UnreadableQueryError)]
+        vectors = iter(self.encoder.encode_pixels(np.stack(images)) if images else ())
+        return [pixels if isinstance(pixels, UnreadableQueryError) else _finite(next(vectors)) for pixels in decoded]
+
+    def check_queries(self, vectors: NDArray[np.float32]) -> None:
+        """Refuse what are not query vectors (n, D) of this generation.
 
         Raises:
             WidthMismatchError, NonFiniteEmbeddingError: not vectors of this generation.
@@ -173,11 +183,20 @@ class ServedSnapshot:
                 f"searching as {self.generation}: expected query vectors of width {self.width}, found shape "
                 f"{vectors.shape}; encode queries with {self.generation}"
             )
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        norms = np.linalg.norm(vectors, axis=1)
         if not np.isfinite(norms).all() or (norms == 0).any():
             raise NonFiniteEmbeddingError(
                 "searching: expected finite query vectors that are not zero, found NaN, infinity or zero; encode again"
             )
+
+    def search_vectors(self, vectors: NDArray[np.float32], k: int = 10) -> list[list[Hit]]:
+        """Return the best `k` items for query vectors (n, D) made by this generation; they are scaled to unit length.
+
+        Raises:
+            WidthMismatchError, NonFiniteEmbeddingError: not vectors of this generation.
+        """
+        self.check_queries(vectors)
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         found, entries = self.index.find((vectors / norms).astype(np.float32), k)
         return [
             [
@@ -191,6 +210,12 @@ class ServedSnapshot:
     def _above(self, score: float, generation: str) -> dict[str, bool]:
         known = {name: values[generation] for name, values in self.thresholds.items() if generation in values}
         return {name: score >= threshold for name, threshold in known.items()}
+
+
+def _finite(vector: NDArray[np.float32]) -> NDArray[np.float32] | UnreadableQueryError:
+    if np.isfinite(vector).all():
+        return vector
+    return UnreadableQueryError("searching: the image has no finite embedding; give another image")
 
 
 class ServingSearcher(Protocol):

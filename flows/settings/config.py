@@ -20,6 +20,7 @@ from graceful.errors import GracefulError
 from graceful.evaluation.policy import Consumer, RolloutPolicy
 from graceful.files import is_remote, join, read_bytes
 from graceful.flows.settings.cron import check_cron, check_timezone
+from graceful.flows.settings.endpoint import EndpointConfig
 from graceful.flows.settings.template import TEMPLATE
 from graceful.flows.store.evaluation_set import EvaluationConfig
 from graceful.indexing.cluster_choice import ClusteringConfig
@@ -153,7 +154,7 @@ class ReplayConfig(BaseModel):
     )
 
 
-_WHERE_IT_RUNS = dict.fromkeys(("cluster", "schedule", "search", "report", "replay", "name"), True)
+_WHERE_IT_RUNS = dict.fromkeys(("cluster", "schedule", "search", "endpoint", "report", "replay", "name"), True)
 
 
 class PipelineConfig(BaseModel):
@@ -175,6 +176,7 @@ class PipelineConfig(BaseModel):
     policy: RolloutPolicy = Field(default=RolloutPolicy(), description="Limits of the decision.")
     gallery: GalleryConfig = Field(default=GalleryConfig(), description="Gallery and re-index.")
     search: SearchConfig = Field(default=SearchConfig(), description="How searches are answered.")
+    endpoint: EndpointConfig = Field(default=EndpointConfig(), description="What the HTTP search endpoint accepts.")
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="Ray.")
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="Scheduled retraining.")
     prices: PricesConfig = Field(default=PricesConfig(), description="Prices, where they are known.")
@@ -255,6 +257,11 @@ def load_search_config(root: str) -> SearchConfig:
         ConfigError: the file cannot be read, or its table `search` is wrong.
     """
     return _table_of(root, "search", SearchConfig)
+
+
+def load_endpoint_config(root: str) -> EndpointConfig:
+    """Read what a workspace's search endpoint accepts, whatever else its configuration says. Raises ConfigError."""
+    return _table_of(root, "endpoint", EndpointConfig)
 
 
 def load_clustering_config(root: str) -> ClusteringConfig:

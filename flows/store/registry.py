@@ -335,9 +335,13 @@ class Registry:
             )
         return Plan.model_validate_json(row["plan"]), pq.read_table(pa.BufferReader(content)).cast(PLAN_ITEMS_SCHEMA)
 
+    def plan_head(self, plan_id: str) -> Plan:
+        """Read a plan without its items."""
+        return Plan.model_validate_json(self._plan_row(plan_id)["plan"])
+
     def plan_generation(self, plan_id: str) -> str:
         """Whose vectors a plan writes; reads no items."""
-        return Plan.model_validate_json(self._plan_row(plan_id)["plan"]).generation
+        return self.plan_head(plan_id).generation
 
     def _plan_row(self, plan_id: str) -> dict[str, Any]:
         rows = self._plans.snapshot().rows()

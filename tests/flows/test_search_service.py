@@ -17,7 +17,7 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from graceful.flows.search.http import MAX_BODY_BYTES, make_app
+from graceful.flows.search.http import make_app
 from graceful.flows.search.searcher import GallerySearcher
 from graceful.flows.search.views import open_follower
 from graceful.flows.settings.config import ConfigError
@@ -127,8 +127,8 @@ def test_a_vector_is_searched_with_exactly_and_k_counts(workspace: Path, client:
         ({"json": {"vektor": [1.0]}}, 422, "vector"),
         ({"json": {"vector": [1.0] * 16, "k": 0}}, 422, "k"),
         ({"json": {"vector": [1.0] * 16, "generation": "g000-000000"}}, 409, "encode it again"),
-        ({"content": b"x" * (MAX_BODY_BYTES + 1), "headers": {"content-type": "image/png"}}, 413, "32 MiB"),
-        ({"files": {"image": ("a.png", b"x" * (MAX_BODY_BYTES + 1), "image/png")}}, 413, "32 MiB"),
+        ({"content": b"x" * (32 * 2**20 + 1), "headers": {"content-type": "image/png"}}, 413, "32 MiB"),
+        ({"files": {"image": ("a.png", b"x" * (32 * 2**20 + 1), "image/png")}}, 413, "32 MiB"),
         ({"files": {"text": (None, b"no file")}}, 400, "one file, found 0"),
         ({"content": b"--x", "headers": {"content-type": "multipart/form-data"}}, 400, "oundary"),
         ({"content": b"none", "headers": {"content-type": "multipart/form-data; boundary=x"}}, 400, ""),
@@ -276,7 +276,7 @@ def test_query_vectors_of_another_width_are_refused_by_name(workspace: Path) -> 
 
 
 def test_the_endpoint_imports_neither_prefect_nor_ray() -> None:
-    code = "import sys, graceful.flows.search.http; print([m for m in ('prefect', 'ray') if m in sys.modules])"
+    code = "import sys, graceful.flows.search.serving; print([m for m in ('prefect', 'ray') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=110, check=True)
     assert done.stdout.strip() == "[]"
 
