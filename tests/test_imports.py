@@ -22,8 +22,8 @@ ORDER = {
         "training.datasets", "training.backbones", "training.heads", "training.encoder", "training.predecessors",
         "training.constraints.bct", "training.constraints.cross_contrast", "training.constraints.ract",
         "training.constraints", "training.pixels", "training.material", "training.distributed", "training.objective",
-        "training.progress",
-        "training.finishing", "training.starting", "training.loop",
+        "training.progress", "training.compiling", "training.pace",
+        "training.finishing", "training.starting", "training.step", "training.loop",
         "training.launch",
     ),
     "indexing": (

@@ -103,12 +103,24 @@ class TrainingConfig(BaseModel):
     )
     epochs: int = Field(default=6, ge=1, description="Passes over the training images.")
     batch_size: int = Field(default=256, ge=2, description="Images per step, all workers together.")
+    accumulation: int = Field(
+        default=1,
+        ge=1,
+        description="Micro-batches per step, for batches that do not fit in memory. ract and batch norm see one "
+        "micro-batch of all workers at a time.",
+    )
+    max_gradient_norm: float | None = Field(
+        default=None, gt=0, description="Longer gradients of a step are shortened to this norm; by default none are."
+    )
     max_lr: float = Field(default=1e-3, gt=0, description="Peak learning rate with a parent.")
     first_max_lr: float = Field(default=2e-3, gt=0, description="Peak learning rate when started from scratch.")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's decay; not applied to norms and biases.")
     calibration_images: int = Field(default=4096, ge=0, description="Clean images for batch norm statistics; 0: none.")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="auto: 16 bit where the processor has it."
+    )
+    compile: Literal["auto", "off", "on"] = Field(
+        default="auto", description="torch.compile: auto on a GPU for at least 1,000 steps."
     )
     seed: int = Field(default=0, ge=0, description="Seed of everything random.")
     pixel_memory_mib: int = Field(
@@ -122,6 +134,11 @@ class TrainingConfig(BaseModel):
                 "training config: interpolation needs weights that started at the parent's; set interpolation = 0 with "
                 'start = "scratch"'
             )
+        if self.batch_size < self.accumulation:
+            raise UsageError(
+                f"training config: expected an image for each of {self.accumulation} micro-batches, found batch_size = "
+                f"{self.batch_size}; lower accumulation"
+            )
         if any(not 0 < prefix < self.width for prefix in self.prefix_widths):
             raise UsageError(f"training config: expected prefix widths below {self.width}, found {self.prefix_widths}")
         return self
@@ -129,6 +146,17 @@ class TrainingConfig(BaseModel):
     def without_constraints(self) -> "TrainingConfig":
         """Return the paragon's recipe: the same training, tied to no predecessor."""
         return self.model_copy(update={"constraints": (), "interpolation": 0.0})
+
+
+def check_shares(config: TrainingConfig, num_workers: int) -> None:
+    """Refuse a recipe whose batches have no image for some worker. Raises UsageError."""
+    parts = max(num_workers, 1) * config.accumulation
+    if config.batch_size < parts:
+        raise UsageError(
+            f"training on {num_workers} workers: expected an image of every micro-batch for each of them, found "
+            f"batch_size = {config.batch_size} for {parts} parts ({num_workers} workers, {config.accumulation} "
+            "micro-batches); raise batch_size, or use fewer workers or micro-batches"
+        )
 
 
 class TrainingJob(BaseModel):
@@ -148,11 +176,17 @@ class TrainingJob(BaseModel):
     predecessors: tuple[PredecessorRef, ...] = Field(default=(), description="Generations to stay compatible with.")
     storage_uri: str = Field(description="Where checkpoints, progress and the result are kept.")
     num_workers: int = Field(default=0, ge=0, description="Ray Train workers; 0 trains in this process without Ray.")
+    min_workers: int | None = Field(
+        default=None, ge=1, description="Fewest workers to go on with when some are lost; by default all are needed."
+    )
     use_gpu: bool = Field(default=False, description="One GPU per worker.")
     cpus_per_worker: int = Field(default=1, ge=1, description="CPU cores per worker, also its threads.")
     resources: dict[str, float] = Field(default_factory=dict, description="Further Ray resources per worker.")
     max_failures: int = Field(default=2, ge=1, description="Worker failures that are recovered from.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints kept while training.")
+    checkpoint_minutes: float = Field(
+        default=10.0, ge=0, description="Minutes between checkpoints within an epoch; there is one after every epoch."
+    )
 
     @field_validator("manifest_uri", "output_uri", "storage_uri", "parent_uri")
     @classmethod
@@ -166,4 +200,9 @@ class TrainingJob(BaseModel):
         ids = [reference.generation_id for reference in self.predecessors]
         if len(set(ids)) != len(ids):
             raise UsageError(f"training job: expected distinct predecessors, found {ids}")
+        check_shares(self.config, self.num_workers)
+        if self.min_workers is not None and self.min_workers > max(self.num_workers, 1):
+            raise UsageError(
+                f"training job: expected min_workers of at most {self.num_workers} workers, found {self.min_workers}"
+            )
         return self

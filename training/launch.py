@@ -26,7 +26,12 @@ from graceful.training.encoder import CorruptedWeightsError
 from graceful.training.generation import GenerationCard, GenerationNotFoundError
 from graceful.training.images import UnreadableImageError
 from graceful.training.job import TrainingJob
-from graceful.training.loop import TrainingDeadlineError, TrainingDivergedError, train_worker
+from graceful.training.loop import (
+    ChangedTrainingError,
+    TrainingDeadlineError,
+    TrainingDivergedError,
+    train_worker,
+)
 from graceful.training.manifest import DatasetNotFoundError
 from graceful.training.pixels import ChangedImagesError
 from graceful.training.predecessors import MisalignedCacheError
@@ -40,6 +45,7 @@ Progress = Callable[[dict[str, Any]], None]
 # The same on every rank and after every restart: handed back instead of raised, so that Ray does not try again.
 REFUSALS = (
     ChangedImagesError,
+    ChangedTrainingError,
     CorruptedWeightsError,
     DatasetNotFoundError,
     EmptyDatasetError,
@@ -64,17 +70,21 @@ class TrainingFailedError(GracefulError):
 
 
 def run_training(
-    job: TrainingJob, on_progress: Progress | None = None, deadline_s: float | None = None
+    job: TrainingJob,
+    on_progress: Progress | None = None,
+    deadline_s: float | None = None,
+    on_glance: Progress | None = None,
 ) -> GenerationCard:
     """Train the generation that `job` describes, or find it finished; return its card.
 
-    on_progress is called in this thread with one dict per finished epoch (on resuming, first with the earlier ones).
-    With workers, Ray must have been started or joined by the caller.
+    on_progress is called in this thread with one dict per finished epoch (on resuming, first with the earlier ones);
+    on_glance with the same of an epoch that is under way, every few seconds. With workers, Ray must have been started
+    or joined by the caller.
 
     Raises: the errors named in REFUSALS, TrainingFailedError, ClusterNotStartedError.
     """
     trail = TrailReporter(job.storage_uri, job.name, job.keep_checkpoints)
-    tail = _Tail(trail, on_progress)
+    tail = _Tail(trail, on_progress, on_glance)
     finished = trail.result()
     if finished is None:
         deadline = None if deadline_s is None else time.time() + deadline_s
@@ -92,10 +102,12 @@ def run_training(
 class _Tail:
     """Hands every progress line on exactly once, in the caller's thread."""
 
-    def __init__(self, trail: TrailReporter, on_progress: Progress | None) -> None:
+    def __init__(self, trail: TrailReporter, on_progress: Progress | None, on_glance: Progress | None) -> None:
         self._trail = trail
         self._on_progress = on_progress
+        self._on_glance = on_glance
         self._next_epoch = 0
+        self._seen = (0, 0)
 
     def advance(self) -> None:
         if self._on_progress is None:
@@ -104,6 +116,13 @@ class _Tail:
             if line["epoch"] >= self._next_epoch:
                 self._next_epoch = line["epoch"] + 1
                 self._on_progress(line)
+        glance = self._trail.last_glance() if self._on_glance is not None else None
+        if self._on_glance is None or glance is None:
+            return
+        place = (glance["epoch"], glance["step"])
+        if place > self._seen and glance["epoch"] >= self._next_epoch:
+            self._seen = place
+            self._on_glance(glance)
 
 
 class _LocalReporter:
@@ -118,6 +137,10 @@ class _LocalReporter:
         self._trail.report(metrics, state)
         self._tail.advance()
 
+    def glance(self, metrics: dict[str, Any], state: dict[str, Any] | None) -> None:
+        self._trail.glance(metrics, state)
+        self._tail.advance()
+
 
 class _RayReporter:
     """The trail inside a Ray Train worker: rank 0 writes, then all ranks meet in Ray's report."""
@@ -125,6 +148,7 @@ class _RayReporter:
     def __init__(self, trail: TrailReporter) -> None:
         self._trail = trail
         self.latest = trail.latest
+        self.glance = trail.glance
         self.finish = trail.finish
 
     def report(self, metrics: dict[str, Any], state: dict[str, Any] | None) -> None:
@@ -146,7 +170,7 @@ def _fit(job: TrainingJob, trail: TrailReporter, tail: _Tail, deadline: float | 
         _train_on_ray,
         train_loop_config={"job": job.model_dump(mode="json"), "deadline": deadline},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=job.num_workers,
+            num_workers=job.num_workers if job.min_workers is None else (job.min_workers, job.num_workers),  # type: ignore[arg-type]
             use_gpu=job.use_gpu,
             resources_per_worker={"CPU": job.cpus_per_worker, **({"GPU": 1} if job.use_gpu else {}), **job.resources},
         ),

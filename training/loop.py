@@ -6,29 +6,33 @@ was not (on the same hardware with the same number of workers). Losses and batch
 (distributed.py): how many workers share it changes the result by rounding and by their own draws of the augmentation.
 """
 
+import contextlib
+import logging
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from graceful.errors import GracefulError, UsageError
-from graceful.training.distributed import share_weight, synchronised_batch_norm
+from graceful.errors import GracefulError
+from graceful.training.compiling import compiled
+from graceful.training.distributed import synchronised_batch_norm
 from graceful.training.encoder import named_dtype, save_generation, sixteen_bit_type
 from graceful.training.finishing import calibrate, interpolate, interpolate_rows, sum_by_class
 from graceful.training.generation import GenerationCard
 from graceful.training.job import TrainingJob
-from graceful.training.material import Material, load_material, seed_of
-from graceful.training.objective import Objective
-from graceful.training.pixels import training_batch
+from graceful.training.material import load_material
+from graceful.training.pace import Course, Meetings
 from graceful.training.progress import Reporter
 from graceful.training.starting import Parent, Trainee, build_trainee, load_parent
+from graceful.training.step import Run, Stepper, steps_per_epoch
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(GracefulError):
@@ -39,17 +43,8 @@ class TrainingDeadlineError(GracefulError):
     """The training did not end in time; the same job goes on from its last checkpoint."""
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One worker's part in one training."""
-
-    job: TrainingJob
-    report: Reporter
-    rank: int
-    world_size: int
-    device: torch.device
-    dtype: torch.dtype | None  # 16-bit type of the network's arithmetic
-    material: Material
+class ChangedTrainingError(GracefulError):
+    """A checkpoint of the same name is that of another training."""
 
 
 def train_worker(
@@ -62,106 +57,151 @@ def train_worker(
 ) -> GenerationCard | None:
     """Train one generation; rank 0 stores it and returns its card, the other ranks return None.
 
-    deadline: seconds since the epoch, looked at after every epoch, when its checkpoint is complete.
+    deadline: seconds since the epoch, looked at every few seconds; a late training leaves a checkpoint first.
     With world_size > 1 the caller has set up torch's process group. Resumes from `report.latest()`.
 
     Raises: SingleImageClassError, ChangedImagesError, MisalignedCacheError, IncompatibleParentError,
-    TrainingDivergedError, TrainingDeadlineError.
+    ChangedTrainingError, TrainingDivergedError, TrainingDeadlineError, UsageError.
     """
     device = device or torch.device("cpu")
     config = job.config
     dtype = sixteen_bit_type(device) if config.precision == "auto" else named_dtype(config.precision)
     with tempfile.TemporaryDirectory(prefix="graceful-training-") as scratch:
         material = load_material(job, device, Path(scratch))
-        run = _Run(job, report, rank, world_size, device, dtype, material)
+        run = Run(job, report, rank, world_size, device, dtype, material)
+        steps = steps_per_epoch(run)
         torch.manual_seed(config.seed)
         parent = load_parent(job, material, device, dtype)
         trainee = build_trainee(config, len(material.classes), parent)
         trainee.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        with synchronised_batch_norm(trainee):
-            seconds = _run_epochs(run, trainee, parent is not None, deadline)
-        return _finish(run, trainee, parent, seconds)
+        with prepared(run, trainee, parent is not None, steps) as (stepper, is_compiled):
+            course = _run_epochs(run, stepper, steps, deadline)
+        return _finish(run, trainee, parent, course, is_compiled)
 
 
-def _run_epochs(run: _Run, trainee: Trainee, from_parent: bool, deadline: float | None) -> float:
-    """Train all epochs that the latest checkpoint has not seen; return the seconds of all of them."""
-    config, material = run.job.config, run.material
-    steps = math.ceil(len(material) / config.batch_size)
-    smallest = len(material) // steps
-    if smallest < run.world_size:
-        raise UsageError(
-            f"training {run.job.name}: expected an image of every batch for each of {run.world_size} workers, found "
-            f"batches of {smallest} ({len(material)} images in batches of at most {config.batch_size}); raise "
-            "batch_size or use fewer workers"
-        )
+@contextlib.contextmanager
+def prepared(run: Run, trainee: Trainee, from_parent: bool, steps: int) -> Iterator[tuple[Stepper, bool]]:
+    """Yield what moves the trainee while it trains, on all ranks as on one, and whether its network runs compiled."""
+    config = run.job.config
     max_lr = config.max_lr if from_parent and config.start == "parent" else config.first_max_lr
-    optimizer = torch.optim.AdamW(_parameter_groups(trainee, config.weight_decay), lr=max_lr, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=max_lr, total_steps=steps * config.epochs)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    stateful: dict[str, Any] = {"trainee": trainee, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    first_epoch, seconds = 0, 0.0
+    with synchronised_batch_norm(trainee):
+        stepper = Stepper(run, trainee, max_lr, total_steps=steps * config.epochs)
+
+        def rehearse() -> None:
+            stepper.rehearse(next(run.material.batches(config.seed, 0, steps, run.rank, run.world_size)))
+
+        with compiled(trainee.network, config.compile, run.device, steps * config.epochs, rehearse) as is_compiled:
+            stepper.distribute()
+            yield stepper, is_compiled
+
+
+def _run_epochs(run: Run, stepper: Stepper, steps: int, deadline: float | None) -> Course:
+    """Take all steps that the latest checkpoint has not seen; return how the training went."""
+    config = run.job.config
+    course = _resumed(run, stepper, steps)
+    meetings = Meetings(run.device, run.world_size)
+    saved_at = time.monotonic()
+    while course.epoch < config.epochs:
+        recent: dict[str, Tensor] = {}
+        since = 0
+        batches = run.material.batches(
+            config.seed, course.epoch, steps, run.rank, run.world_size, first_step=course.step
+        )
+        for batch in batches:
+            for name, value in stepper.take(batch, course.epoch, course.step).items():
+                recent[name] = recent[name] + value if name in recent else value
+            course.step += 1
+            since += 1
+            is_end = course.step == steps
+            if not (meetings.is_due() or is_end):
+                continue
+            is_late = deadline is not None and time.time() > deadline
+            sums, any_late, seconds = meetings.meet(recent, since, is_late)
+            recent, since = {}, 0
+            course.add(seconds)
+            course.sums = {name: course.sums.get(name, 0.0) + value for name, value in sums.items()}
+            line = _progress_line(run, course, steps)
+            any_late = any_late and not (is_end and course.epoch + 1 == config.epochs)
+            if is_end:
+                run.report.report(line, _checkpoint(run, stepper, course, steps) if run.rank == 0 else None)
+                saved_at = time.monotonic()
+            elif run.rank == 0:
+                is_due = any_late or time.monotonic() - saved_at >= 60 * run.job.checkpoint_minutes
+                run.report.glance(line, _checkpoint(run, stepper, course, steps) if is_due else None)
+                saved_at = time.monotonic() if is_due else saved_at
+            if any_late:
+                raise TrainingDeadlineError(
+                    f"training {run.job.name}: expected to end before its deadline, found it at epoch "
+                    f"{course.epoch + 1} of {config.epochs}, step {course.step} of {steps}; run the same job again to "
+                    "go on from there"
+                )
+            meetings.restart_clock()
+        course.begin_epoch()
+    return course
+
+
+def _progress_line(run: Run, course: Course, steps: int) -> dict[str, Any]:
+    """Return the losses (means over this epoch's steps so far) and the speed.
+
+    Raises: TrainingDivergedError.
+    """
+    config = run.job.config
+    means = {name: value / course.step for name, value in course.sums.items()}
+    if not all(math.isfinite(value) for value in means.values()):
+        raise TrainingDivergedError(
+            f"training {run.job.name}: expected a finite loss, found {means} (epoch {course.epoch}); lower max_lr or "
+            "use float32"
+        )
+    done = course.epoch * steps + course.step
+    line = {"epoch": course.epoch, "epochs": config.epochs, "step": course.step, "steps": steps, **means}
+    line["seconds"] = round(course.epoch_seconds, 3)
+    line["images_per_s"] = round(len(run.material) * course.step / steps / max(course.epoch_seconds, 1e-9), 1)
+    line["eta_s"] = round(course.seconds / done * (steps * config.epochs - done), 1)
+    line["workers"] = run.world_size
+    if course.worker_changes and course.worker_changes[-1][0] == course.epoch:
+        line["workers_before"] = course.worker_changes[-1][2]
+    return line
+
+
+def _checkpoint(run: Run, stepper: Stepper, course: Course, steps: int) -> dict[str, Any]:
+    recipe = run.job.config.model_dump(mode="json")
+    return {**stepper.state_dict(), **course.state_dict(), "recipe": recipe, "steps": steps}
+
+
+def _resumed(run: Run, stepper: Stepper, steps: int) -> Course:
+    """Load the latest checkpoint into the stepper; return where it stands, or the beginning.
+
+    Raises: ChangedTrainingError.
+    """
     saved = run.report.latest()
-    if saved is not None:
-        for name, part in stateful.items():
-            part.load_state_dict(saved[name])
-        first_epoch, seconds = saved["epoch"] + 1, saved["seconds"]
-    model: nn.Module = trainee
-    if run.world_size > 1:
-        model = DistributedDataParallel(trainee, device_ids=[run.device] if run.device.type == "cuda" else None)
-    objective = Objective(config, material, run.device)
-    for epoch in range(first_epoch, config.epochs):
-        started = time.perf_counter()
-        model.train()
-        sums: dict[str, Tensor] = {}
-        for step, batch in enumerate(material.batches(config.seed, epoch, steps, run.rank, run.world_size)):
-            own = seed_of(config.seed, epoch, run.rank, step)
-            torch.manual_seed(own)  # dropout, if the network has any, draws from torch's own generator
-            generator = torch.Generator().manual_seed(own)
-            shared = torch.Generator().manual_seed(seed_of(config.seed, epoch, None, step + 1))
-            images = training_batch(batch.pixels, config.preprocessing, config.augmentation, generator, run.device)
-            labels = batch.labels.to(run.device)
-            embeddings, task = model(images, labels, run.dtype)
-            task = task * share_weight(len(labels), batch.total)
-            terms = {"task": task, **objective.terms(embeddings, labels, batch, shared)}
-            loss = torch.stack(list(terms.values())).sum()
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-            for name, value in {"loss": loss, **terms}.items():
-                sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-        is_late = deadline is not None and time.time() > deadline and epoch + 1 < config.epochs
-        means, any_late = _agree(run, {name: value / steps for name, value in sums.items()}, is_late)
-        if not all(math.isfinite(value) for value in means.values()):
-            raise TrainingDivergedError(
-                f"training {run.job.name}: expected a finite loss, found {means} (epoch {epoch}); lower max_lr or use "
-                "float32"
-            )
-        elapsed = time.perf_counter() - started
-        seconds += elapsed
-        metrics = {"epoch": epoch, "epochs": config.epochs, **means, "seconds": round(elapsed, 3)}
-        metrics["images_per_s"] = round(len(material) / elapsed, 1)
-        state = {name: part.state_dict() for name, part in stateful.items()}
-        run.report.report(metrics, {"epoch": epoch, "seconds": seconds, **state} if run.rank == 0 else None)
-        if any_late:
-            raise TrainingDeadlineError(
-                f"training {run.job.name}: expected to end before its deadline, found it at epoch {epoch + 1} of "
-                f"{config.epochs}; run the same job again to go on from there"
-            )
-    return seconds
+    if saved is None:
+        return Course(workers=run.world_size)
+    now, before = run.job.config.model_dump(mode="json"), saved["recipe"]
+    changed = [f"{name} = {before.get(name)!r}" for name in now if now[name] != before.get(name)]
+    if saved["steps"] != steps:
+        changed.append(f"{saved['steps']} steps per epoch instead of {steps}")
+    if changed:
+        raise ChangedTrainingError(
+            f"resuming training {run.job.name}: expected the checkpoint of this recipe and these images, found one "
+            f"with {', '.join(changed)}; give the changed training a name of its own, or undo the change to go on"
+        )
+    stepper.load_state_dict(saved)
+    course = Course(**{name: saved[name] for name in vars(Course())})
+    if course.workers != run.world_size:
+        logger.warning(
+            "training %s goes on with %d workers instead of %d, from epoch %d, step %d",
+            run.job.name, run.world_size, course.workers, course.epoch, course.step,
+        )  # fmt: skip
+        course.worker_changes.append([course.epoch, course.step, course.workers, run.world_size])
+        course.workers = run.world_size
+    if course.step == steps:
+        course.begin_epoch()
+    return course
 
 
-def _agree(run: _Run, means: dict[str, Tensor], is_late: bool) -> tuple[dict[str, float], bool]:
-    """Average the epoch's losses over the ranks; late is what any rank finds late, so that all stop together."""
-    values = torch.stack([*means.values(), torch.tensor(float(is_late), device=run.device)])
-    if run.world_size > 1:
-        dist.all_reduce(values)
-    numbers = (values / run.world_size).tolist()
-    return dict(zip(means, numbers, strict=False)), numbers[-1] > 0
-
-
-def _finish(run: _Run, trainee: Trainee, parent: Parent | None, seconds: float) -> GenerationCard | None:
+def _finish(
+    run: Run, trainee: Trainee, parent: Parent | None, course: Course, is_compiled: bool
+) -> GenerationCard | None:
     """Interpolate with the parent, calibrate, compute class means, store: every rank computes, rank 0 writes."""
     started = time.perf_counter()
     job, config, material, network = run.job, run.job.config, run.material, trainee.network
@@ -197,8 +237,10 @@ def _finish(run: _Run, trainee: Trainee, parent: Parent | None, seconds: float) 
             "classes": len(material.classes),
             "epochs": config.epochs,
             "seed": config.seed,
-            "seconds": round(seconds + time.perf_counter() - started, 2),
+            "seconds": round(course.seconds + time.perf_counter() - started, 2),
             "workers": run.world_size,
+            **({"worker_changes": course.worker_changes} if course.worker_changes else {}),
+            "compiled": is_compiled,
             "precision": str(dtype or torch.float32).removeprefix("torch."),
             "interpolation": config.interpolation if parent is not None else 0.0,
             "constraints": [entry.name for entry in config.constraints] if len(material.predecessors) else [],
@@ -206,12 +248,3 @@ def _finish(run: _Run, trainee: Trainee, parent: Parent | None, seconds: float) 
     )
     run.report.finish(uri, card)
     return card
-
-
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices and kernels, but not biases and norms."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]

@@ -28,6 +28,20 @@ class Batch:
     pixels: Tensor  # (B, channels, size, size) uint8, on the CPU
     total: int  # images of the global batch
 
+    def micro_batches(self, count: int, world_size: int) -> list["Batch"]:
+        """Cut a rank's share into `count` shares of smaller global batches, none of them empty on any rank."""
+        if count == 1:
+            return [self]
+        ends = [part[-1] + 1 for part in np.array_split(np.arange(self.total // world_size), count)]
+        ends[-1] = len(self.rows)  # one image more where the batch does not go round
+        parts = []
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            is_last = end == ends[-1]
+            total = (self.total if is_last else end * world_size) - start * world_size
+            own = slice(start, end)
+            parts.append(Batch(self.rows[own], self.labels[own], self.pixels[own], total))
+        return parts
+
 
 @dataclass(frozen=True)
 class Material:

@@ -1,8 +1,10 @@
 """Where a training leaves its trail: checkpoints, progress lines and the result, below `storage_uri/name/`.
 
     checkpoint-0003.pt   state after epoch 3 (torch file with tensors and plain values only)
+    checkpoint-0004-000120.pt   state after 120 steps of epoch 4
     checkpoints.json     the checkpoints that are complete, newest last, each with its sha256; written after the file
     metrics.jsonl        one line per epoch
+    progress.json        a line like these, of the epoch that is under way
     result.json          the finished generation; written last: a training that has one is never repeated
 
 Every file is written whole and atomically, so a kill at any moment leaves the previous state. The trail is our own
@@ -34,6 +36,9 @@ class Reporter(Protocol):
     def report(self, metrics: dict[str, Any], state: dict[str, Any] | None) -> None:
         """Record an epoch's metrics and state. Called by every rank; only rank 0 passes a state."""
 
+    def glance(self, metrics: dict[str, Any], state: dict[str, Any] | None) -> None:
+        """Record how far an epoch is and, where there is one, a state in its midst. Called by rank 0."""
+
     def finish(self, generation_uri: str, card: GenerationCard) -> None:
         """Record the finished generation. Called by rank 0."""
 
@@ -58,23 +63,46 @@ class TrailReporter:
         return None
 
     def report(self, metrics: dict[str, Any], state: dict[str, Any] | None) -> None:
-        """Write the checkpoint, then the list of checkpoints, then the progress line; then drop old checkpoints."""
+        """Write the progress line, then the checkpoint and the list of checkpoints; then drop old checkpoints.
+
+        In this order: an epoch that is repeated writes its line again, one that is not repeated would never.
+        """
         if state is None:
             return
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        payload = buffer.getvalue()
-        file = f"checkpoint-{state['epoch']:04d}.pt"
-        write_bytes(join(self.uri, file), payload)
-        entries = [entry for entry in self._checkpoints() if entry["epoch"] < state["epoch"]]
-        entries.append({"epoch": state["epoch"], "file": file, "sha256": hashlib.sha256(payload).hexdigest()})
-        kept = entries[-self.keep_checkpoints :]
-        self._write_json("checkpoints.json", {"format_version": FORMAT_VERSION, "checkpoints": kept})
         lines = [line for line in self.metrics() if line["epoch"] < metrics["epoch"]]
         text = "".join(json.dumps(line) + "\n" for line in [*lines, metrics])
         write_bytes(join(self.uri, "metrics.jsonl"), text.encode())
-        for entry in entries[: -self.keep_checkpoints]:
-            self._remove(entry["file"])
+        for file in self._save(state, f"checkpoint-{state['epoch']:04d}.pt"):
+            self._remove(file)
+
+    def glance(self, metrics: dict[str, Any], state: dict[str, Any] | None) -> None:
+        """Write the checkpoint and the list of checkpoints if there is a state, then the line; then drop old ones."""
+        dropped = []
+        if state is not None:
+            dropped = self._save(state, f"checkpoint-{state['epoch']:04d}-{state['step']:06d}.pt")
+        self._write_json("progress.json", {"format_version": FORMAT_VERSION, **metrics})
+        for file in dropped:
+            self._remove(file)
+
+    def last_glance(self) -> dict[str, Any] | None:
+        """Return how far the epoch under way was when it was last looked at."""
+        return self._read_json("progress.json")
+
+    def _save(self, state: dict[str, Any], file: str) -> list[str]:
+        """Write a checkpoint, then the list; return the files that are no longer in it."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        payload = buffer.getvalue()
+        write_bytes(join(self.uri, file), payload)
+        before = self._checkpoints()
+        place = (state["epoch"], state["step"])
+        entries = [entry for entry in before if (entry["epoch"], entry["step"]) < place]
+        sha256 = hashlib.sha256(payload).hexdigest()
+        entries.append({"epoch": state["epoch"], "step": state["step"], "file": file, "sha256": sha256})
+        kept = entries[-self.keep_checkpoints :]
+        self._write_json("checkpoints.json", {"format_version": FORMAT_VERSION, "checkpoints": kept})
+        names = {entry["file"] for entry in kept}
+        return [entry["file"] for entry in before if entry["file"] not in names]
 
     def finish(self, generation_uri: str, card: GenerationCard) -> None:
         """Write the result, then drop the checkpoints."""
@@ -82,8 +110,8 @@ class TrailReporter:
         self._write_json("result.json", record)
         entries = self._checkpoints()
         self._write_json("checkpoints.json", {"format_version": FORMAT_VERSION, "checkpoints": []})
-        for entry in entries:
-            self._remove(entry["file"])
+        for file in [*(entry["file"] for entry in entries), "progress.json"]:
+            self._remove(file)
 
     def result(self) -> tuple[str, GenerationCard] | None:
         """Return folder and card of the generation that this run made, or None if it has not ended.
@@ -111,9 +139,10 @@ class TrailReporter:
 
     def _read_json(self, file: str) -> dict[str, Any] | None:
         place = join(self.uri, file)
-        if not exists(place):
+        try:
+            record: dict[str, Any] = json.loads(read_bytes(place))
+        except FileNotFoundError:
             return None
-        record: dict[str, Any] = json.loads(read_bytes(place))
         if record.get("format_version") != FORMAT_VERSION:
             raise UnknownFormatError(
                 f"resuming a training: expected format {FORMAT_VERSION}, found {record.get('format_version')} (at "

@@ -27,7 +27,7 @@ from graceful.indexing.cluster_choice import ClusteringConfig
 from graceful.indexing.index_choice import SearchConfig
 from graceful.indexing.planner import ORDERS
 from graceful.training.datasets import DatasetConfig
-from graceful.training.job import TrainingConfig
+from graceful.training.job import TrainingConfig, check_shares
 
 CONFIG_FILE = "graceful.toml"
 """Name of a workspace's configuration, in the workspace."""
@@ -87,6 +87,15 @@ class ClusterConfig(BaseModel):
         "http://head:8265: submit the work as Ray jobs.",
     )
     num_workers: int = Field(default=1, ge=0, description="Training workers; 0 trains without Ray, in this process.")
+    min_workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Fewest training workers to go on with when nodes are lost; by default all are waited for.",
+    )
+    max_failures: int = Field(default=2, ge=1, description="Losses of training workers that a run recovers from.")
+    checkpoint_minutes: float = Field(
+        default=10.0, ge=0, description="Minutes between checkpoints within an epoch; there is one after every epoch."
+    )
     cpus_per_worker: int = Field(default=1, ge=1, description="Cores, and threads, of a training worker.")
     gpus_per_worker: int = Field(default=0, ge=0, le=1, description="GPUs of a training worker.")
     embed_workers: int = Field(default=2, ge=0, description="Embedding workers; 0 embeds in this process.")
@@ -190,6 +199,15 @@ class PipelineConfig(BaseModel):
         if policy.max_cluster_churn is not None and clusters is not None and not clusters.is_complete:
             raise ValueError("max_cluster_churn needs clusters.threshold, or clusters.method = 'hdbscan'")
         return policy
+
+    @field_validator("cluster")
+    @classmethod
+    def _every_worker_has_images(cls, cluster: ClusterConfig, info: ValidationInfo) -> ClusterConfig:
+        if "training" in info.data:
+            check_shares(info.data["training"], cluster.num_workers)
+        if cluster.min_workers is not None and cluster.min_workers > cluster.num_workers:
+            raise ValueError(f"expected min_workers of at most num_workers = {cluster.num_workers}")
+        return cluster
 
     def digest(self) -> str:
         """Digest of what shapes a generation and its decision; where it runs does not."""

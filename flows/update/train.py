@@ -120,6 +120,9 @@ def train(
         num_workers=config.num_workers,
         use_gpu=config.gpus_per_worker > 0,
         cpus_per_worker=config.cpus_per_worker,
+        min_workers=config.min_workers,
+        max_failures=config.max_failures,
+        checkpoint_minutes=config.checkpoint_minutes,
     )
     if session.cluster.submits_jobs and config.num_workers:
         return submit_training(config, join(session.workspace.root, "jobs"), job)

@@ -63,6 +63,8 @@ def test_unknown_key_that_is_like_nothing_lists_those_that_exist(path):
         ("policy.fractions", [0.5, 1.0], "rise from 0 to 1"),
         ("name", "No Spaces", "name: "),
         ("cluster.object_store_mib", 1, "cluster.object_store_mib"),
+        ("cluster", {"num_workers": 500}, "cluster: training on 500 workers: .*raise batch_size, or use fewer workers"),
+        ("cluster", {"num_workers": 2, "min_workers": 3}, "cluster: expected min_workers of at most num_workers = 2"),
         ("schedule.cron", "every day", "schedule.cron: cron: expected five fields .*'every day'"),
         ("schedule.cron", "0 24 * * *", "expected hour from 0 to 23, found '24'"),
         ("schedule.cron", "0 3 * * 8", "day of the week"),

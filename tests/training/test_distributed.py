@@ -193,7 +193,7 @@ def test_one_two_and_four_workers_end_in_the_same_place(
 def test_more_workers_than_images_in_a_batch_are_refused_before_training(
     make_job: MakeJob, config: TrainingConfig
 ) -> None:
-    with pytest.raises(UsageError, match="raise batch_size or use fewer workers"):
-        train_worker(
-            make_job(config=config.model_copy(update={"batch_size": 4})), TrailReporter("x", "y"), 0, world_size=8
-        )
+    with pytest.raises(ValueError, match="raise batch_size, or use fewer workers"):
+        make_job(config=config.model_copy(update={"batch_size": 4}), num_workers=8)
+    with pytest.raises(UsageError, match="raise batch_size, or use fewer workers"):
+        train_worker(make_job(config=config.model_copy(update={"batch_size": 4})), TrailReporter("x", "y"), 0, 8)
