@@ -126,7 +126,9 @@ class RaySession:
 
 def runtime_environment() -> dict[str, Any]:
     """What workers on other nodes need: this code (when it runs from a checkout) and the store's credentials."""
-    names = [name for name in os.environ if name.startswith(("AWS_", "GRACEFUL_"))]
+    # Ray shows the environment of a job to whoever opens its dashboard: tokens of our own stay here.
+    ours = [name for name in os.environ if name.startswith("GRACEFUL_") and not name.endswith("_TOKEN")]
+    names = [*ours, *(name for name in os.environ if name.startswith("AWS_"))]
     environment: dict[str, Any] = {"env_vars": {name: os.environ[name] for name in names}}
     staged = _staged_checkout()
     if staged is not None:

@@ -16,7 +16,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from graceful.errors import UsageError
+from graceful.flows.settings.config import ConfigError
 
 TOKEN_VARIABLE = "GRACEFUL_SEARCH_TOKEN"
 """Environment variable of the bearer token."""
@@ -46,7 +46,7 @@ def read_token(token_file: str | None, host: str, *, refused: bool) -> Token | N
     refused: whoever starts it has said that there shall be none.
 
     Raises:
-        UsageError: none, or one too short, where others than this machine can connect.
+        ConfigError: none, or one too short, where others than this machine can connect.
     """
     if refused:
         return None
@@ -55,13 +55,13 @@ def read_token(token_file: str | None, host: str, *, refused: bool) -> Token | N
             text, place = Path(token_file).read_text().strip(), token_file
         except (OSError, UnicodeDecodeError) as error:
             line = f"reading the token: expected a text file, found {type(error).__name__} ({token_file})"
-            raise UsageError(f"{line}; write one with 'openssl rand -hex 32'") from None
+            raise ConfigError(f"{line}; write one with 'openssl rand -hex 32'") from None
     else:
         text, place = os.environ.get(TOKEN_VARIABLE, "").strip(), TOKEN_VARIABLE
     if not text and token_file is None and is_loopback(host):
         return None
     if len(text) < _MIN_CHARACTERS:
-        raise UsageError(
+        raise ConfigError(
             f"answering searches on {host or 'all addresses'}: expected a token of {_MIN_CHARACTERS} characters or "
             f"more, found {len(text)} (in {place}); set {TOKEN_VARIABLE} or --token-file, or refuse one by --no-token"
         )
