@@ -24,7 +24,7 @@ ORDER = {
         "training.constraints", "training.pixels", "training.material", "training.distributed", "training.objective",
         "training.progress", "training.compiling", "training.pace",
         "training.finishing", "training.starting", "training.step", "training.loop",
-        "training.launch",
+        "training.rehearsal", "training.launch",
     ),
     "indexing": (
         "indexing", "indexing.checked_files", "indexing.columns", "indexing.embedding_files", "indexing.tables",
@@ -76,7 +76,7 @@ ORDER = {
         "flows.commands.selftest", "flows.commands.evaluations", "flows.commands.evalset",
         "flows.commands.history", "flows.commands.flips", "flows.commands.adopt", "flows.commands.accept",
         "flows.commands.images", "flows.commands.plan",
-        "flows.commands.clusters", "flows.commands.updates", "flows.commands.suggestions",
+        "flows.commands.clusters", "flows.commands.updates", "flows.commands.rehearsal", "flows.commands.suggestions",
         "flows.commands.demo_world", "flows.commands.demo", "flows.api", "flows.terminal", "flows.terminal_plan",
         "flows.cli.shell", "flows.cli.entry", "flows.cli.updates", "flows.cli.evalset", "flows.cli.gallery",
         "flows.cli.operating",

@@ -187,6 +187,8 @@ def _resumed(run: Run, stepper: Stepper, steps: int) -> Course:
         )
     stepper.load_state_dict(saved)
     course = Course(**{name: saved[name] for name in vars(Course())})
+    if course.step == steps:
+        course.begin_epoch()
     if course.workers != run.world_size:
         logger.warning(
             "training %s goes on with %d workers instead of %d, from epoch %d, step %d",
@@ -194,8 +196,6 @@ def _resumed(run: Run, stepper: Stepper, steps: int) -> Course:
         )  # fmt: skip
         course.worker_changes.append([course.epoch, course.step, course.workers, run.world_size])
         course.workers = run.world_size
-    if course.step == steps:
-        course.begin_epoch()
     return course
 
 

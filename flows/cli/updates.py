@@ -137,12 +137,23 @@ def update(
     root: RootOption = ".",
     again: Annotated[bool, typer.Option(help="Judge anew what was decided about before.")] = False,
     paragon: ParagonOption = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only take a few training steps on a sample of the images and say what a training would take: time, "
+            "memory, steps, and what the predecessors add. Changes nothing.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a candidate, judge it against what is served, decide, and carry the decision out.
 
     Run again, it goes on where it was killed; decided before, it does nothing. Exit code 3: hold, 4: inconclusive.
     """
+    if dry_run:
+        _dry_run(place(root), as_json)
+        return
     with reported_errors(as_json):
         from graceful.flows.commands.check import require_checked
 
@@ -288,6 +299,46 @@ def demo(
         result = run_demo(None if root is None else place(root), console_for(as_json))
         if as_json:
             print(json.dumps(asdict(result), indent=2))
+
+
+def _dry_run(root: str, as_json: bool) -> None:
+    with reported_errors(as_json):
+        from graceful.flows.commands.check import require_checked
+
+        require_checked(root)
+    with reported_errors(as_json):
+        from graceful.flows.commands.rehearsal import dry_run
+
+        console = console_for(as_json)
+        found = dry_run(root, lambda text: console.print(f"[dim]{text}[/dim]", highlight=False))
+        output(as_json, found.model_dump(mode="json"), lambda console: _print_dry_run(console, found))
+
+
+def _print_dry_run(console: Console, found: Any) -> None:
+    share = found.predecessors_step_share
+    added = "" if share is None else f", which add {share:.0%} to a step"
+    first = f"{_duration(found.load_s)} of decoding"
+    if found.embed_s is not None:
+        first += f", {_duration(found.embed_s)} of embedding {found.images_to_embed:,} images with predecessors"
+    lines = [
+        f"Training on {found.images:,} images of {found.classes:,} classes: {found.steps:,} steps.",
+        f"A step: {found.step_s:.3g} s, {found.images_per_s:,.0f} images per second on {found.device} in "
+        f"{found.precision}, {found.batch_images:,} images for each of {found.workers} worker(s).",
+        f"Memory of a worker: {found.memory_mib:,} MiB at its peak; all images decoded: {found.pixels_mib:,} MiB.",
+        f"Predecessors: {found.predecessors}{added}.",
+        f"Before the first step: {first}.",
+        f"All together about {_duration(found.total_s)}, the judgement not counted.",
+        f"Measured on {found.sampled_images:,} images of {found.sampled_classes:,} classes.",
+        *([f"Note: {found.note}."] if found.note else []),
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _print_update(console: Console, result: Any, root: str) -> None:

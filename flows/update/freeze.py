@@ -81,7 +81,7 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
         if adopted == champion:
             raise MoveRefusedError(f"judging {adopted}: expected an encoder that does not serve, found that it does")
     update_key = base if not attempts else f"{base}-{len(attempts) + 1}"
-    predecessors = tuple(_predecessors(session))
+    predecessors = tuple(predecessors_of(session))
     training_key = adopted or digest([material_key, champion, predecessors])[:16]
     known = adopted or trained_before(registry, training_key)
     left_out = ({*registry.retired(), *_adopted_in_vain(registry)} - {champion}) | {known}
@@ -138,7 +138,7 @@ def _adopted_in_vain(registry: Registry) -> set[str]:
     return {event.generation for event in registry.events(Adopted)} - judged
 
 
-def _predecessors(session: Session) -> list[str]:
+def predecessors_of(session: Session) -> list[str]:
     """Generations to constrain against: all that ever served, or those of them that still own readable rows."""
     workspace = session.workspace
     retired = workspace.registry.retired()
