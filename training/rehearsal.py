@@ -40,7 +40,8 @@ class Rehearsal:
 def rehearse(job: TrainingJob, least_steps: int = 3, least_s: float = 2.0) -> Rehearsal:
     """Take a step to warm up, then steps that are timed, on the job's own images; nothing is stored.
 
-    On a GPU where the job wants one and there is one. At least `least_steps` and until `least_s` seconds have passed, but not more than 50.
+    On a GPU where the job wants one and there is one. At least `least_steps` and until `least_s` seconds have passed,
+    but not more than 50.
 
     Raises: what `loop.train_worker` raises before its first step.
     """
