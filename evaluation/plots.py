@@ -89,7 +89,7 @@ def curve_figure(
         axes.set_xlim(-4, 104)
         bottom, top = axes.get_ylim()
         axes.set_ylim(max(bottom, -1.0), min(top, 101.0))
-        _finish(axes)
+        finish(axes)
     return figure
 
 
@@ -126,7 +126,7 @@ def flips_figure(curves: Sequence[Curve], limit: float | None, chosen: float | N
         axes.set_ylabel("per cent of the searches")
         axes.set_xlim(-4, 104)
         axes.set_ylim(0, min(100.0, 1.08 * highest) if highest else 1.0)
-        _finish(axes)
+        finish(axes)
     return figure
 
 
@@ -187,7 +187,7 @@ def cost_figure(costs: Sequence[OptionCost], curve: Curve, chosen: float | None,
         axes.margins(x=0.06, y=0.15)
         axes.set_xlabel("price of the fraction" if priced else "hours of embedding")
         axes.set_ylabel(f"{metric}, per cent")
-        _finish(axes, legend=False)
+        finish(axes, legend=False)
     return figure
 
 
@@ -251,6 +251,16 @@ def png(figure: Figure, dpi: int) -> bytes:
     return buffer.getvalue()
 
 
+def finish(axes: Axes, *, legend: bool = True) -> None:
+    """Give axes the look of a report's figures."""
+    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(length=0)
+    if legend:
+        axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+
 _LINES: Sequence[dict[str, Any]] = (
     {"color": ACCENT, "linewidth": 2, "marker": "o", "markersize": 4.5},
     {"color": OPEN, "linewidth": 1.6, "marker": "s", "markersize": 4, "linestyle": (0, (5, 2))},
@@ -278,12 +288,3 @@ def _ring(axes: Axes, curves: Sequence[Curve], chosen: float | None, name: str) 
     found = [getattr(point, name) for point in curves[0].points if point.fraction == chosen]
     if found and found[0] is not None:
         axes.plot([100 * chosen], [100 * found[0]], linestyle="none", label=f"chosen: {share_text(chosen)}", **_RING)
-
-
-def _finish(axes: Axes, *, legend: bool = True) -> None:
-    axes.grid(axis="y", color=RULE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(length=0)
-    if legend:
-        axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)

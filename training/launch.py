@@ -84,7 +84,7 @@ def run_training(
     Raises: the errors named in REFUSALS, TrainingFailedError, ClusterNotStartedError.
     """
     trail = TrailReporter(job.storage_uri, job.name, job.keep_checkpoints)
-    tail = _Tail(trail, on_progress, on_glance)
+    tail = Tail(trail, on_progress, on_glance)
     finished = trail.result()
     if finished is None:
         deadline = None if deadline_s is None else time.time() + deadline_s
@@ -99,8 +99,8 @@ def run_training(
     return finished[1]
 
 
-class _Tail:
-    """Hands every progress line on exactly once, in the caller's thread."""
+class Tail:
+    """Hands every progress line of a trail on exactly once, in the thread that calls `advance`."""
 
     def __init__(self, trail: TrailReporter, on_progress: Progress | None, on_glance: Progress | None) -> None:
         self._trail = trail
@@ -110,6 +110,7 @@ class _Tail:
         self._seen = (0, 0)
 
     def advance(self) -> None:
+        """Hand on what is new."""
         if self._on_progress is None:
             return
         for line in self._trail.metrics():
@@ -128,7 +129,7 @@ class _Tail:
 class _LocalReporter:
     """The trail for a training in this process."""
 
-    def __init__(self, trail: TrailReporter, tail: _Tail) -> None:
+    def __init__(self, trail: TrailReporter, tail: Tail) -> None:
         self._trail, self._tail = trail, tail
         self.latest = trail.latest
         self.finish = trail.finish
@@ -156,7 +157,7 @@ class _RayReporter:
         ray.train.report(metrics)
 
 
-def _fit(job: TrainingJob, trail: TrailReporter, tail: _Tail, deadline: float | None) -> None:
+def _fit(job: TrainingJob, trail: TrailReporter, tail: Tail, deadline: float | None) -> None:
     """Run one TorchTrainer in a thread, pass progress on meanwhile, keep the deadline."""
     if not ray.is_initialized():
         raise ClusterNotStartedError(

@@ -9,6 +9,7 @@
 
 Every file is written whole and atomically, so a kill at any moment leaves the previous state. The trail is our own
 rather than Ray Train's, because Ray rewrites its snapshot in place: a kill in that moment would make it unreadable.
+Reading the lines loads no torch.
 """
 
 import hashlib
@@ -16,8 +17,6 @@ import io
 import json
 import logging
 from typing import Any, Protocol
-
-import torch
 
 from graceful.errors import UnknownFormatError
 from graceful.files import exists, join, read_bytes, resolve, write_bytes
@@ -52,6 +51,8 @@ class TrailReporter:
 
     def latest(self) -> dict[str, Any] | None:
         """Return the newest state whose file is whole; a damaged one is logged and the one before it is taken."""
+        import torch
+
         for entry in reversed(self._checkpoints()):
             try:
                 payload = read_bytes(join(self.uri, entry["file"]))
@@ -90,6 +91,8 @@ class TrailReporter:
 
     def _save(self, state: dict[str, Any], file: str) -> list[str]:
         """Write a checkpoint, then the list; return the files that are no longer in it."""
+        import torch
+
         buffer = io.BytesIO()
         torch.save(state, buffer)
         payload = buffer.getvalue()

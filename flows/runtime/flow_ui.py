@@ -17,6 +17,7 @@ from prefect.logging import get_run_logger
 from graceful.flows.runtime.progress import Advance, Artifact, Progress
 
 _SECONDS_BETWEEN_UPDATES = 2.0
+_SECONDS_BETWEEN_GLANCES = 60.0
 
 
 class FlowProgress:
@@ -70,10 +71,13 @@ class _Counter:
     def __init__(self, label: str, total: int) -> None:
         self._label = label
         self._total, self._done, self._written = total, 0, time.monotonic()
+        self._logged = time.monotonic()
         self._artifact: Any = create_progress_artifact(progress=0.0, description=label)
 
     def advance(self, count: int, note: str = "") -> None:
-        if note and _in_run():
+        # What is no piece of work, only a look at one that is under way, is logged once a minute.
+        if note and _in_run() and (count or time.monotonic() - self._logged > _SECONDS_BETWEEN_GLANCES):
+            self._logged = time.monotonic()
             get_run_logger().info("%s: %s", self._label, note)
         self._done += count
         if time.monotonic() - self._written > _SECONDS_BETWEEN_UPDATES:

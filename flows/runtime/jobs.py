@@ -36,10 +36,16 @@ class JobFailedError(GracefulError):
     """A Ray job ended without its result."""
 
 
-def submit_training(config: ClusterConfig, jobs_location: str, job: TrainingJob) -> GenerationCard:
-    """Train on the cluster behind a job server; returns the card of the new generation."""
+def submit_training(
+    config: ClusterConfig, jobs_location: str, job: TrainingJob, follow: Callable[[], None]
+) -> GenerationCard:
+    """Train on the cluster behind a job server; returns the card of the new generation.
+
+    `follow` is called again and again meanwhile, and once at the end: it reads the training's trail.
+    """
     specification = {"job": job.model_dump(mode="json"), "deadline_s": config.deadline_hours * 3600}
-    result = _run(config, jobs_location, "train", specification, lambda found: exists(found["generation_uri"]))
+    result = _run(config, jobs_location, "train", specification, lambda found: exists(found["generation_uri"]), follow)
+    follow()
     return read_card(result["generation_uri"])
 
 
@@ -81,6 +87,7 @@ def _run(
     kind: str,
     specification: dict[str, Any],
     still_there: Callable[[dict[str, Any]], bool],
+    follow: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -98,7 +105,7 @@ def _run(
     client = JobSubmissionClient(config.address)
     entrypoint = f"python -m graceful.flows.runtime.jobs {kind} {location}"
     job_id = _submitted(client, f"graceful-{kind}-{digest}", entrypoint, runtime_environment())
-    status = _wait(client, job_id, config.deadline_hours)
+    status = _wait(client, job_id, config.deadline_hours, follow)
     if status != JobStatus.SUCCEEDED or not exists(result):
         # The log is empty where the job could not even start; the message then has the reason.
         told = client.get_job_logs(job_id) or str(client.get_job_info(job_id).message)
@@ -106,7 +113,7 @@ def _run(
     return dict(read_json(result))
 
 
-def _wait(client: Any, job_id: str, deadline_hours: float) -> Any:
+def _wait(client: Any, job_id: str, deadline_hours: float, follow: Callable[[], None]) -> Any:
     """Final status of a job. A head that does not answer for a while is asked again; leaving the wait stops the job."""
     deadline = time.monotonic() + deadline_hours * 3600
     heard = time.monotonic()
@@ -124,6 +131,7 @@ def _wait(client: Any, job_id: str, deadline_hours: float) -> Any:
                 heard = time.monotonic()
                 if status.is_terminal():
                     return status
+            follow()
             if time.monotonic() > deadline:
                 raise JobFailedError(f"waiting for Ray job {job_id}: not done after {deadline_hours:g} hours")
             time.sleep(_POLL_S)

@@ -28,6 +28,7 @@ from graceful.indexing.index_choice import SearchConfig
 from graceful.indexing.planner import ORDERS
 from graceful.training.datasets import DatasetConfig
 from graceful.training.job import TrainingConfig, check_shares
+from graceful.training.trackers import TrackersConfig
 
 CONFIG_FILE = "graceful.toml"
 """Name of a workspace's configuration, in the workspace."""
@@ -163,7 +164,9 @@ class ReplayConfig(BaseModel):
     )
 
 
-_WHERE_IT_RUNS = dict.fromkeys(("cluster", "schedule", "search", "endpoint", "report", "replay", "name"), True)
+_WHERE_IT_RUNS = dict.fromkeys(
+    ("cluster", "schedule", "search", "endpoint", "report", "trackers", "replay", "name"), True
+)
 
 
 class PipelineConfig(BaseModel):
@@ -190,6 +193,7 @@ class PipelineConfig(BaseModel):
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="Scheduled retraining.")
     prices: PricesConfig = Field(default=PricesConfig(), description="Prices, where they are known.")
     report: ReportConfig = Field(default=ReportConfig(), description="The report of an update.")
+    trackers: TrackersConfig = Field(default=TrackersConfig(), description="Where learning curves go besides.")
     replay: ReplayConfig | None = Field(default=None, description="A history to replay.")
 
     @field_validator("policy")

@@ -23,6 +23,7 @@ from graceful.flows.update.consumer_sections import consumer_sections
 from graceful.flows.update.diagnosis import diagnosis, flips_against_owners, lineage_rows, matrices
 from graceful.flows.update.explorer import explore
 from graceful.flows.update.labelling import write_label_list
+from graceful.flows.update.learning import learning_sections
 
 _BESIDE = (REPORT_JSON, FLIPS_FILE, "decision.json", "evidence.json", "policy.json", "outcomes.parquet")
 
@@ -65,6 +66,7 @@ def publish(
         files=[file for file in _BESIDE if file == REPORT_JSON or exists(join(location, file))],
         sections=consumer_sections(evidence),
         appendix=[
+            *learning_sections(workspace, evidence.candidate),
             *_history(workspace, decided, document),
             Section("What the lineage has become", rows=diagnosis(registry, evaluation, matrix)),
             *([Section("Against what older generations answered", _AGAINST, rows=against)] if against else []),

@@ -6,7 +6,7 @@ generation by its event in the lineage.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,10 +17,13 @@ from graceful.flows.runtime.jobs import submit_training
 from graceful.flows.runtime.session import Session
 from graceful.flows.store.events import Trained, UpdateStarted
 from graceful.flows.update.freeze import Inputs, trained_before
+from graceful.flows.update.learning import LearningCurve, epoch_text
 from graceful.indexing.embedding_files import write_embedding_file
 from graceful.training.generation import GenerationCard, PredecessorRef
 from graceful.training.job import TrainingConfig, TrainingJob
-from graceful.training.launch import run_training
+from graceful.training.launch import Tail, run_training
+from graceful.training.progress import TrailReporter
+from graceful.training.trackers import open_trackers
 
 
 class EmbeddingFailuresError(GracefulError):
@@ -124,19 +127,31 @@ def train(
         max_failures=config.max_failures,
         checkpoint_minutes=config.checkpoint_minutes,
     )
-    if session.cluster.submits_jobs and config.num_workers:
-        return submit_training(config, join(session.workspace.root, "jobs"), job)
-    session.encoders.release()  # the trainers may need every processor that the embedding workers hold
-    if config.num_workers:
-        session.cluster.ensure()
-    with session.progress.track(f"training g{frozen.ordinal:03d} ({role})", recipe.epochs) as advance:
-        return run_training(job, lambda line: advance(1, epoch_text(line)), deadline_s=config.deadline_hours * 3600)
+    label = f"training g{frozen.ordinal:03d} ({role})"
+    with (
+        open_trackers(session.config.trackers, name, recipe.model_dump(mode="json")) as write,
+        session.progress.track(label, recipe.epochs) as advance,
+    ):
+        learning = LearningCurve(session.progress, f"{session.config.name}-learning-curve", role)
 
+        def on_epoch(line: dict[str, Any]) -> None:
+            advance(1, epoch_text(line))
+            learning.add(line)
+            write(line)
 
-def epoch_text(line: Mapping[str, Any]) -> str:
-    """What an epoch came to, in a few words."""
-    parts = [f"epoch {int(line['epoch']) + 1}"] + [f"{k} {line[k]:.3f}" for k in ("loss",) if k in line]
-    return ", ".join(parts)
+        def on_glance(line: dict[str, Any]) -> None:
+            advance(0, epoch_text(line))
+
+        try:
+            if session.cluster.submits_jobs and config.num_workers:
+                tail = Tail(TrailReporter(job.storage_uri, job.name), on_epoch, on_glance)
+                return submit_training(config, join(session.workspace.root, "jobs"), job, tail.advance)
+            session.encoders.release()  # the trainers may need every processor that the embedding workers hold
+            if config.num_workers:
+                session.cluster.ensure()
+            return run_training(job, on_epoch, deadline_s=config.deadline_hours * 3600, on_glance=on_glance)
+        finally:
+            learning.show()
 
 
 def embed_evaluation(inputs: Inputs, generation: str) -> int:

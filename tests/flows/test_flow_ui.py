@@ -93,7 +93,7 @@ def test_the_flow_run_shows_its_tasks_and_its_artifacts(browser: Any, shown: Sho
         expect(page.get_by_text(name).first).to_be_visible(timeout=20_000)
     page.screenshot(path=pictures / "flow-run.png", clip={"x": 0, "y": 0, "width": 1280, "height": 1200})
     page.get_by_role("tablist").get_by_text("Artifacts", exact=True).click()
-    for key in ("digits-compatibility-matrix", "digits-decision", "digits-report"):
+    for key in ("digits-compatibility-matrix", "digits-decision", "digits-report", "digits-learning-curve"):
         expect(page.get_by_text(key).first).to_be_visible(timeout=20_000)
 
     artifacts = httpx.post(f"{shown.base}/api/artifacts/latest/filter", json={}, timeout=30).json()
@@ -101,6 +101,7 @@ def test_the_flow_run_shows_its_tasks_and_its_artifacts(browser: Any, shown: Sho
     for key, texts in {
         "digits-decision": ("Decision",),
         "digits-compatibility-matrix": ("g001", "g002"),
+        "digits-learning-curve": ("The loss went from",),
     }.items():
         page.goto(f"{shown.base}/artifacts/artifact/{ids[key]}")
         page.wait_for_load_state("networkidle")
@@ -109,7 +110,8 @@ def test_the_flow_run_shows_its_tasks_and_its_artifacts(browser: Any, shown: Sho
         picture = page.locator("img[src^='data:image/png']").first
         expect(picture).to_be_visible(timeout=20_000)
         assert picture.evaluate("image => image.naturalWidth") > 100
-        name = "flow-decision.png" if key == "digits-decision" else "flow-artifacts.png"
+        names = {"digits-decision": "flow-decision.png", "digits-compatibility-matrix": "flow-artifacts.png"}
+        name = names.get(key, f"{key}.png")
         page.screenshot(path=pictures / name, clip={"x": 0, "y": 0, "width": 1280, "height": 860})
     assert seen.outside == []
     page.close()

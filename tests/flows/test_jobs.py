@@ -33,7 +33,9 @@ from graceful.indexing.embedding_files import read_embeddings
 from graceful.training.datasets import DatasetConfig, load_images
 from graceful.training.generation import BackboneSpec, Preprocessing
 from graceful.training.job import TrainingConfig, TrainingJob
+from graceful.training.launch import Tail
 from graceful.training.manifest import LabelledImages, write_manifest
+from graceful.training.progress import TrailReporter
 
 CODE = Path(__file__).parents[2]
 START_S = 180
@@ -182,15 +184,18 @@ def test_a_failed_job_tells_its_reason_and_the_same_order_trains_once_repaired_a
     config = ClusterConfig(address=head.job_server, num_workers=1, embed_workers=1, deadline_hours=0.1)
     job, folder = training_job(shared), str(shared / "jobs")
     with pytest.raises(JobFailedError, match=r"manifest\.parquet"):
-        submit_training(config, folder, job)
+        submit_training(config, folder, job, lambda: None)
 
     write_manifest(job.manifest_uri, digits)
-    card = submit_training(config, folder, job)  # the next attempt at the same order
+    epochs: list[int] = []
+    tail = Tail(TrailReporter(job.storage_uri, job.name), lambda line: epochs.append(line["epoch"]), None)
+    card = submit_training(config, folder, job, tail.advance)  # the next attempt at the same order
+    assert epochs == [0]
     assert card.ordinal == 1
     assert card.training["workers"] == 1
     assert (shared / "generations" / card.generation_id / "card.json").exists()
     nowhere = ClusterConfig(address="http://127.0.0.1:9", num_workers=1, deadline_hours=0.1)
-    assert submit_training(nowhere, folder, job) == card  # the result is found; no cluster is asked
+    assert submit_training(nowhere, folder, job, tail.advance) == card  # the result is found; no cluster is asked
 
     sources, keys = tuple(digits.sources), {"item_id": list(digits.sources)}
     units = [
