@@ -12,10 +12,19 @@ weights file, so the same id always means the same weights.
 
 import hashlib
 import json
+import math
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from graceful.errors import GracefulError, UnknownFormatError, UsageError
 from graceful.files import join, read_bytes, write_bytes
@@ -32,11 +41,16 @@ class GenerationNotFoundError(GracefulError, FileNotFoundError):
 
 
 class Preprocessing(BaseModel):
-    """How an image becomes the network's input: decode, resize (bilinear), divide by 255, subtract mean, over std."""
+    """How an image becomes the network's input: decode, resize, crop, divide by 255, subtract mean, over std.
+
+    Resizing is Pillow's on 8-bit pixels, which always smooths while it makes smaller (what torchvision calls
+    antialiasing); `images.decode` says how sizes and crops are rounded. What was written before a key existed reads as
+    the key's default, and a value at that default is not written: records and digests of before stay as they were.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    image_size: int = Field(ge=4, description="Height and width in pixels that every image is resized to.")
+    image_size: int = Field(ge=4, description="Height and width in pixels of what the network sees.")
     channels: Literal[1, 3] = Field(description="1 converts to grey, 3 to RGB.")
     mean: tuple[float, ...] = Field(description="Mean per channel on the 0 to 1 scale.")
     std: tuple[float, ...] = Field(description="Standard deviation per channel on the 0 to 1 scale.")
@@ -48,6 +62,45 @@ class Preprocessing(BaseModel):
     background: int = Field(
         default=255, ge=0, le=255, description="photo: grey level, 0 to 255, that shows through transparent pixels."
     )
+    resize: Literal["squash", "shorter_side", "fit"] = Field(
+        default="squash",
+        description="squash: to a square, whatever the shape; shorter_side: the shorter side to resize_size, the shape "
+        "kept; fit: the longer side, the shape kept. The middle is cut out, and missing borders are padded.",
+    )
+    resize_size: int | None = Field(
+        default=None, ge=4, description="Pixels of the side that is resized, before the crop; by default image_size."
+    )
+    crop_share: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        exclude=True,
+        description="Instead of resize_size: the share of the resized side that the crop keeps, as timm's crop_pct. "
+        "Kept as resize_size = floor(image_size / crop_share).",
+    )
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] = Field(
+        default="bilinear", description="Pillow's filter of the resizing."
+    )
+    padding_color: tuple[int, ...] | None = Field(
+        default=None, description="Level per channel, 0 to 255, of padded borders; by default the background's."
+    )
+    jpeg: Literal["reduced", "full"] = Field(
+        default="reduced",
+        description="reduced: a JPEG of more than twice the wanted size is read at a half, a quarter or an eighth, "
+        "which is faster and changes pixels slightly; full: as the libraries of pretrained networks read it.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resize_size_of_a_share(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("crop_share") is None:
+            return value
+        share, size = value["crop_share"], value.get("image_size")
+        if not isinstance(share, int | float) or not 0 < share <= 1 or not isinstance(size, int):
+            return value  # the fields say what is wrong
+        if value.get("resize_size") is not None:
+            raise UsageError("preprocessing: expected resize_size or crop_share, found both; give one")
+        return {**value, "crop_share": None, "resize_size": math.floor(size / share)}
 
     @model_validator(mode="after")
     def _one_value_per_channel(self) -> "Preprocessing":
@@ -63,19 +116,48 @@ class Preprocessing(BaseModel):
             )
         if min(self.std) <= 0:
             raise UsageError(f"preprocessing: expected std > 0, found {self.std}")
+        color = self.padding_color
+        if color is not None and (len(color) != self.channels or min(color) < 0 or max(color) > 255):
+            raise UsageError(
+                f"preprocessing: expected {self.channels} whole numbers from 0 to 255 in padding_color, found {color}"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_as_it_was(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = write(self)
+        return {key: value for key, value in values.items() if key not in _LATER or value != _LATER[key]}
+
+    @property
+    def resized(self) -> int:
+        """Pixels of the side that is resized."""
+        return self.image_size if self.resize_size is None else self.resize_size
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """Level per channel of padded borders."""
+        return self.padding_color or (self.background,) * self.channels
 
     def fingerprint(self) -> str:
         """Digest of these values: two generations with the same fingerprint can share decoded images."""
         values = self.model_dump()
         if self.decoding == "plain":  # cards were written with this digest before there was another decoding
-            del values["decoding"], values["background"]
+            del values["decoding"]
+            if not _LATER.keys() & values.keys():  # else the background may be what is padded with
+                del values["background"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def takes_weights_of(self, other: "Preprocessing") -> bool:
-        """Whether a network trained on the other's input can go on with this one: all but the decoding is the same."""
-        decoding = {"decoding": self.decoding, "background": self.background}
-        return self == other.model_copy(update=decoding)
+        """Whether a network trained on the other's input can go on with this one: shape and scale are the same."""
+        mine, theirs = ((p.image_size, p.channels, p.mean, p.std) for p in (self, other))
+        return mine == theirs
+
+
+# Keys that came later, with the value that says what was done before them.
+_LATER = {
+    name: Preprocessing.model_fields[name].default
+    for name in ("resize", "resize_size", "interpolation", "padding_color", "jpeg")
+}
 
 
 class BackboneSpec(BaseModel):

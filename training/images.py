@@ -145,26 +145,26 @@ def decode(payload: bytes, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     With `decoding = "photo"` the image is turned upright by its EXIF orientation (damaged tags say nothing),
     transparent pixels show the background, and deep grey becomes 8 bits. 16-bit values are divided by 257. For 32-bit
     integers and floats no header tells the range: 0 to 65535 where a value is above 255, 0 to 1 for floats where none
-    is above 1, else 0 to 255; values outside are clipped, NaN is black. A JPEG is read at an eighth, a quarter or half
-    of its size where that is a whole number of pixels and at least twice the wanted size; it is always the same for the
-    same bytes and size.
+    is above 1, else 0 to 255; values outside are clipped, NaN is black. A JPEG under `jpeg = "reduced"` is read at an
+    eighth, a quarter or half of its size where that is a whole number of pixels and at least twice the wanted size; it
+    is always the same for the same bytes and size.
 
     With "plain" none of that is done: transparency is ignored, deep grey clipped at 255, and no format but TIFF turned,
     which PIL does by itself. All other images have the same pixels under both.
 
-    Raises: UnreadableImageError on empty, truncated or foreign bytes, and on more than MAX_PIXELS.
+    Then the image is resized and its middle cut out, in the order and with the rounding of torchvision (`Resize`,
+    `CenterCrop` on a PIL image) and, for `resize = "fit"`, of timm (`ResizeKeepRatio(longest=1)`, `CenterCropOrPad`).
+
+    Raises: UnreadableImageError on empty, truncated or foreign bytes, and on more than MAX_PIXELS, also once resized.
     """
     mode = "L" if preprocessing.channels == 1 else "RGB"
-    size = (preprocessing.image_size, preprocessing.image_size)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # size is checked by itself; EXIF warnings say nothing about pixels
             image = _as_seen(payload, preprocessing) if preprocessing.decoding == "photo" else _open(payload)
             if image.mode != mode:
                 image = image.convert(mode)
-            if image.size != size:
-                image = image.resize(size, Image.Resampling.BILINEAR)
-            pixels = np.array(image)
+            pixels = np.array(_cropped(_resized(image, preprocessing), preprocessing))
     except UnreadableImageError:
         raise
     except UnidentifiedImageError:  # its message names a buffer in memory
@@ -244,8 +244,9 @@ def _open(payload: bytes) -> Image.Image:
 def _as_seen(payload: bytes, preprocessing: Preprocessing) -> Image.Image:
     """Return an image as a viewer shows it: 8 bits, on a background, upright."""
     image = _open(payload)
-    enough = _DRAFT * preprocessing.image_size
-    for part in (8, 4, 2):  # a part that leaves a rest would shift the edges
+    enough = _DRAFT * preprocessing.resized
+    parts = (8, 4, 2) if preprocessing.jpeg == "reduced" else ()
+    for part in parts:  # a part that leaves a rest would shift the edges
         if min(image.size) // part >= enough and not (image.width % part or image.height % part):
             image.draft(None, (image.width // part, image.height // part))  # other formats than JPEG ignore it
             break
@@ -260,6 +261,41 @@ def _as_seen(payload: bytes, preprocessing: Preprocessing) -> Image.Image:
     elif image.has_transparency_data:
         image = _on_background(image, preprocessing.background)
     return image if turn is None else image.transpose(turn)
+
+
+def _resized(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Return an image at the size from which the middle is cut out."""
+    width, height = image.size
+    side = preprocessing.resized
+    if preprocessing.resize == "squash":
+        size = (side, side)
+    elif preprocessing.resize == "fit":
+        ratio = max(width, height) / side
+        size = (max(1, round(width / ratio)), max(1, round(height / ratio)))
+    else:
+        short = min(width, height)
+        size = (side, int(side * height / short)) if width == short else (int(side * width / short), side)
+    if preprocessing.resize == "shorter_side" and size[0] * size[1] > MAX_PIXELS:
+        raise UnreadableImageError(
+            f"is too long: expected at most {MAX_PIXELS:,} pixels once the shorter side is {side}, found "
+            f"{size[0]}x{size[1]}"
+        )
+    return image if image.size == size else image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
+
+
+def _cropped(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Return the middle of an image as a square of the network's size, with padded borders where it is too small."""
+    side = preprocessing.image_size
+    if image.width < side or image.height < side:
+        size = (max(image.width, side), max(image.height, side))
+        color = preprocessing.padding
+        padded = Image.new(image.mode, size, color if len(color) > 1 else color[0])
+        padded.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+        image = padded
+    if image.size == (side, side):
+        return image
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
 
 
 def _eight_bits(image: Image.Image, background: int) -> Image.Image:

@@ -304,12 +304,12 @@ def _check_parent(root: str, config: PipelineConfig) -> Iterator[Finding]:
     if champion is None:
         return
     card, training = read_card(workspace.generation_uri(champion)), config.training
-    for noun, found, wanted in (
-        ("backbone", card.backbone, training.backbone),
-        ("preprocessing", card.preprocessing, training.preprocessing),
-        ("width", card.width, training.width),
+    for noun, same in (
+        ("backbone", card.backbone == training.backbone),
+        ("preprocessing", training.preprocessing.takes_weights_of(card.preprocessing)),
+        ("width", card.width == training.width),
     ):
-        if card.origin == "trained" and found != wanted:
+        if card.origin == "trained" and not same:
             yield Finding(
                 "error",
                 f"training.{noun}: expected that of {champion}, from which the training starts, found another",

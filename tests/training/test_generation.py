@@ -103,10 +103,88 @@ def test_card_that_contradicts_itself_is_refused(
         GenerationCard.model_validate({**record, **change})
 
 
+CHANGES = (
+    {"image_size": 9},
+    {"mean": (0.31,)},
+    {"std": (0.4,)},
+    {"decoding": "plain"},
+    {"background": 0},
+    {"resize": "shorter_side"},
+    {"resize": "fit"},
+    {"resize_size": 10},
+    {"interpolation": "bicubic"},
+    {"padding_color": (7,)},
+    {"jpeg": "full"},
+)
+
+
 def test_fingerprint_changes_with_every_value(preprocessing: Preprocessing) -> None:
-    changed = [{"image_size": 9}, {"mean": (0.31,)}, {"std": (0.4,)}, {"decoding": "plain"}, {"background": 0}]
-    prints = {preprocessing.model_copy(update=change).fingerprint() for change in changed}
-    assert len(prints | {preprocessing.fingerprint()}) == 6
+    prints = {preprocessing.model_copy(update=change).fingerprint() for change in CHANGES}
+    assert len(prints | {preprocessing.fingerprint()}) == len(CHANGES) + 1
+    # What a plain decoding pads with is a part of what it means.
+    padded = [Preprocessing(**EARLIER, decoding="plain", resize="fit", background=level) for level in (0, 255)]
+    assert padded[0].fingerprint() != padded[1].fingerprint()
+
+
+EARLIER = {"image_size": 8, "channels": 1, "mean": (0.3,), "std": (0.37,)}
+IMAGENET = {"image_size": 224, "channels": 3, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@pytest.mark.parametrize(
+    ("values", "digest"),
+    [
+        (EARLIER, "036b5fb85bf685c3"),
+        (EARLIER | {"decoding": "plain"}, "9f059c8fa12b5647"),
+        (EARLIER | {"decoding": "plain", "background": 3}, "9f059c8fa12b5647"),
+        (IMAGENET | {"background": 0}, "9c034e0663630456"),
+    ],
+)
+def test_what_was_written_before_there_was_another_resizing_keeps_its_digest(
+    values: dict[str, object], digest: str
+) -> None:
+    """Digests as the version before `resize` gave them; a recipe, a card and a weights file carry the same record."""
+    found = Preprocessing.model_validate(values)
+    assert found.fingerprint() == digest
+    assert found.model_dump() == {"decoding": "photo", "background": 255} | values
+    assert (found.resize, found.interpolation, found.jpeg, found.resized) == (
+        "squash", "bilinear", "reduced", found.image_size
+    )  # fmt: skip
+
+
+def test_card_keeps_every_value_of_a_preprocessing(tmp_path: Path, preprocessing: Preprocessing) -> None:
+    for change in CHANGES:
+        card = make_card(Preprocessing(**{**preprocessing.model_dump(), **change}))
+        write_card(str(tmp_path), card)
+        assert read_card(str(tmp_path)) == card
+        (key,) = change
+        assert json.loads((tmp_path / "card.json").read_text())["preprocessing"][key] is not None
+
+
+@pytest.mark.parametrize(("share", "size"), [(0.875, 256), (0.95, 235), (0.9, 248), (1.0, 224)])
+def test_a_crop_share_is_kept_as_the_size_that_it_means(share: float, size: int) -> None:
+    """The sizes are those of timm: floor(224 / crop_pct)."""
+    given = Preprocessing(**IMAGENET, resize="shorter_side", crop_share=share)
+    assert given.resized == size
+    assert given == Preprocessing(**IMAGENET, resize="shorter_side", resize_size=size)
+    assert given == Preprocessing.model_validate_json(given.model_dump_json())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"crop_share": 0.9, "resize_size": 256}, "found both"),
+        ({"crop_share": 1.1}, "less than or equal to 1"),
+        ({"crop_share": 0}, "greater than 0"),
+        ({"padding_color": (1, 2)}, "expected 3 whole numbers from 0 to 255 in padding_color"),
+        ({"padding_color": (1, 2, 256)}, "expected 3 whole numbers from 0 to 255 in padding_color"),
+        ({"resize": "crop"}, "'squash', 'shorter_side' or 'fit'"),
+        ({"interpolation": "cubic"}, "'bilinear', 'bicubic', 'lanczos' or 'nearest'"),
+        ({"resize_size": 3}, "greater than or equal to 4"),
+    ],
+)
+def test_a_resizing_that_cannot_be_is_refused(change: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Preprocessing(**{**IMAGENET, **change})
 
 
 def test_earlier_card_keeps_its_fingerprint_and_decodes_as_it_always_did(
@@ -131,11 +209,12 @@ def test_card_of_today_says_how_it_decodes(tmp_path: Path, preprocessing: Prepro
         assert read_card(str(tmp_path)) == card
 
 
-def test_weights_are_taken_over_another_decoding_and_over_no_other_change(preprocessing: Preprocessing) -> None:
-    for change in ({"decoding": "plain"}, {"background": 0}, {}):
-        assert preprocessing.takes_weights_of(preprocessing.model_copy(update=change))
-    for change in ({"image_size": 9}, {"mean": (0.31,)}, {"std": (0.4,)}):
-        assert not preprocessing.takes_weights_of(preprocessing.model_copy(update={**change, "decoding": "plain"}))
+def test_weights_are_taken_over_another_reading_of_the_image_and_over_no_other_shape_or_scale(
+    preprocessing: Preprocessing,
+) -> None:
+    for change in ({}, *CHANGES):
+        scale = not change.keys() & {"image_size", "mean", "std"}
+        assert preprocessing.takes_weights_of(preprocessing.model_copy(update=change)) == scale
 
 
 def test_preprocessing_needs_one_mean_per_channel() -> None:
