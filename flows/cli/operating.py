@@ -191,8 +191,12 @@ def serve(
     shards: Annotated[
         int, typer.Option(min=0, max=256, help="Spread the index over so many processes of a Ray cluster; 0: here.")
     ] = 0,
+    replicas: Annotated[
+        int,
+        typer.Option(min=0, help="Run so many copies on Ray Serve, which graceful[serve] brings; 0: one, here."),
+    ] = 0,
     ray_address: Annotated[
-        str, typer.Option(help="Cluster of the shards: local (this machine alone), auto, or host:port.")
+        str, typer.Option(help="Cluster of shards or replicas: local (this machine alone), auto, or host:port.")
     ] = "local",
     token_file: Annotated[
         str | None,
@@ -207,10 +211,18 @@ def serve(
     """Run updates on the schedule of the configuration, shown in the flow UI; or, with --http, answer searches."""
     with reported_errors():
         if http:
+            from graceful.errors import UsageError
             from graceful.flows.search.guarding import read_token
             from graceful.flows.search.serving import serve_searches
 
             token = read_token(token_file, host, refused=no_token)
+            if replicas:
+                from graceful.flows.search.replicas import serve_replicas
+
+                if shards:
+                    raise UsageError("answering searches: expected --shards or --replicas, found both; leave one out")
+                serve_replicas(place(root), host, port, replicas, ray_address, token)
+                return
             serve_searches(place(root), host, port, shards, ray_address, token)
         else:
             from graceful.flows.runtime.environment import prepare_environment

@@ -37,7 +37,7 @@ def serve_searches(
     """
     require_workspace(root)
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    log_to_terminal()
     listener = _listener(host, port)
     port = listener.getsockname()[1]
     _log.info("searches of %s: POST http://%s:%d/search", root, host, port)
@@ -50,6 +50,11 @@ def serve_searches(
 
     with open_sharded_searcher(num_shards, address) as open_searcher:
         _serve(root, listener, token, open_searcher)
+
+
+def log_to_terminal() -> None:
+    """One line with its time for whatever this process says."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
 
 
 def _serve(root: str, listener: socket.socket, token: Token | None, open_searcher: OpenSearcher) -> None:
