@@ -16,12 +16,16 @@ PACKAGES = ("training", "indexing", "evaluation", "flows")
 # Within a package a module imports only modules before it.
 ORDER = {
     "training": (
-        "training", "training.generation", "training.choices", "training.job", "training.manifest", "training.images",
-        "training.copies",
+        "training", "training.generation", "training.choices", "training.job", "training.combinations",
+        "training.manifest", "training.images", "training.copies",
         "training.measure", "training.glyphs", "training.materialise", "training.folders", "training.rows",
-        "training.datasets", "training.backbones", "training.heads", "training.encoder", "training.predecessors",
-        "training.constraints.bct", "training.constraints.cross_contrast", "training.constraints.ract",
-        "training.constraints", "training.pixels", "training.material", "training.distributed", "training.objective",
+        "training.datasets", "training.backbones", "training.sampling", "training.simplex",
+        "training.heads", "training.encoder", "training.predecessors",
+        "training.constraints.contract", "training.constraints.bct", "training.constraints.cross_contrast",
+        "training.constraints.hoc", "training.constraints.l2", "training.constraints.mixbct",
+        "training.constraints.oca", "training.constraints.ract", "training.constraints.repulsion",
+        "training.constraints", "training.uncertainty", "training.pixels", "training.material",
+        "training.distributed", "training.objective",
         "training.progress", "training.trackers", "training.compiling", "training.pace",
         "training.finishing", "training.starting", "training.step", "training.loop",
         "training.rehearsal", "training.launch",
@@ -103,7 +107,6 @@ ALLOWED = {
     "torch": ("training",),
     "torchvision": ("training",),
     "safetensors": ("training",),
-    "pytorch_metric_learning": ("training",),
     "sklearn": ("training.materialise", "indexing.clusters"),
     "PIL": ("training.images", "training.copies", "training.measure"),
     "cachetools": (
@@ -269,7 +272,7 @@ def test_searching_loads_neither_prefect_nor_ray():
 
 def test_reading_a_configuration_and_opening_a_workspace_load_no_framework():
     statement = "import graceful.flows.settings.config, graceful.flows.store.workspace, graceful.flows.commands.check"
-    assert loaded_after(statement, "torch", "ray", "faiss", "prefect", "pytorch_metric_learning") == set()
+    assert loaded_after(statement, "torch", "ray", "faiss", "prefect") == set()
 
 
 def test_the_demo_loads_neither_torch_nor_ray_nor_prefect():

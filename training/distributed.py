@@ -53,6 +53,12 @@ def gather_rows(tensor: Tensor, differentiable: bool, total: int | None = None) 
     return gathered.transpose(0, 1).flatten(0, 1)[:total]
 
 
+def own_rows(tensor: Tensor) -> Tensor:
+    """Return this rank's rows (B_r, ...) of a global batch's (B, ...): what `gather_rows` puts together."""
+    num_ranks = world_size()
+    return tensor if num_ranks == 1 else tensor[dist.get_rank() :: num_ranks]
+
+
 def share_weight(num_own: int, total: int) -> float:
     """Return the factor of a mean over a rank's own images, so that the ranks' mean is that of all images.
 

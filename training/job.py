@@ -10,10 +10,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from graceful.errors import UsageError
-from graceful.training.choices import CONSTRAINT_PARAMETERS, HEAD_NAMES
+from graceful.training.choices import CONSTRAINT_PARAMETERS, HEAD_NAMES, PER_IMAGE, check_parameters
 from graceful.training.generation import BackboneSpec, PredecessorRef, Preprocessing
 
-TRAINING_VERSION = 1
+TRAINING_VERSION = 2
 """Version of what a recipe means. Raise it with every change after which the same job gives other weights: a loss, the
 loop, an augmentation, the calibration. Trainings of another version are not taken up again."""
 
@@ -23,9 +23,27 @@ class HeadConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(default="additive_margin", description="additive_margin, arcface or cosine_softmax.")
+    name: str = Field(
+        default="additive_margin",
+        description="additive_margin, arcface, cosine_softmax, or simplex: fixed rows, from the first generation on.",
+    )
     scale: float = Field(default=20.0, gt=0, description="Logit scale s.")
-    margin: float = Field(default=0.2, ge=0, description="Margin m: of the cosine, or of the angle for arcface.")
+    margin: float = Field(
+        default=0.2,
+        ge=0,
+        description="Margin m: of the cosine, or of the angle for arcface; cosine_softmax and simplex have none.",
+    )
+    weight: float = Field(default=1.0, gt=0, description="Factor of the task in the loss.")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Share of the target spread over all classes.")
+    rotation: bool = Field(
+        default=False,
+        description="Whether the classifier sees the embedding through a learned orthogonal matrix (OCA).",
+    )
+    new_class_margin: float = Field(
+        default=0.0,
+        ge=0,
+        description="Added to the logits of classes that the parent does not know, against flips to them (MPT).",
+    )
 
     @field_validator("name")
     @classmethod
@@ -34,25 +52,50 @@ class HeadConfig(BaseModel):
             raise UsageError(f"head: expected one of {list(HEAD_NAMES)}, found {value!r}")
         return value
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "HeadConfig":
+        if self.name == "simplex" and self.rotation:
+            raise UsageError(
+                "head: expected the fixed simplex without rotation, found both: a learned rotation would move the "
+                "corners from generation to generation; set rotation = false or take another head"
+            )
+        return self
+
 
 class ConstraintConfig(BaseModel):
     """One compatibility constraint, applied against every predecessor."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(description="bct, cross_contrast or ract.")
+    name: str = Field(
+        description="bct, cross_contrast, hoc, l2, mixbct, oca, ract, repulsion, or package.module:Class of your own."
+    )
     weight: float = Field(default=1.0, ge=0, description="Factor of this constraint in the loss.")
     reduction: Literal["sum", "mean"] = Field(default="sum", description="Over the predecessors.")
+    against: Literal["all", "latest"] = Field(default="all", description="Which predecessors it is applied against.")
+    uncertainty: bool = Field(
+        default=False,
+        description="Weigh each image by the class margin of its stored vector: what was bad need not be repeated.",
+    )
     parameters: dict[str, float] = Field(default_factory=dict, description="Arguments of the constraint.")
 
     @model_validator(mode="after")
     def _known(self) -> "ConstraintConfig":
+        if ":" in self.name:  # looked up when the training starts
+            if not all(self.name.partition(":")[::2]):
+                raise UsageError(f"constraint: expected package.module:Class, found {self.name!r}")
+            return self
         if self.name not in CONSTRAINT_PARAMETERS:
-            raise UsageError(f"constraint: expected one of {sorted(CONSTRAINT_PARAMETERS)}, found {self.name!r}")
-        known = CONSTRAINT_PARAMETERS[self.name]
-        unknown = sorted(set(self.parameters) - set(known))
-        if unknown:
-            raise UsageError(f"constraint {self.name}: expected the parameters {list(known)}, found {unknown}")
+            raise UsageError(
+                f"constraint: expected package.module:Class or one of {sorted(CONSTRAINT_PARAMETERS)}, found "
+                f"{self.name!r}"
+            )
+        check_parameters(self.name, self.parameters)
+        if self.name not in PER_IMAGE and (self.uncertainty or self.weight != 1.0):
+            raise UsageError(
+                f"constraint {self.name}: expected neither weight nor uncertainty, because it has no loss of its own, "
+                f"found weight = {self.weight:g}, uncertainty = {str(self.uncertainty).lower()}; leave them out"
+            )
         return self
 
 
@@ -92,7 +135,8 @@ class TrainingConfig(BaseModel):
     augmentation: AugmentationConfig = Field(default=AugmentationConfig(), description="Changes to training images.")
     head: HeadConfig = Field(default=HeadConfig(), description="Classifier loss.")
     constraints: tuple[ConstraintConfig, ...] = Field(
-        default_factory=recipe_constraints, description="Compatibility constraints; none for a control."
+        default_factory=recipe_constraints,
+        description="Compatibility constraints; [] for a control, with interpolation = 0.",
     )
     start: Literal["parent", "scratch"] = Field(default="parent", description="Initial weights where a parent exists.")
     rows_from_parent: bool = Field(
@@ -111,6 +155,12 @@ class TrainingConfig(BaseModel):
     )
     max_gradient_norm: float | None = Field(
         default=None, gt=0, description="Longer gradients of a step are shortened to this norm; by default none are."
+    )
+    sampled_classes: int | None = Field(
+        default=None,
+        ge=0,
+        description="Classes in a step's softmax, of the task and of constraints: the batch's own and random others. "
+        "0: all. By default all up to 1,024, above that 1,024 or twice the batch.",
     )
     max_lr: float = Field(default=1e-3, gt=0, description="Peak learning rate with a parent.")
     first_max_lr: float = Field(default=2e-3, gt=0, description="Peak learning rate when started from scratch.")
@@ -134,6 +184,14 @@ class TrainingConfig(BaseModel):
                 "training config: interpolation needs weights that started at the parent's; set interpolation = 0 with "
                 'start = "scratch"'
             )
+        if not self.constraints and "interpolation" not in self.model_fields_set:
+            raise UsageError(
+                "training config: expected interpolation to be said with constraints = [], because its default "
+                f"{self.interpolation} ties a generation to its parent too; set interpolation = 0 for a control "
+                "without any tie, or the share that you want"
+            )
+        if sum(entry.name == "mixbct" for entry in self.constraints) > 1:
+            raise UsageError("training config: expected mixbct once, found it twice; raise its share instead")
         if self.batch_size < self.accumulation:
             raise UsageError(
                 f"training config: expected an image for each of {self.accumulation} micro-batches, found batch_size = "
@@ -145,7 +203,9 @@ class TrainingConfig(BaseModel):
 
     def without_constraints(self) -> "TrainingConfig":
         """Return the paragon's recipe: the same training, tied to no predecessor."""
-        return self.model_copy(update={"constraints": (), "interpolation": 0.0})
+        name = "cosine_softmax" if self.head.name == "simplex" else self.head.name
+        head = self.head.model_copy(update={"name": name, "new_class_margin": 0.0})
+        return self.model_copy(update={"constraints": (), "interpolation": 0.0, "head": head})
 
 
 def check_shares(config: TrainingConfig, num_workers: int) -> None:

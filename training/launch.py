@@ -21,6 +21,7 @@ import torch
 
 from graceful.errors import GracefulError, UnknownFormatError
 from graceful.files import join, resolve
+from graceful.training.combinations import IncompatibleParentError
 from graceful.training.datasets import EmptyDatasetError, SingleImageClassError
 from graceful.training.encoder import CorruptedWeightsError
 from graceful.training.generation import GenerationCard, GenerationNotFoundError
@@ -36,7 +37,6 @@ from graceful.training.manifest import DatasetNotFoundError
 from graceful.training.pixels import ChangedImagesError
 from graceful.training.predecessors import MisalignedCacheError
 from graceful.training.progress import TrailReporter
-from graceful.training.starting import IncompatibleParentError
 
 CONTROLLER_FAILURES = 3  # Ray's default is to retry for ever
 POLL_INTERVAL_S = 0.25

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from graceful.errors import GracefulError
+from graceful.training.combinations import CORNERS
 from graceful.training.compiling import compiled
 from graceful.training.distributed import synchronised_batch_norm
 from graceful.training.encoder import named_dtype, save_generation, sixteen_bit_type
@@ -27,9 +28,10 @@ from graceful.training.finishing import calibrate, interpolate, interpolate_rows
 from graceful.training.generation import GenerationCard
 from graceful.training.job import TrainingJob
 from graceful.training.material import load_material
+from graceful.training.objective import term_names
 from graceful.training.pace import Course, Meetings
 from graceful.training.progress import Reporter
-from graceful.training.starting import Parent, Trainee, build_trainee, load_parent
+from graceful.training.starting import Parent, Trainee, build_trainee, check_start, load_parent
 from graceful.training.step import Run, Stepper, steps_per_epoch
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ def train_worker(
     device = device or torch.device("cpu")
     config = job.config
     dtype = sixteen_bit_type(device) if config.precision == "auto" else named_dtype(config.precision)
+    check_start(job)
     with tempfile.TemporaryDirectory(prefix="graceful-training-") as scratch:
         material = load_material(job, device, Path(scratch))
         run = Run(job, report, rank, world_size, device, dtype, material)
@@ -209,7 +212,8 @@ def _finish(
     rows = trainee.head.rows.detach()
     if parent is not None and config.interpolation > 0:
         interpolate(network, parent.state, config.interpolation)
-        rows = interpolate_rows(rows, parent.rows, config.interpolation)
+        if not trainee.head.is_fixed:
+            rows = interpolate_rows(rows, parent.rows, config.interpolation)
     sample = material.sample(config.calibration_images, config.seed)
     calibrated = calibrate(network, sample, preprocessing, device, dtype)
     share = material.clean(run.rank, run.world_size)
@@ -243,7 +247,8 @@ def _finish(
             "compiled": is_compiled,
             "precision": str(dtype or torch.float32).removeprefix("torch."),
             "interpolation": config.interpolation if parent is not None else 0.0,
-            "constraints": [entry.name for entry in config.constraints] if len(material.predecessors) else [],
+            "constraints": term_names(config.constraints) if len(material.predecessors) else [],
+            **({CORNERS: parent.corners if parent is not None else material.classes} if trainee.head.is_fixed else {}),
         },
     )
     run.report.finish(uri, card)

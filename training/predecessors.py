@@ -55,6 +55,7 @@ class Predecessors:
         self._device = device
         order = np.argsort(labels, kind="stable")
         counts = np.bincount(labels)
+        self._labels = torch.from_numpy(labels)
         self._by_class = torch.from_numpy(order)
         self._counts = torch.from_numpy(counts)
         self._starts = torch.from_numpy(np.cumsum(counts) - counts)
@@ -67,11 +68,32 @@ class Predecessors:
         """Ids in the order of the groups: the order of every per-predecessor value."""
         return tuple(name for group in self.groups for name in group.generation_ids)
 
-    def draw_instances(self, generator: torch.Generator) -> list[Tensor]:
-        """Return one random cached embedding of every class, (K, C, d) per group; one image serves all predecessors."""
-        draw = torch.rand(len(self._counts), generator=generator)
-        images = self._by_class[self._starts + (draw * self._counts).long().clamp_(max=self._counts - 1)]
+    def draw_instances(self, generator: torch.Generator, classes: Tensor | None = None) -> list[Tensor]:
+        """Return one random cached embedding of each of `classes` (S,), all by default: (K, S, d) per group.
+
+        One image serves all predecessors; nothing is read for other classes.
+        """
+        counts, starts = self._counts, self._starts
+        if classes is not None:
+            counts, starts = counts[classes.cpu()], starts[classes.cpu()]
+        draw = torch.rand(len(counts), generator=generator)
+        images = self._by_class[starts + (draw * counts).long().clamp_(max=counts - 1)]
         return [self._gather(group, images) for group in self.groups]
+
+    def similarities_to_mean(self, position: int, block_rows: int = 65536) -> Tensor:
+        """Return the cosine of every training image's stored embedding to its class mean (N,).
+
+        position: place of the predecessor in `generation_ids`.
+        """
+        for group in self.groups:
+            if position < len(group.generation_ids):
+                means, found = group.class_means[position].cpu(), []
+                for start in range(0, len(self._labels), block_rows):
+                    block = group.embeddings[start : start + block_rows, position].float()
+                    found.append((block * means[self._labels[start : start + block_rows]]).sum(dim=1))
+                return torch.cat(found)
+            position -= len(group.generation_ids)
+        raise IndexError(position)
 
     def of_batch(self, images: Tensor) -> list[Tensor]:
         """Return the cached embeddings of the given training images (B,), (K, B, d) per group."""

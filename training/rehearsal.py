@@ -17,7 +17,7 @@ from graceful.training.job import TrainingJob
 from graceful.training.loop import prepared
 from graceful.training.material import load_material
 from graceful.training.progress import TrailReporter
-from graceful.training.starting import build_trainee, load_parent
+from graceful.training.starting import build_trainee, check_start, load_parent
 from graceful.training.step import Run, steps_per_epoch
 
 _MOST_STEPS = 50
@@ -51,6 +51,7 @@ def rehearse(job: TrainingJob, least_steps: int = 3, least_s: float = 2.0) -> Re
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory(prefix="graceful-rehearsal-") as scratch:
+        check_start(job)
         started = time.perf_counter()
         material = load_material(job, device, Path(scratch))
         load_s = time.perf_counter() - started

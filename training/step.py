@@ -132,9 +132,10 @@ class Stepper:
         run, config = self._run, self._run.job.config
         images = training_batch(part.pixels, config.preprocessing, config.augmentation, generator, run.device)
         labels = part.labels.to(run.device)
-        embeddings, task = self._model(images, labels, run.dtype)
+        draw = self._objective.draw(labels, part, shared)
+        embeddings, task = self._model(images, labels, run.dtype, draw)
         terms = {"task": task * share_weight(len(labels), part.total)}
-        terms |= self._objective.terms(embeddings, labels, part, shared)
+        terms |= self._objective.terms(embeddings, labels, part, shared, draw)
         return terms if share == 1.0 else {name: value * share for name, value in terms.items()}
 
 

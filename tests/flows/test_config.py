@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from graceful.flows.settings.config import ConfigError, PipelineConfig, load_config, load_workspace_config
 from graceful.flows.settings.template import TEMPLATE
-from graceful.training.choices import CONSTRAINT_PARAMETERS, HEAD_NAMES
+from graceful.training.choices import CONSTRAINT_PARAMETERS, HEAD_NAMES, PER_IMAGE
 from graceful.training.generation import BackboneSpec
 from tests.flows import tiny
 
@@ -95,12 +95,15 @@ def test_backbone_may_be_a_name_alone(path):
 
 
 def test_choices_are_the_heads_and_constraints_that_exist():
-    from graceful.training.constraints import CONSTRAINTS
+    from graceful.training.constraints import CONSTRAINTS, TASK_CHANGES, takes
     from graceful.training.heads import HEADS
 
     assert sorted(HEAD_NAMES) == sorted(HEADS)
-    parameters = {name: tuple(inspect.signature(build).parameters) for name, build in CONSTRAINTS.items()}
-    assert parameters == dict(CONSTRAINT_PARAMETERS)
+    parameters = {
+        name: list(inspect.signature(build).parameters) for name, build in {**CONSTRAINTS, **TASK_CHANGES}.items()
+    }
+    assert parameters == {name: list(known) for name, known in CONSTRAINT_PARAMETERS.items()}
+    assert sorted(PER_IMAGE) == sorted(name for name, build in CONSTRAINTS.items() if takes(build(), "weights"))
 
 
 def test_unedited_template_of_a_workspace_says_what_to_do(tmp_path):

@@ -14,7 +14,7 @@ from graceful.flows.update import freeze as freezing
 from graceful.flows.update.freeze import freeze
 from graceful.training import job
 from graceful.training.constraints import CONSTRAINTS
-from graceful.training.heads import HEADS
+from graceful.training.heads import HEADS, build_head
 from tests.flows import running, tiny
 
 
@@ -56,17 +56,25 @@ def test_the_losses_of_this_training_version_are_these():
     rows = torch.nn.functional.normalize(torch.randn(3, 6, generator=generator), dim=1)
     labels, classes = torch.tensor([0, 2, 1, 1]), torch.arange(3)
     batch = torch.nn.functional.normalize(torch.randn(4, 6, generator=generator), dim=1)
-    found = {
-        "bct": float(CONSTRAINTS["bct"]()(embeddings, labels, rows, classes)),
-        "cross_contrast": float(CONSTRAINTS["cross_contrast"]()(embeddings, labels, rows, classes)),
-        "ract": float(CONSTRAINTS["ract"]()(embeddings, labels, batch, labels)),
-    }
-    recorded = {1: GOLDEN}
+    found = {}
+    for name, build in CONSTRAINTS.items():
+        constraint = build()
+        references = (batch, labels) if constraint.reference == "batch" else (rows, classes)
+        found[name] = float(constraint(embeddings, labels, *references))
+    for name in HEADS:
+        head = build_head(job.HeadConfig(name=name), 3, 6)
+        if not head.is_fixed:
+            head.set_rows(rows)
+        found[name] = float(head(embeddings, labels).detach())
+    recorded = {2: GOLDEN}
     assert found == pytest.approx(recorded[job.TRAINING_VERSION], rel=1e-4)
-    assert sorted(HEADS) == ["additive_margin", "arcface", "cosine_softmax"]
 
 
-GOLDEN = {"bct": 12.984468, "cross_contrast": 10.662285, "ract": 15.587896}
+GOLDEN = {
+    "bct": 12.984468, "cross_contrast": 10.662285, "hoc": 5.440829, "l2": 2.287714, "oca": 134.33757,
+    "ract": 15.587896, "repulsion": 11.853113,
+    "additive_margin": 10.662285, "arcface": 10.452746, "cosine_softmax": 8.656504, "simplex": 5.580216,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -31,3 +31,31 @@ def flat(image_size: int, channels: int, features: int = 12) -> nn.Module:
 
 def breaks_on_bright(image_size: int, channels: int) -> nn.Module:
     return BreaksOnBright(channels * image_size**2, 12)
+
+
+class Absolute:
+    """A constraint of one's own: mean_i sum_j |n_ij - o_ij|^power."""
+
+    reference = "batch"
+
+    def __init__(self, power: float = 1.0) -> None:
+        self.power = power
+
+    def __call__(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Tensor:
+        fresh = nn.functional.normalize(embeddings[:, : ref_emb.shape[-1]], dim=1)
+        return (fresh - ref_emb).abs().pow(self.power).sum(dim=2).mean(dim=1)
+
+
+class Twice(Flat):
+    """A network with an inner layer of the embedding's width."""
+
+    def __init__(self, pixels: int, width: int) -> None:
+        super().__init__(pixels, width)
+        self.last = nn.Linear(width, width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(super().forward(images))
+
+
+def twice(image_size: int, channels: int, width: int) -> nn.Module:
+    return Twice(channels * image_size**2, width)

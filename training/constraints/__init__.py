@@ -1,29 +1,75 @@
 """Compatibility constraints: training losses that tie the new space to those of all predecessors at once.
 
-A constraint is called as in pytorch-metric-learning, `constraint(embeddings, labels, ref_emb, ref_labels)`:
-
-    embeddings  (B, d)      of the generation in training, not normalised
-    labels      (B,)        class indices
-    ref_emb     (K, M, d_k) unit vectors of K predecessors of one width (or (M, d_k) of one), no gradient
-    ref_labels  (M,)        their class indices
-
-and returns one loss per predecessor, (K,) (or a scalar). Where d_k < d the first d_k coordinates are compared,
-normalised again. Its attribute `reference` says what the loop hands over as ref_emb: "rows" (classifier rows, M = C),
-"instances" (one random cached embedding of each class, M = C) or "batch" (the cached embeddings of the batch's own
-images, M = B).
-
-To add one: a file with a class, an entry in CONSTRAINTS and in `training.choices`, a test against its formula.
+Their contract stands in `contract.py`. To add one: a file with a class, an entry in CONSTRAINTS and in
+`training.choices`, a test against its formula. One from outside this project is named by `package.module:Class`.
+`mixbct` is none of these losses: it changes what the task sees, and the objective asks it before the task.
 """
 
-from collections.abc import Callable
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from graceful.errors import UsageError
+from graceful.training.choices import check_parameters
 from graceful.training.constraints.bct import InfluenceLoss
+from graceful.training.constraints.contract import REFERENCES, Constraint
 from graceful.training.constraints.cross_contrast import CrossContrast
+from graceful.training.constraints.hoc import HigherOrder
+from graceful.training.constraints.l2 import SquaredDistance
+from graceful.training.constraints.mixbct import MixedFeatures
+from graceful.training.constraints.oca import OrthogonalPrefix
 from graceful.training.constraints.ract import Ract
+from graceful.training.constraints.repulsion import PrototypeRepulsion
 
-CONSTRAINTS: dict[str, Callable[..., Any]] = {
+CONSTRAINTS: dict[str, Callable[..., Constraint]] = {
     "bct": InfluenceLoss,
     "cross_contrast": CrossContrast,
+    "hoc": HigherOrder,
+    "l2": SquaredDistance,
+    "oca": OrthogonalPrefix,
     "ract": Ract,
+    "repulsion": PrototypeRepulsion,
 }
+TASK_CHANGES: dict[str, Callable[..., MixedFeatures]] = {"mixbct": MixedFeatures}
+
+
+def build_constraint(name: str, parameters: Mapping[str, float]) -> Constraint | MixedFeatures:
+    """Make a constraint, one of ours or `package.module:Class`, with its parameters.
+
+    Raises: UsageError.
+    """
+    if ":" not in name:
+        known = {**CONSTRAINTS, **TASK_CHANGES}
+        if name not in known:
+            raise UsageError(f"constraint: expected package.module:Class or one of {sorted(known)}, found {name!r}")
+        check_parameters(name, parameters)
+        return known[name](**parameters)
+    module_name, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"constraint: expected an importable {name}, found {error}; check the name and PYTHONPATH"
+        ) from error
+    try:
+        inspect.signature(factory).bind(**parameters)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"constraint {name}: expected its own parameters, found {dict(parameters)}: {error}"
+        ) from error
+    constraint = factory(**parameters)
+    reference = getattr(constraint, "reference", None)
+    if not callable(constraint) or reference not in REFERENCES:
+        raise UsageError(
+            f"constraint {name}: expected something to call with an attribute reference of {list(REFERENCES)}, found "
+            f"{type(constraint).__name__} with reference {reference!r}"
+        )
+    made: Constraint = constraint
+    return made
+
+
+def takes(constraint: Constraint, keyword: str) -> bool:
+    """Whether the constraint has a parameter of this name (contract.py says which are handed over)."""
+    target: Any = getattr(constraint, "forward", constraint)
+    return keyword in inspect.signature(target).parameters

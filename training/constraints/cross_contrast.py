@@ -6,24 +6,26 @@ them.
 
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from graceful.training.constraints.bct import reference_cross_entropy
+from graceful.training.choices import check_parameters
+from graceful.training.constraints.contract import Comparison, PairLoss, Reference, cross_entropies
 
 
-class CrossContrast(nn.Module):
+class CrossContrast(PairLoss):
     """mean_i CE(s (cos(f_i[:d_k], O_k) - m onehot), y_i), O_k (C, d_k) one cached clean embedding by k of each class.
 
     scale s 20 and margin m 0.2, as in the task loss of the default recipe.
     """
 
-    reference: ClassVar[str] = "instances"
+    reference: ClassVar[Reference] = "instances"
 
     def __init__(self, scale: float = 20.0, margin: float = 0.2) -> None:
         super().__init__()
+        check_parameters("cross_contrast", {"scale": scale, "margin": margin})
         self.scale = scale
         self.margin = margin
 
-    def forward(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> Tensor:
-        """Return one loss per predecessor; lower is better."""
-        return reference_cross_entropy(embeddings, labels, ref_emb, ref_labels, self.scale, self.margin)
+    def losses(self, comparison: Comparison) -> Tensor:
+        """Return the loss of every image against every predecessor, (K, B)."""
+        return cross_entropies(comparison, self.scale, self.margin)

@@ -1,0 +1,83 @@
+"""Which recipes cannot work with which predecessors: refused before anything is read but cards. No torch here."""
+
+from collections.abc import Sequence
+
+from graceful.errors import GracefulError
+from graceful.training.generation import GenerationCard, ordinal_of
+from graceful.training.job import TrainingConfig
+
+CORNERS = "corners"  # in a card's training: the classes of a fixed simplex in the order of its corners
+
+
+class IncompatibleParentError(GracefulError):
+    """The parent or a predecessor cannot give what the recipe takes from it."""
+
+
+def check_combination(
+    name: str, config: TrainingConfig, parent: GenerationCard | None, predecessors: Sequence[GenerationCard]
+) -> None:
+    """Refuse a recipe that its parent or its predecessors do not allow; `name` is what is being trained.
+
+    Raises: IncompatibleParentError, with the reason and what can be done instead.
+    """
+    constrained = tuple(predecessors) if config.constraints else ()
+    _check_widths(name, config, parent, constrained)
+    if parent is not None and config.start == "parent":
+        _check_weights(name, config, parent)
+    if config.head.name == "simplex":
+        _check_simplex(name, config, [*([parent] if parent is not None else []), *constrained])
+
+
+def _check_widths(
+    name: str, config: TrainingConfig, parent: GenerationCard | None, constrained: Sequence[GenerationCard]
+) -> None:
+    given = parent is not None and (config.start == "parent" or config.rows_from_parent)
+    widest = max([*constrained, *([parent] if parent is not None and given else [])], key=_width, default=None)
+    if widest is not None and widest.width > config.width:
+        raise IncompatibleParentError(
+            f"training {name}: expected a width of at least {widest.width}, that of {widest.generation_id}, found "
+            f"{config.width}; widths may grow but not shrink: raise width, or train an unconstrained generation with "
+            "constraints = [], start = 'scratch', interpolation = 0 and rows_from_parent = false, and re-embed the "
+            "gallery"
+        )
+    for entry in config.constraints:
+        seen = list(constrained)
+        if entry.against == "latest":
+            seen = [max(seen, key=lambda card: ordinal_of(card.generation_id))] if seen else []
+        other = next((card for card in seen if card.width != config.width), None)
+        if entry.name == "mixbct" and other is not None:
+            raise IncompatibleParentError(
+                f"training {name}: expected predecessors of width {config.width} for mixbct, which puts their vectors "
+                f"in the place of new ones, found {other.width} in {other.generation_id}; keep the width, or use bct "
+                "or oca, which compare the shared prefix"
+            )
+
+
+def _check_weights(name: str, config: TrainingConfig, parent: GenerationCard) -> None:
+    if parent.backbone == config.backbone and config.preprocessing.takes_weights_of(parent.preprocessing):
+        return
+    what = "starts from and is interpolated with" if config.interpolation > 0 else "starts from"
+    raise IncompatibleParentError(
+        f"training {name}: expected a parent with the same backbone and preprocessing, because the network {what} its "
+        f"weights, found {parent.backbone.name} for {config.backbone.name} ({parent.generation_id}); set "
+        "start = 'scratch' and interpolation = 0: the constraints hold across architectures"
+    )
+
+
+def _check_simplex(name: str, config: TrainingConfig, earlier: Sequence[GenerationCard]) -> None:
+    for card in earlier:
+        if CORNERS not in card.training:
+            raise IncompatibleParentError(
+                f"training {name}: expected the fixed simplex from the first generation on, because only classes that "
+                f"were always in the same places are compatible by it, found {card.generation_id} without it; use "
+                "another head with bct, ract or cross_contrast, or start a chain of its own with the simplex"
+            )
+        if card.width != config.width:
+            raise IncompatibleParentError(
+                f"training {name}: expected the width {card.width} of {card.generation_id}, because a simplex of "
+                f"another width has its corners elsewhere, found {config.width}; keep the width, or use another head"
+            )
+
+
+def _width(card: GenerationCard) -> int:
+    return card.width
