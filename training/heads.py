@@ -58,6 +58,10 @@ HEADS: dict[str, Margin] = {
 class Head(nn.Module):
     """A classifier loss with its rows as (C, d)."""
 
+    weight: Tensor
+    expansion: Tensor
+    rotation: nn.Module | None
+
     def __init__(self, config: HeadConfig, num_classes: int, width: int) -> None:
         super().__init__()
         if config.name not in HEADS:
@@ -98,7 +102,7 @@ class Head(nn.Module):
     @property
     def rows(self) -> Tensor:
         """Classifier rows (C, d), as stored in a generation's folder: <W, Q f> = <W Q, f>."""
-        return self.weight if self.rotation is None else self.weight @ self.rotation.weight
+        return self.weight if self.rotation is None else self.weight @ self._matrix
 
     def set_rows(self, rows: Tensor) -> None:
         """Replace all rows by `rows` (C, d).
@@ -110,7 +114,14 @@ class Head(nn.Module):
                 f"setting classifier rows: expected {(self.num_classes, self.width)}, found {tuple(rows.shape)}"
             )
         with torch.no_grad():
-            self.weight.copy_(rows if self.rotation is None else rows @ self.rotation.weight.t())
+            self.weight.copy_(rows if self.rotation is None else rows @ self._matrix.t())
+
+    @property
+    def _matrix(self) -> Tensor:
+        assert self.rotation is not None
+        matrix = self.rotation.weight
+        assert isinstance(matrix, Tensor)
+        return matrix
 
     def expand(self, is_new: Tensor) -> None:
         """Add the class-expansion margin b to the logits of the classes (C,) that the parent does not know.

@@ -97,10 +97,12 @@ def load_parent(job: TrainingJob, material: Material, device: torch.device, dtyp
     if head.name == "simplex":
         corners = corner_order(material.classes, card.training.get(CORNERS, ()), config.width)
     places = {name: corner for corner, name in enumerate(corners)}
+    padding = (0, config.width - card.width)
     return Parent(
         card,
         state,
-        *(functional.pad(values, (0, config.width - card.width)) for values in (means, rows)),
+        class_means=functional.pad(means, padding),
+        rows=functional.pad(rows, padding),
         is_new=torch.tensor([name not in known for name in material.classes]),
         corners=tuple(corners),
         corners_of_classes=torch.tensor([places[name] for name in material.classes if corners], dtype=torch.long),

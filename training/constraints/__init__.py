@@ -40,11 +40,12 @@ def build_constraint(name: str, parameters: Mapping[str, float]) -> Constraint |
     Raises: UsageError.
     """
     if ":" not in name:
-        known = {**CONSTRAINTS, **TASK_CHANGES}
+        known: dict[str, Callable[..., Any]] = {**CONSTRAINTS, **TASK_CHANGES}
         if name not in known:
             raise UsageError(f"constraint: expected package.module:Class or one of {sorted(known)}, found {name!r}")
         check_parameters(name, parameters)
-        return known[name](**parameters)
+        ours: Constraint | MixedFeatures = known[name](**parameters)
+        return ours
     module_name, _, attribute = name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
@@ -69,7 +70,7 @@ def build_constraint(name: str, parameters: Mapping[str, float]) -> Constraint |
     return made
 
 
-def takes(constraint: Constraint, keyword: str) -> bool:
+def takes(constraint: Constraint | MixedFeatures, keyword: str) -> bool:
     """Whether the constraint has a parameter of this name (contract.py says which are handed over)."""
     target: Any = getattr(constraint, "forward", constraint)
     return keyword in inspect.signature(target).parameters
