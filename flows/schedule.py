@@ -5,6 +5,10 @@ runs of one deployment, each in a process of its own. Invariants:
 
 * At most one update at a time: the deployment's concurrency limit makes a second run wait, and whatever else is
   started (another machine, `graceful update` by hand) meets the workspace's claim, for which a scheduled run waits.
+* Scheduled runs do not pile up: what becomes of one that is due while another works is `schedule.overlap`. Runs that
+  a person started always wait their turn.
+* One service to a workspace: the second is refused by name. What a killed service left working is ended when the next
+  one starts, and goes on at once where it was.
 * SIGINT and SIGTERM end runs, runner and server and leave no process; a run that was ended goes on where it was when
   the next one starts. If this process is killed, the server notices and ends too.
 * While it runs, other commands in the same workspace find the server through `.prefect/server.json` and show there.
@@ -16,10 +20,16 @@ import asyncio
 import contextlib
 import os
 import signal
+import zoneinfo
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from graceful.flows.overlap import keep_from_piling_up
 from graceful.flows.runtime.server import flow_server
+from graceful.flows.runtime.service import RUNS_LOG, end_orphan, end_server_left_behind, only_service
+from graceful.flows.store.claim import SERVICE_VARIABLE
+from graceful.processes import process_start
 
 if TYPE_CHECKING:
     from prefect.runner import Runner
@@ -47,23 +57,34 @@ def serve_updates(root: str, host: str = "127.0.0.1", port: int = 4200) -> None:
     config = load_workspace_config(root)
     os.environ.setdefault("PREFECT_RUNNER_POLL_FREQUENCY", "5")
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_S))
-    with _terminated_as_interrupted(), flow_server(root, host, port, found_by_others=True) as api_url:
-        asyncio.run(_run(root, config, api_url))
+    with only_service(root), _terminated_as_interrupted():
+        end_server_left_behind(root)
+        left = end_orphan(root)
+        if left is not None:
+            print(f"Ended {left}, which a killed service had left behind; it goes on now, where it was.", flush=True)
+        os.environ[SERVICE_VARIABLE] = f"{os.getpid()}@{process_start(os.getpid())}"
+        with flow_server(root, host, port, found_by_others=True) as api_url:
+            asyncio.run(_run(root, config, api_url, at_once=left is not None))
 
 
-async def _run(root: str, config: "PipelineConfig", api_url: str) -> None:
-    """Register the deployment and carry out its runs until a signal comes."""
+async def _run(root: str, config: "PipelineConfig", api_url: str, *, at_once: bool) -> None:
+    """Register the deployment and carry out its runs until a signal comes; `at_once`: begin with one."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.deployments.runner import EntrypointType
     from prefect.runner import Runner
-    from prefect.schedules import Cron
+    from prefect.schedules import Cron, Interval
 
     from graceful.flows.settings.config import ConfigError
     from graceful.flows.update.flow import update
 
+    wanted = config.schedule
+    schedule: Any
     try:
-        schedule = Cron(config.schedule.cron, timezone=config.schedule.timezone)
+        if wanted.every_minutes is None:
+            schedule = Cron(wanted.cron, timezone=wanted.timezone)
+        else:
+            schedule = Interval(timedelta(minutes=wanted.every_minutes), timezone=wanted.timezone)
         times = await _next_times(config, 1)
     except ValueError as error:
         line = " ".join(str(error).split())
@@ -79,12 +100,20 @@ async def _run(root: str, config: "PipelineConfig", api_url: str) -> None:
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
-    await runner.aadd_deployment(deployment)
+    identity = await runner.aadd_deployment(deployment)
     async with get_client() as client:
         await _crash_zombies(client)
+        if at_once:
+            await client.create_flow_run_from_deployment(identity)
     print(f"Flow UI: {api_url.removesuffix('/api')}/deployments", flush=True)
-    print(f"Next update of {config.name}: {times[0]:%Y-%m-%d %H:%M %Z} (cron {config.schedule.cron!r})", flush=True)
-    await _until_signalled(runner)
+    print(f"Log of the runs: {os.path.join(root, '.prefect', RUNS_LOG)}", flush=True)
+    often = f"cron {wanted.cron!r}" if wanted.every_minutes is None else f"every {wanted.every_minutes:g} minutes"
+    print(f"Next update of {config.name}: {times[0]:%Y-%m-%d %H:%M %Z} ({often})", flush=True)
+    tidying = asyncio.create_task(keep_from_piling_up(identity, wanted.overlap))
+    try:
+        await _until_signalled(runner)
+    finally:
+        tidying.cancel()
 
 
 async def _until_signalled(runner: "Runner") -> None:
@@ -115,13 +144,15 @@ def days_between(config: "PipelineConfig") -> float | None:
 async def _next_times(config: "PipelineConfig", count: int) -> list[Any]:
     from prefect.server.schemas.schedules import CronSchedule
 
-    return await CronSchedule(cron=config.schedule.cron, timezone=config.schedule.timezone).get_dates(count)
+    wanted = config.schedule
+    if wanted.every_minutes is not None:
+        now = datetime.now(zoneinfo.ZoneInfo(wanted.timezone))
+        return [now + timedelta(minutes=number * wanted.every_minutes) for number in range(1, count + 1)]
+    return await CronSchedule(cron=wanted.cron, timezone=wanted.timezone).get_dates(count)
 
 
 async def _crash_zombies(client: Any) -> None:
     """Have the server mark runs as crashed whose heartbeat stopped: a killed machine cannot say so itself."""
-    from datetime import timedelta
-
     from prefect.client.schemas.objects import StateType
     from prefect.events.actions import ChangeFlowRunState
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture

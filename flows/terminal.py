@@ -67,7 +67,11 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in status.items():
-        table.add_row(name.replace("_", " "), Text(in_words(value)))
+        if name == "last_updates":
+            lines = [f"{found['when']}  {found['generation']}  {found['summary']}" for found in value]
+            table.add_row("last updates", Text("\n".join(lines) or "none"))
+        else:
+            table.add_row(name.replace("_", " "), Text(in_words(value)))
     console.print(table)
 
 

@@ -61,8 +61,8 @@ ORDER = {
         "flows.settings.config",
         "flows.settings.reference", "flows.settings.inspection", "flows.settings.starter",
         "flows.runtime", "flows.runtime.environment", "flows.runtime.server", "flows.runtime.progress",
-        "flows.runtime.cluster", "flows.runtime.jobs", "flows.runtime.encoders", "flows.runtime.session",
-        "flows.runtime.flow_ui",
+        "flows.runtime.under_way", "flows.runtime.cluster", "flows.runtime.jobs", "flows.runtime.encoders",
+        "flows.runtime.session", "flows.runtime.flow_ui", "flows.runtime.service",
         "flows.update", "flows.update.query_log", "flows.update.bench", "flows.update.consumers",
         "flows.update.flips", "flows.update.assess", "flows.update.gate",
         "flows.update.serving", "flows.update.rollout", "flows.update.act", "flows.update.freeze",
@@ -76,8 +76,8 @@ ORDER = {
         "flows.search.batches", "flows.search.answering", "flows.search.looking", "flows.search.refusals",
         "flows.search.bodies", "flows.search.describing", "flows.search.guarding", "flows.search.metrics",
         "flows.search.http", "flows.search.connections", "flows.search.serving",
-        "flows.search.replicas",
-        "flows.schedule", "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
+        "flows.search.replicas", "flows.overlap", "flows.schedule",
+        "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
         "flows.commands.status", "flows.commands.doctor",
         "flows.commands.selftest", "flows.commands.evaluations", "flows.commands.evalset",
         "flows.commands.history", "flows.commands.flips", "flows.commands.adopt", "flows.commands.accept",
@@ -95,7 +95,7 @@ LEAF = ("errors", "files", "processes")
 EVERYWHERE = ("numpy", "pydantic", "pydantic_core", *LEAF)
 # Library -> modules that may import it; a package stands for all its modules.
 ALLOWED = {
-    "prefect": ("flows.runtime.flow_ui", "flows.schedule", "flows.update.flow"),
+    "prefect": ("flows.runtime.flow_ui", "flows.overlap", "flows.schedule", "flows.update.flow"),
     "ray": (
         "training.launch",
         "indexing.embedding_pool",

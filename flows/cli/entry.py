@@ -3,12 +3,12 @@
 import os
 import signal
 import sys
-import threading
-import time
 
 from graceful.flows.cli.shell import INTERRUPTED, TERMINATED, Terminated, app
+from graceful.processes import end_in_time
 
 _SECONDS_TO_END = 6.0
+_SECONDS_TO_HAND_OVER = 10.0  # to a flow server, what it has not got yet
 
 
 def main() -> None:
@@ -22,19 +22,12 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if end.code in (INTERRUPTED, TERMINATED):
-            _end_soon(end.code)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if code in (INTERRUPTED, TERMINATED):
+            end_in_time(_SECONDS_TO_END, code)
+        elif "prefect" in sys.modules:
+            end_in_time(_SECONDS_TO_HAND_OVER, code)
         raise
-
-
-def _end_soon(code: int) -> None:
-    """End this process within seconds, whatever still waits: a library's thread may wait for a server that is gone."""
-
-    def end() -> None:
-        time.sleep(_SECONDS_TO_END)
-        os._exit(code)
-
-    threading.Thread(target=end, daemon=True, name="end").start()
 
 
 def _look_for_modules_here() -> None:

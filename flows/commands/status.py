@@ -1,6 +1,7 @@
 """Commands that read or move pointers: status, rollback, delete, collect. Nothing here loads torch, Ray or Prefect."""
 
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
@@ -9,6 +10,8 @@ import pyarrow.compute as pc
 from graceful.errors import GracefulError
 from graceful.evaluation.spending import next_share
 from graceful.files import crash_point, join, list_files, remove
+from graceful.flows.runtime.under_way import record_of
+from graceful.flows.store.claim import holder
 from graceful.flows.store.clusterings import forget_in_clusterings
 from graceful.flows.store.evaluation_set import evaluation_set_uri, named_in_set
 from graceful.flows.store.events import Decided, Looked, Trained, UpdateStarted
@@ -20,6 +23,8 @@ from graceful.flows.update.serving import delete, go_forward, reject, retire, re
 from graceful.indexing.maintenance import collect, forget, survey
 from graceful.indexing.tables import ORPHAN_AGE_S
 from graceful.training.manifest import read_manifest
+
+_SHOWN_UPDATES = 5
 
 
 class UnknownItemError(GracefulError):
@@ -43,6 +48,11 @@ def workspace_status(root: str) -> dict[str, Any]:
         "rows_by_generation": {},
         "newest_decision": decided[-1].payload.outcome if decided else None,
         "pending": registry.pending_generation(),
+        "under_way": under_way(root),
+        "last_updates": [
+            {"when": _when(event.at), "generation": event.generation, "summary": event.payload.summary}
+            for event in reversed(decided[-_SHOWN_UPDATES:])
+        ],
         "error_level": _error_level(registry),
     }
     if serving.champion is not None:
@@ -57,6 +67,20 @@ def workspace_status(root: str) -> dict[str, Any]:
         plan = registry.plan(serving.active_plan)[0]
         found["plan"] = {"generation": plan.generation, "fraction": plan.fraction, "items": plan.num_items}
     return found
+
+
+def _when(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+
+
+def under_way(root: str) -> dict[str, Any] | None:
+    """The work that holds the workspace's claim, as far as it says how far it is; None where there is none."""
+    found, is_held = holder(root)
+    if not is_held:
+        return None
+    host, pid = str(found["host"]), int(str(found["pid"]))
+    said = record_of(root, host, pid, str(found["started"])) or {}
+    return {"purpose": found["purpose"], "host": host, "process": pid, **said}
 
 
 def _error_level(registry: Registry) -> dict[str, Any] | None:

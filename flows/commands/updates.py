@@ -14,7 +14,8 @@ from graceful.flows.commands.adopt import adopt_generation
 from graceful.flows.runtime.progress import TerminalProgress
 from graceful.flows.settings.config import CONFIG_FILE, Control, load_config, load_workspace_config
 from graceful.flows.store.workspace import open_workspace, require_workspace
-from graceful.flows.update.flow import BESIDE, replay, update
+from graceful.flows.update.act import plain
+from graceful.flows.update.flow import BESIDE, replay, replay_plainly, run_flow, update, update_plainly
 from graceful.flows.update.order import UpdateResult
 from graceful.flows.update.replay import ReplayResult, replay_table
 
@@ -24,8 +25,10 @@ def update_workspace(
 ) -> UpdateResult:
     """Run the update flow in this process; `adopted`: judge this generation instead of training one."""
     require_workspace(root)
-    BESIDE.set(TerminalProgress(console))
-    return update(root, again=again, train_paragon=paragon, adopted=adopted, wait_hours=0.0)
+    progress = TerminalProgress(console)
+    BESIDE.set(progress)
+    wanted = {"again": again, "train_paragon": paragon, "adopted": adopted, "wait_hours": 0.0}
+    return run_flow(lambda: update(root, **wanted), lambda: update_plainly(root, progress, plain, **wanted))  # type: ignore[arg-type]
 
 
 def adopt_encoder(
@@ -61,7 +64,9 @@ def replay_history(
     config = load_config(config_file, root, overrides)
     replay_table(config)
     write_bytes(join(root, CONFIG_FILE), config_file.read_bytes())
-    BESIDE.set(TerminalProgress(console))
-    result = replay(str(config_file), root, overrides)
+    progress = TerminalProgress(console)
+    BESIDE.set(progress)
+    wanted = (str(config_file), root, overrides)
+    result = run_flow(lambda: replay(*wanted), lambda: replay_plainly(*wanted, progress, plain))
     write_json(join(root, "replay.json"), result.model_dump(mode="json"))
     return result

@@ -1,7 +1,16 @@
-"""What a running update shows in the flow UI: log lines, and a progress artifact for each long step."""
+"""What a running update shows in the flow UI: log lines, a progress artifact for each long step, its name, its outcome.
 
+The UI is never a dependency. Whatever asks the flow server is asked by a thread of its own, in order: a server that has
+gone or hangs costs the update nothing, and after a few failures in a row it is left alone for a while. What it did not
+take is not shown; the update says so once, and goes on.
+"""
+
+import contextvars
+import logging
+import queue
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,13 +20,76 @@ from prefect.artifacts import (
     create_progress_artifact,
     update_progress_artifact,
 )
+from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.logging import get_run_logger
 
 from graceful.flows.runtime.progress import Advance, Artifact, Progress
 
+SECONDS_LEFT_ALONE = 60.0
+"""How long a server that failed is not asked."""
+
 _SECONDS_BETWEEN_UPDATES = 2.0
 _SECONDS_BETWEEN_GLANCES = 60.0
+_FAILURES = 3
+_WAITING = 200
+_SECONDS_TO_END = 10.0
+logger = logging.getLogger(__name__)
+
+
+class Aside:
+    """Does things in the background, one after the other, and forgets those that fail or are too many.
+
+    `on_silence` is called once, from that thread, when several have failed in a row.
+    """
+
+    def __init__(self, on_silence: Callable[[str], None]) -> None:
+        self._queue: queue.Queue[Callable[[], object] | None] = queue.Queue(_WAITING)
+        self._on_silence = on_silence
+        self._said = False
+        self._failures = 0
+        self._ask_again = 0.0
+        self._thread: threading.Thread | None = None
+
+    def do(self, act: Callable[[], object]) -> None:
+        """Do something soon, with the context variables of now; nothing is waited for."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True, name="flow-ui")
+            self._thread.start()
+        context = contextvars.copy_context()
+        try:
+            self._queue.put_nowait(lambda: context.run(act))
+        except queue.Full:
+            self._failed("it has not answered for a while")
+
+    def close(self, seconds: float = _SECONDS_TO_END) -> None:
+        """Wait for what is left, at most so long."""
+        if self._thread is None:
+            return
+        try:
+            self._queue.put_nowait(None)
+        except queue.Full:
+            return
+        self._thread.join(seconds)
+
+    def _work(self) -> None:
+        while (act := self._queue.get()) is not None:
+            if time.monotonic() < self._ask_again:
+                continue
+            try:
+                act()
+                self._failures = 0
+            except Exception as error:
+                self._failures += 1
+                if self._failures >= _FAILURES:
+                    self._ask_again = time.monotonic() + SECONDS_LEFT_ALONE
+                    self._failed(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+    def _failed(self, why: str) -> None:
+        logger.warning("the flow server does not answer (%s)", why)
+        if not self._said:
+            self._said = True
+            self._on_silence(why)
 
 
 class FlowProgress:
@@ -25,6 +97,7 @@ class FlowProgress:
 
     def __init__(self, beside: Progress | None = None) -> None:
         self.beside = beside
+        self._aside = Aside(self._say_silence)
 
     def say(self, text: str) -> None:
         """Write a log line of the run."""
@@ -38,20 +111,31 @@ class FlowProgress:
         if self.beside is not None:
             self.beside.say_step(name)
 
+    def entitle(self, title: str, tags: Sequence[str] = ()) -> None:
+        """Name the run, and add tags to it."""
+        run = FlowRunContext.get()
+        if run is not None and run.flow_run is not None:
+            identity, all_tags = run.flow_run.id, {*run.flow_run.tags, *tags}
+
+            def name() -> None:
+                with get_client(sync_client=True) as client:
+                    client.update_flow_run(identity, name=title, tags=sorted(all_tags))
+
+            self._aside.do(name)
+        if self.beside is not None:
+            self.beside.entitle(title, tags)
+
     def show(self, artifacts: Sequence[Artifact]) -> None:
         """Leave artifacts, under keys that are the same from update to update."""
         if not _in_run():
             return
         for found in artifacts:
-            if found.link:
-                create_link_artifact(key=found.key, link=found.link, description=found.description)
-            else:
-                create_markdown_artifact(key=found.key, markdown=found.markdown, description=found.description)
+            self._aside.do(lambda found=found: _leave(found))  # type: ignore[misc]
 
     @contextmanager
     def track(self, label: str, total: int) -> Iterator[Advance]:
         """Keep a progress artifact of the task, updated every few seconds."""
-        counter = _Counter(label, total) if _in_run() and total > 0 else None
+        counter = _Counter(self._aside, label, total) if _in_run() and total > 0 else None
         if self.beside is None:
             yield (counter.advance if counter else _ignore)
         else:
@@ -66,13 +150,22 @@ class FlowProgress:
         if counter:
             counter.finish()
 
+    def close(self) -> None:
+        """Let the flow server take what is left, for a few seconds."""
+        self._aside.close()
+
+    def _say_silence(self, why: str) -> None:
+        if self.beside is not None:
+            self.beside.say(f"The flow server does not answer ({why}); the work goes on without it.")
+
 
 class _Counter:
-    def __init__(self, label: str, total: int) -> None:
-        self._label = label
+    def __init__(self, aside: Aside, label: str, total: int) -> None:
+        self._aside, self._label = aside, label
         self._total, self._done, self._written = total, 0, time.monotonic()
         self._logged = time.monotonic()
-        self._artifact: Any = create_progress_artifact(progress=0.0, description=label)
+        self._artifact: Any = None
+        aside.do(self._create)
 
     def advance(self, count: int, note: str = "") -> None:
         # What is no piece of work, only a look at one that is under way, is logged once a minute.
@@ -82,10 +175,25 @@ class _Counter:
         self._done += count
         if time.monotonic() - self._written > _SECONDS_BETWEEN_UPDATES:
             self._written = time.monotonic()
-            update_progress_artifact(self._artifact, progress=min(100.0, 100.0 * self._done / self._total))
+            self._aside.do(self._update)
 
     def finish(self) -> None:
-        update_progress_artifact(self._artifact, progress=100.0)
+        self._done = self._total
+        self._aside.do(self._update)
+
+    def _create(self) -> None:
+        self._artifact = create_progress_artifact(progress=0.0, description=self._label)
+
+    def _update(self) -> None:
+        if self._artifact is not None:
+            update_progress_artifact(self._artifact, progress=min(100.0, 100.0 * self._done / self._total))
+
+
+def _leave(found: Artifact) -> None:
+    if found.link:
+        create_link_artifact(key=found.key, link=found.link, description=found.description)
+    else:
+        create_markdown_artifact(key=found.key, markdown=found.markdown, description=found.description)
 
 
 def _in_run() -> bool:

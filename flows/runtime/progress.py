@@ -42,6 +42,9 @@ class Progress(Protocol):
     def say_step(self, name: str) -> None:
         """Report that a step of an update begins."""
 
+    def entitle(self, title: str, tags: Sequence[str] = ()) -> None:
+        """Say in a few words what this run is, for lists of many; tags are there to look for."""
+
     def show(self, artifacts: Sequence[Artifact]) -> None:
         """Show results where results can be shown."""
 
@@ -56,6 +59,9 @@ class SilentProgress:
         """Report nothing."""
 
     def say_step(self, name: str) -> None:
+        """Report nothing."""
+
+    def entitle(self, title: str, tags: Sequence[str] = ()) -> None:
         """Report nothing."""
 
     def show(self, artifacts: Sequence[Artifact]) -> None:
@@ -84,6 +90,9 @@ class TerminalProgress:
     def say_step(self, name: str) -> None:
         """Print a line with the time that has passed."""
         self.console.print(self._stamped(name), style="dim", highlight=False, soft_wrap=True)
+
+    def entitle(self, title: str, tags: Sequence[str] = ()) -> None:
+        """Show nothing: a terminal shows one run."""
 
     def show(self, artifacts: Sequence[Artifact]) -> None:
         """Show nothing: a terminal prints the result at the end."""

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from graceful.flows.runtime.cluster import RaySession
 from graceful.flows.runtime.encoders import GenerationEncoders, limit_threads
 from graceful.flows.runtime.progress import Progress, SilentProgress
+from graceful.flows.runtime.under_way import RecordedProgress
 from graceful.flows.settings.config import PipelineConfig
 from graceful.flows.store.workspace import Workspace
 
@@ -38,9 +39,11 @@ class Session:
 def open_session(root: str, config: PipelineConfig, progress: Progress | None = None) -> Iterator[Session]:
     """Open a run on a workspace."""
     limit_threads()
+    recorded = RecordedProgress(root, progress or SilentProgress())
     with RaySession(config.cluster) as cluster:
         encoders = GenerationEncoders(root, cluster)
         try:
-            yield Session(config, Workspace(root, encoders), cluster, encoders, progress or SilentProgress())
+            yield Session(config, Workspace(root, encoders), cluster, encoders, recorded)
         finally:
             encoders.release()
+            recorded.close()

@@ -115,6 +115,16 @@ class ScheduleConfig(BaseModel):
 
     cron: str = Field(default="0 3 * * 1", description="Cron expression; by default Monday at three.")
     timezone: str = Field(default="UTC", description="Time zone of the expression, such as Europe/Vienna.")
+    every_minutes: float | None = Field(
+        default=None,
+        ge=1,
+        description="Instead of cron: an update every so many minutes.",
+    )
+    overlap: Literal["skip", "latest_only", "queue"] = Field(
+        default="skip",
+        description="What becomes of a scheduled run that is due while another works. skip: it ends as Skipped; "
+        "latest_only: the newest one waits, those before it end as Skipped; queue: all wait and run in turn.",
+    )
 
     _cron = field_validator("cron")(check_cron)
     _timezone = field_validator("timezone")(check_timezone)

@@ -20,6 +20,9 @@ from graceful.files import exists, join
 from graceful.indexing.tables import TableConflictError, VersionedTable
 from graceful.processes import process_start
 
+SERVICE_VARIABLE = "GRACEFUL_SERVICE"
+"""Environment variable by which a run knows the service that started it: "pid@start"."""
+
 LIFETIME_S = 120.0
 _RENEW_S = 30.0
 CLAIM_SCHEMA = pa.schema([("sequence", pa.int64()), ("claim", pa.string())])
@@ -43,6 +46,8 @@ def claim(root: str, purpose: str, *, wait_s: float = 0.0) -> Iterator[None]:
         "pid": os.getpid(),
         "started": process_start(os.getpid()),
         "nonce": time.time_ns(),
+        # The service that started this run, if one did.
+        "service": os.environ.get(SERVICE_VARIABLE),
     }
     deadline = time.monotonic() + wait_s
     while not _take(table, me):

@@ -1,31 +1,92 @@
-"""Update and replay as Prefect flows: the order of `update.order`, each step a task that the flow UI shows."""
+"""Update and replay as Prefect flows: the order of `update.order`, each step a task that the flow UI shows.
 
+A run's name, the name of its last state and its tags say what it came to, so that a list of runs reads as a history.
+The flow server records and shows; it is not needed. `run_flow` gives what the work came to even if the server dies on
+the way, and does the work without it if it does not answer at the start.
+"""
+
+import os
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
 
 from graceful.flows.runtime.flow_ui import FlowProgress
-from graceful.flows.runtime.progress import Progress
+from graceful.flows.runtime.progress import Progress, SilentProgress
+from graceful.flows.runtime.service import log_runs
 from graceful.flows.runtime.session import open_session
 from graceful.flows.settings.config import load_config, load_workspace_config
+from graceful.flows.store.claim import SERVICE_VARIABLE
 from graceful.flows.update import order
 from graceful.flows.update import replay as history
-from graceful.flows.update.order import UpdateResult
+from graceful.flows.update.order import Step, UpdateResult
 from graceful.flows.update.replay import ReplayResult
+from graceful.processes import end_in_time
 
 T = TypeVar("T")
+_LONGEST_NAME = 100
+_SECONDS_TO_HAND_OVER = 300.0  # the end of a run, its logs and events, to a server that may be gone
+NOTHING_NEW = "Nothing new"
+"""State of a run that found everything decided and done."""
+
+BESIDE: ContextVar[Progress | None] = ContextVar("graceful_beside", default=None)
+"""Where a flow that is run in this process reports to beside the flow UI: the terminal of whoever started it."""
+
+
+class _Box(Generic[T]):
+    """What the work in a flow came to, whatever becomes of the flow run around it."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self.results: list[T] = []
+        self.error: Exception | None = None
+
+    def fill(self, work: Callable[[], T]) -> T:
+        self.started = True
+        try:
+            self.results.append(work())
+        except Exception as error:
+            self.error = error
+            raise
+        return self.results[0]
+
+
+_BOX: ContextVar[_Box[Any] | None] = ContextVar("graceful_box", default=None)
+
+
+def run_flow(in_flow: Callable[[], object], without: Callable[[], T]) -> T:
+    """Call a flow of this module in this process and return what its work came to.
+
+    `without` does the same work outside a flow run, for a flow server that does not answer. An error of the work is
+    raised as it is.
+    """
+    box: _Box[T] = _Box()
+    token = _BOX.set(box)
+    try:
+        in_flow()
+    except Exception as error:
+        if box.error is not None:
+            raise box.error from None
+        say = (BESIDE.get() or SilentProgress()).say
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if not box.started:
+            say(f"The flow server does not answer ({why}); the work is done without it.")
+            return without()
+        if not box.results:
+            raise
+        say(f"The flow server does not answer ({why}): the run's end is not recorded there. The work is complete.")
+    finally:
+        _BOX.reset(token)
+    return box.results[0]
 
 
 def as_task(name: str, act: Callable[[], T]) -> T:
     """Carry a step out as a task that is neither cached nor retried: the steps themselves know what is done."""
     return task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)(act)()
-
-
-BESIDE: ContextVar[Progress | None] = ContextVar("graceful_beside", default=None)
-"""Where a flow that is run in this process reports to beside the flow UI: the terminal of whoever started it."""
 
 
 @flow(name="graceful-update", persist_result=False, validate_parameters=True)
@@ -35,7 +96,7 @@ def update(
     train_paragon: bool | None = None,
     adopted: str | None = None,
     wait_hours: float | None = None,
-) -> UpdateResult:
+) -> State:
     """Train, evaluate, decide, act: one update of a workspace with the configuration that lies in it.
 
     Args:
@@ -45,16 +106,23 @@ def update(
         adopted: Id of a generation that came from elsewhere, to be judged instead of training one.
         wait_hours: How long to wait for another update of this workspace to end; by default cluster.deadline_hours.
     """
-    overrides = {} if train_paragon is None else {"train_paragon": train_paragon}
-    config = load_workspace_config(workspace, overrides)
-    # Nobody sits beside a scheduled run: it waits for an update that was started by hand.
-    wait_s = 3600 * (config.cluster.deadline_hours if wait_hours is None else wait_hours)
-    with open_session(workspace, config, FlowProgress(BESIDE.get())) as session:
-        return order.update(session, again=again, adopted=adopted, wait_s=wait_s, step=as_task)
+    is_alone = SERVICE_VARIABLE in os.environ  # a service started this process, for this run
+    if is_alone:
+        log_runs(workspace)
+    progress = FlowProgress(BESIDE.get())
+    result = (_BOX.get() or _Box[UpdateResult]()).fill(
+        lambda: update_plainly(workspace, progress, as_task, again, train_paragon, adopted, wait_hours)
+    )
+    name = state_name(result)
+    progress.entitle(_title(workspace, result), tags=[name.split(" ")[0].rstrip(":") if name != NOTHING_NEW else name])
+    progress.close()
+    if is_alone:
+        end_in_time(_SECONDS_TO_HAND_OVER)
+    return Completed(name=name, message=result.summary)
 
 
 @flow(name="graceful-replay", persist_result=False, validate_parameters=True)
-def replay(config_file: str, workspace: str, overrides: dict[str, Any] | None = None) -> ReplayResult:
+def replay(config_file: str, workspace: str, overrides: dict[str, Any] | None = None) -> State:
     """Replay a history of generations.
 
     Args:
@@ -62,5 +130,57 @@ def replay(config_file: str, workspace: str, overrides: dict[str, Any] | None = 
         workspace: Folder or URI of the workspace that the history lives in; run again, it goes on where it stopped.
         overrides: Dotted keys of the configuration to other values.
     """
-    config = load_config(config_file, workspace, overrides)
-    return history.replay(config, workspace, FlowProgress(BESIDE.get()), as_task)
+    progress = FlowProgress(BESIDE.get())
+    result = (_BOX.get() or _Box[ReplayResult]()).fill(
+        lambda: replay_plainly(config_file, workspace, overrides, progress, as_task)
+    )
+    progress.close()
+    return Completed(name=f"{len(result.lines)} generations", message=f"Serving {result.champion}.")
+
+
+def update_plainly(
+    workspace: str,
+    progress: Progress,
+    step: Step,
+    again: bool = False,
+    train_paragon: bool | None = None,
+    adopted: str | None = None,
+    wait_hours: float | None = None,
+) -> UpdateResult:
+    """The work of `update`."""
+    overrides = {} if train_paragon is None else {"train_paragon": train_paragon}
+    config = load_workspace_config(workspace, overrides)
+    # Nobody sits beside a scheduled run: it waits for an update that was started by hand.
+    wait_s = 3600 * (config.cluster.deadline_hours if wait_hours is None else wait_hours)
+    with open_session(workspace, config, progress) as session:
+        return order.update(session, again=again, adopted=adopted, wait_s=wait_s, step=step)
+
+
+def replay_plainly(
+    config_file: str, workspace: str, overrides: dict[str, Any] | None, progress: Progress, step: Step
+) -> ReplayResult:
+    """The work of `replay`."""
+    return history.replay(load_config(config_file, workspace, overrides), workspace, progress, step)
+
+
+def state_name(result: UpdateResult) -> str:
+    """What an update came to, for a list of runs: 'COMPATIBLE_ROLLOUT 25 %', 'HOLD: ...', 'Nothing new'.
+
+    >>> from types import SimpleNamespace as Result
+    >>> state_name(Result(repeated=False, outcome="COMPATIBLE_ROLLOUT", fraction=0.25, summary=""))
+    'COMPATIBLE_ROLLOUT 25 %'
+    >>> state_name(Result(repeated=False, outcome="HOLD", fraction=None, summary="HOLD: NFR 3.9 %. More."))
+    'HOLD: NFR 3.9 %. More.'
+    """
+    if result.repeated:
+        return NOTHING_NEW
+    if result.outcome in ("HOLD", "INCONCLUSIVE"):
+        short = result.summary if len(result.summary) <= _LONGEST_NAME else f"{result.summary[: _LONGEST_NAME - 4]} ..."
+        return short or result.outcome
+    if result.outcome == "COMPATIBLE_ROLLOUT" and result.fraction is not None:
+        return f"{result.outcome} {100 * result.fraction:g} %"
+    return result.outcome
+
+
+def _title(workspace: str, result: UpdateResult) -> str:
+    return f"{load_workspace_config(workspace).name} {result.candidate.split('-')[0]}"

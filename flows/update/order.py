@@ -95,6 +95,7 @@ def update(
             held.enter_context(claim(session.workspace.root, "an update", wait_s=wait_s))
         release_when_due(session)
         inputs = do("freeze inputs", lambda: freeze(session, again=again, adopted=adopted))
+        session.progress.entitle(f"{session.config.name} g{inputs.frozen.ordinal:03d}")
         known = recorded(inputs)
         if known is not None and completed(inputs):
             evaluation = read_evaluation(inputs.workspace.evaluation_uri(known.evaluation))
