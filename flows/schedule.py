@@ -26,6 +26,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from graceful.flows.overlap import keep_from_piling_up
+from graceful.flows.runtime.environment import prepare_environment
 from graceful.flows.runtime.server import flow_server
 from graceful.flows.runtime.service import RUNS_LOG, end_orphan, end_server_left_behind, only_service
 from graceful.flows.store.claim import SERVICE_VARIABLE
@@ -59,6 +60,7 @@ def serve_updates(root: str, host: str = "127.0.0.1", port: int = 4200) -> None:
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_S))
     with only_service(root), _terminated_as_interrupted():
         end_server_left_behind(root)
+        prepare_environment(root, logs_to_terminal=True)
         left = end_orphan(root)
         if left is not None:
             print(f"Ended {left}, which a killed service had left behind; it goes on now, where it was.", flush=True)

@@ -8,9 +8,13 @@ from pathlib import Path
 
 
 def process_start(pid: int) -> str:
-    """When a process of this machine started, in the kernel's own count; empty when there is none (or no /proc)."""
+    """When a process of this machine started, in the kernel's own count; empty when there is none (or no /proc).
+
+    One that has ended and was not reaped by its parent is none.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]
     except (OSError, IndexError):
         return ""
 

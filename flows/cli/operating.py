@@ -225,9 +225,6 @@ def serve(
                 return
             serve_searches(place(root), host, port, shards, ray_address, token)
         else:
-            from graceful.flows.runtime.environment import prepare_environment
-
-            prepare_environment(place(root), logs_to_terminal=True)
             from graceful.flows.schedule import serve_updates
 
             serve_updates(place(root), ui_host, ui_port)

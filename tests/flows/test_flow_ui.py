@@ -34,6 +34,7 @@ class ShownUpdate:
     base: str
     run: str
     report: Path
+    outcome: str
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,11 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShownUpdate]:
             done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
             assert done.returncode in (0, 3, 4), done.stderr[-3000:]
             (run,) = httpx.post(f"{api}/flow_runs/filter", json={}, timeout=30).json()
-            assert run["state_name"] == "Completed"
+            assert (run["state_type"], run["name"]) == ("COMPLETED", "digits g002")
+            assert run["state_name"].split()[0].rstrip(":") in run["tags"]
+            shown_as = run["state_name"].split()[0]
             report = max(root.glob("evaluations/*/report.html"), key=lambda path: path.stat().st_mtime)
-            yield ShownUpdate(api.removesuffix("/api"), run["id"], report)
+            yield ShownUpdate(api.removesuffix("/api"), run["id"], report, shown_as)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def test_the_flow_run_shows_its_tasks_and_its_artifacts(browser: Any, shown: Sho
     page = seen.page
     page.goto(f"{shown.base}/runs/flow-run/{shown.run}")
     page.wait_for_load_state("networkidle")
-    expect(page.get_by_text("Completed").first).to_be_visible(timeout=30_000)
+    expect(page.get_by_text(shown.outcome).first).to_be_visible(timeout=30_000)
     page.get_by_role("tablist").get_by_text("Task Runs", exact=True).click()
     for name in ("freeze inputs", "train candidate", "train paragon", "judge", "publish"):
         expect(page.get_by_text(name).first).to_be_visible(timeout=20_000)
