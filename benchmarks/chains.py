@@ -1,0 +1,228 @@
+"""Chains of generations for the comparison of methods: trained by the project's own jobs, kept as vectors.
+
+`python -m benchmarks.chains FOLDER` trains what is missing, chain by chain, on fixed subsets of Omniglot and CIFAR-100
+(GRACEFUL_DATA), each chain once for every seed; `python -m benchmarks.comparison FOLDER` measures them. A subset, so
+that a chain takes about a minute of one core; `--full` takes the sizes of examples/omniglot.toml and cifar100.toml.
+
+What a chain leaves: for every generation its unit vectors of the evaluation images and of up to 3,000 training images (by itself and by
+the one before it), its classifier rows, and the processor seconds of its training.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from graceful.indexing.embedding_files import write_embedding_file
+from graceful.training.datasets import DatasetConfig, column_values, load_images
+from graceful.training.encoder import open_encoder, read_classifier
+from graceful.training.generation import PredecessorRef
+from graceful.training.job import TrainingConfig, TrainingJob
+from graceful.training.launch import run_training
+from graceful.training.manifest import LabelledImages, read_manifest, write_manifest
+
+SEEDS = (1, 2, 3)
+SAMPLE = 3_000
+
+
+@dataclass(frozen=True)
+class Data:
+    """A growing training set, and the images that all its generations are judged on."""
+
+    name: str
+    counts: tuple[int, ...]
+    recipe: dict[str, Any]
+    is_closed: bool = False
+
+    def training(self, count: int, full: bool) -> LabelledImages:
+        """The images of one generation."""
+        return load_images(_training(self, count, full))
+
+    def evaluation(self) -> tuple[LabelledImages, LabelledImages | None]:
+        """Queries and gallery; None: the queries are the gallery, their own item left out."""
+        root = os.environ["GRACEFUL_DATA"]
+        if self.is_closed:
+            where = {"source": "parquet", "path": f"{root}/cifar100/test.parquet", "label_columns": ["fine_name"]}
+            return load_images(DatasetConfig.model_validate({**where, "max_per_label": 40})), None
+        drawers = ({"min": 1, "max": 5}, {"min": 11, "max": 15})
+        base = {"source": "parquet", "path": f"{root}/omniglot/evaluation.parquet"}
+        base["label_columns"] = ["alphabet", "character"]  
+        queries, gallery = (
+            load_images(DatasetConfig.model_validate({**base, "where": {"drawer": drawer}})) for drawer in drawers
+        )
+        return queries, gallery
+
+
+OMNIGLOT = Data(
+    "omniglot",
+    (6, 12, 18, 24, 30),
+    {
+        "width": 128, "epochs": 6, "batch_size": 96, "backbone": {"name": "small_cnn", "kwargs": {"block_widths": [16, 32, 64, 128]}},
+        "preprocessing": {"image_size": 20, "channels": 1, "mean": [0.92], "std": [0.22]},
+        "augmentation": {"kind": "affine"},
+    },
+)  # fmt: skip
+CIFAR = Data(
+    "cifar100",
+    (20, 40, 60, 80, 100),
+    {
+        "width": 128, "epochs": 8, "batch_size": 96, "backbone": {"name": "small_cnn", "kwargs": {"block_widths": [16, 32, 64, 128]}},
+        "preprocessing": {"image_size": 32, "channels": 3, "mean": [0.507, 0.487, 0.441], "std": [0.267, 0.256, 0.276]},
+        "augmentation": {"kind": "crop_flip"},
+    },
+    is_closed=True,
+)  # fmt: skip
+DATA = {data.name: data for data in (OMNIGLOT, CIFAR)}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A recipe that is trained generation by generation."""
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    without_parent: bool = False
+
+
+def _only(*constraints: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {"constraints": list(constraints), **changes}
+
+
+CROSS = {"name": "cross_contrast", "reduction": "sum"}
+RACT = {"name": "ract", "reduction": "mean"}
+CHAINS = {
+    chain.name: chain
+    for chain in (
+        Chain("ours, a = 0", {"interpolation": 0.0}),
+        Chain("initialised", _only(interpolation=0.0)),
+        Chain("from scratch", _only(start="scratch", rows_from_parent=False, interpolation=0.0), without_parent=True),
+        Chain("ours, a = 0.4", {"interpolation": 0.4}),
+        Chain("ours, a = 0.2", {"interpolation": 0.2}),
+        Chain("ract alone, a = 0", _only(RACT, interpolation=0.0)),
+        Chain("cross contrast alone, a = 0", _only(CROSS, interpolation=0.0)),
+        Chain("bct alone, a = 0", _only({"name": "bct", "reduction": "sum"}, interpolation=0.0)),
+        Chain("ours, a = 0, twice the epochs", {"interpolation": 0.0, "epochs": 2.0}),
+        Chain("initialised, twice the epochs", _only(interpolation=0.0, epochs=2.0)),
+        Chain("fine-tuned", _only(rows_from_parent=False, interpolation=0.0)),
+        Chain("ract alone, a = 0.4", _only(RACT, interpolation=0.4)),
+    )
+}
+
+
+def train_chain(folder: Path, data: Data, chain: Chain, seed: int, full: bool = False) -> Path:
+    """Train a chain, or find it trained; returns the file of its vectors."""
+    place = folder / data.name / f"{chain.name.replace(' ', '_').replace(',', '')}-seed{seed}.npz"
+    if place.exists():
+        return place
+    kept: dict[str, Any] = {}
+    queries, gallery = data.evaluation()
+    predecessors: list[PredecessorRef] = []
+    parent: str | None = None
+    for number, count in enumerate(data.counts, start=1):
+        manifest = folder / data.name / f"manifest-{count}.parquet"
+        if not manifest.exists():
+            write_manifest(str(manifest), data.training(count, full))
+        images = read_manifest(str(manifest))
+        started = time.process_time()
+        recipe = {**data.recipe, **chain.changes, "seed": seed}
+        if isinstance(recipe["epochs"], float):
+            recipe["epochs"] = int(recipe["epochs"] * data.recipe["epochs"])
+        references = [_reference(folder, data, count, reference, images) for reference in predecessors]
+        job = _job(folder / data.name, manifest, recipe, number, parent, references)
+        card = run_training(job)
+        kept[f"seconds/{number}"] = time.process_time() - started
+        uri = f"{job.output_uri}/{card.generation_id}"
+        encode = open_encoder(uri)
+        for part, shown in (("queries", queries), ("gallery", gallery)):
+            if shown is not None:
+                kept[f"{part}/{number}"] = _vectors(encode, shown.sources)
+        stored = read_classifier(uri)
+        assert stored is not None
+        kept[f"rows/{number}"], kept[f"classes/{number}"] = stored[1].numpy(), np.array(stored[0].classes)
+        sample = np.random.default_rng(number).permutation(len(images))[:SAMPLE]
+        kept[f"sample/{number}"] = np.array(images.content_sha256)[sample]
+        chosen = [images.sources[i] for i in sample]
+        kept[f"training/{number}/{number}"] = _vectors(encode, chosen)
+        if predecessors:
+            kept[f"training/{number}/{number - 1}"] = _vectors(open_encoder(predecessors[-1].generation_uri), chosen)
+        predecessors.append(PredecessorRef(generation_id=card.generation_id, generation_uri=uri, embeddings_uri=""))
+        parent = None if chain.without_parent else uri
+    place.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(place, **kept)
+    return place
+
+
+def _training(data: Data, count: int, full: bool) -> DatasetConfig:
+    root = os.environ["GRACEFUL_DATA"]
+    if data.is_closed:
+        path, column, labels = f"{root}/cifar100/train.parquet", "fine_name", ["fine_name"]
+        further: dict[str, Any] = {"max_per_label": 200 if full else 50}
+    else:
+        path, column, labels = f"{root}/omniglot/background.parquet", "alphabet", ["alphabet", "character"]
+        further = {}
+    whole = {"source": "parquet", "path": path, "label_columns": labels}
+    names = column_values(DatasetConfig.model_validate(whole), column)[:count]
+    where: dict[str, Any] = {column: names}
+    if not data.is_closed and not full:
+        characters = column_values(DatasetConfig.model_validate(whole), "character")[:14]
+        where["character"] = characters
+    return DatasetConfig.model_validate({**whole, "where": where, **further})
+
+
+def _job(
+    folder: Path, manifest: Path, recipe: dict[str, Any], number: int, parent: str | None, references: list[PredecessorRef]
+) -> TrainingJob:
+    config = TrainingConfig.model_validate(recipe if parent is not None else {**recipe, "start": "scratch", "interpolation": 0.0})
+    # The first generation is the same for every chain of one recipe: named by what goes into it, it is trained once.
+    what = [config.model_dump(mode="json"), parent, [reference.generation_id for reference in references], manifest.name]
+    if number == 1:
+        shown = config.model_copy(update={"constraints": (), "rows_from_parent": True})
+        what[0] = shown.model_dump(mode="json")
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    return TrainingJob(
+        config=config, name=f"g{number}-{digest}", manifest_uri=str(manifest), output_uri=str(folder / "generations"),
+        ordinal=number, parent_uri=parent, predecessors=tuple(references), storage_uri=str(folder / "runs"),
+    )  # fmt: skip
+
+
+def _reference(folder: Path, data: Data, count: int, known: PredecessorRef, images: LabelledImages) -> PredecessorRef:
+    place = folder / data.name / "caches" / f"{known.generation_id}-{count}.parquet"
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        vectors = _vectors(open_encoder(known.generation_uri), images.sources)
+        write_embedding_file(str(place), pa.table({"content_sha256": images.content_sha256}), vectors)
+    return known.model_copy(update={"embeddings_uri": str(place)})
+
+
+def _vectors(encode: Any, sources: list[str]) -> np.ndarray:
+    vectors, failures = encode(sources)
+    assert not failures, failures
+    return np.asarray(vectors, np.float32)
+
+
+def main() -> None:
+    """Train every chain that is missing, the first seed of all before the second of any."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", choices=sorted(DATA), action="append")
+    parser.add_argument("--chain", choices=sorted(CHAINS), action="append")
+    parser.add_argument("--seed", type=int, action="append")
+    parser.add_argument("--full", action="store_true", help="The sizes of the examples, for a machine with a GPU.")
+    wanted = parser.parse_args()
+    for seed in wanted.seed or SEEDS:
+        for name in wanted.chain or CHAINS:
+            for data in wanted.data or DATA:
+                started = time.process_time()
+                train_chain(wanted.folder, DATA[data], CHAINS[name], seed, wanted.full)
+                print(f"{data}, {name}, seed {seed}: {time.process_time() - started:.0f} s of processor", flush=True)
+
+
+if __name__ == "__main__":
+    main()
