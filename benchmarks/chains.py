@@ -53,7 +53,7 @@ class Data:
             return load_images(DatasetConfig.model_validate({**where, "max_per_label": 40})), None
         drawers = ({"min": 1, "max": 5}, {"min": 11, "max": 15})
         base = {"source": "parquet", "path": f"{root}/omniglot/evaluation.parquet"}
-        base["label_columns"] = ["alphabet", "character"]  
+        base["label_columns"] = ["alphabet", "character"]
         queries, gallery = (
             load_images(DatasetConfig.model_validate({**base, "where": {"drawer": drawer}})) for drawer in drawers
         )
@@ -177,11 +177,23 @@ def _training(data: Data, count: int, full: bool) -> DatasetConfig:
 
 
 def _job(
-    folder: Path, manifest: Path, recipe: dict[str, Any], number: int, parent: str | None, references: list[PredecessorRef]
+    folder: Path,
+    manifest: Path,
+    recipe: dict[str, Any],
+    number: int,
+    parent: str | None,
+    references: list[PredecessorRef],
 ) -> TrainingJob:
-    config = TrainingConfig.model_validate(recipe if parent is not None else {**recipe, "start": "scratch", "interpolation": 0.0})
+    config = TrainingConfig.model_validate(
+        recipe if parent is not None else {**recipe, "start": "scratch", "interpolation": 0.0}
+    )
     # The first generation is the same for every chain of one recipe: named by what goes into it, it is trained once.
-    what = [config.model_dump(mode="json"), parent, [reference.generation_id for reference in references], manifest.name]
+    what = [
+        config.model_dump(mode="json"),
+        parent,
+        [reference.generation_id for reference in references],
+        manifest.name,
+    ]
     if number == 1:
         shown = config.model_copy(update={"constraints": (), "rows_from_parent": True})
         what[0] = shown.model_dump(mode="json")

@@ -58,24 +58,26 @@ async def keep_from_piling_up(deployment: UUID, overlap: Overlap) -> None:
             await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
 
 
+async def crash_left_behind(client: Any, deployment: UUID) -> int:
+    """Mark the runs of a service that was killed as crashed, so that they hold no place; return how many there were.
+
+    For the moment when the only service of a workspace starts: none of its runs can be working then.
+    """
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Crashed
+
+    runs = await _runs_of(client, deployment, [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING])
+    for run in runs:
+        await client.set_flow_run_state(run.id, Crashed(message="The service that ran it was killed."), force=True)
+    return len(runs)
+
+
 async def look(client: Any, deployment: UUID, overlap: Overlap) -> None:
     """End the runs of a deployment that will not be carried out, as Skipped."""
-    from prefect.client.schemas.filters import (
-        DeploymentFilter,
-        DeploymentFilterId,
-        FlowRunFilter,
-        FlowRunFilterState,
-        FlowRunFilterStateType,
-    )
     from prefect.client.schemas.objects import StateType
     from prefect.states import Cancelled
 
-    types = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING]
-    runs = await client.read_flow_runs(
-        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])),
-        flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types))),
-        limit=200,
-    )
+    runs = await _runs_of(client, deployment, [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING])
     now = datetime.now(UTC)
     is_working = any(run.state_type in (StateType.PENDING, StateType.RUNNING) for run in runs)
     due = [
@@ -88,3 +90,21 @@ async def look(client: Any, deployment: UUID, overlap: Overlap) -> None:
         await client.set_flow_run_state(
             run.identity, Cancelled(name=SKIPPED, message=f"Skipped: {reason}."), force=True
         )
+
+
+async def _runs_of(client: Any, deployment: UUID, types: Sequence[Any]) -> list[Any]:
+    from prefect.client.schemas.filters import (
+        DeploymentFilter,
+        DeploymentFilterId,
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
+
+    return list(
+        await client.read_flow_runs(
+            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=[deployment])),
+            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types)))),
+            limit=200,
+        )
+    )

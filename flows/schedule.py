@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from graceful.flows.overlap import keep_from_piling_up
+from graceful.flows.overlap import crash_left_behind, keep_from_piling_up
 from graceful.flows.runtime.environment import prepare_environment
 from graceful.flows.runtime.server import flow_server
 from graceful.flows.runtime.service import RUNS_LOG, end_orphan, end_server_left_behind, only_service
@@ -105,7 +105,8 @@ async def _run(root: str, config: "PipelineConfig", api_url: str, *, at_once: bo
     identity = await runner.aadd_deployment(deployment)
     async with get_client() as client:
         await _crash_zombies(client)
-        if at_once:
+        # What was under way when the last service was killed goes on now, and not with the next scheduled run.
+        if await crash_left_behind(client, identity) or at_once:
             await client.create_flow_run_from_deployment(identity)
     print(f"Flow UI: {api_url.removesuffix('/api')}/deployments", flush=True)
     print(f"Log of the runs: {os.path.join(root, '.prefect', RUNS_LOG)}", flush=True)

@@ -68,7 +68,9 @@ def lambda_orthogonal(
     eye = torch.eye(weight.shape[0])
     for _ in range(steps):
         distance = torch.linalg.matrix_norm(weight @ weight.t() - eye)
-        loss = (x @ weight - y).square().sum(dim=1).mean() + torch.sigmoid(sharpness * (distance - strictness)) * distance
+        loss = (x @ weight - y).square().sum(dim=1).mean() + torch.sigmoid(
+            sharpness * (distance - strictness)
+        ) * distance
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -143,7 +145,9 @@ def centroid_queries(
     sums = np.zeros((len(names), gallery.shape[1]))
     np.add.at(sums, codes, gallery.astype(np.float64))
     place = {name: number for number, name in enumerate(names.tolist())}
-    queries = np.stack([sums[place[name]] if name in place else np.zeros(gallery.shape[1]) for name in query_identities])
+    queries = np.stack(
+        [sums[place[name]] if name in place else np.zeros(gallery.shape[1]) for name in query_identities]
+    )
     has_own = own >= 0
     queries[has_own] -= gallery[own[has_own]]
     return unit(queries)
@@ -155,7 +159,11 @@ def unit(vectors: NDArray[np.floating]) -> Vectors:
     return (vectors / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
 
 
-def _aligned(first: NDArray[np.floating], second: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _aligned(
+    first: NDArray[np.floating], second: NDArray[np.floating]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if len(first) != len(second):
-        raise UsageError(f"comparing two spaces: expected vectors of the same images, found {len(first)} and {len(second)}")
+        raise UsageError(
+            f"comparing two spaces: expected vectors of the same images, found {len(first)} and {len(second)}"
+        )
     return first.astype(np.float64), second.astype(np.float64)
