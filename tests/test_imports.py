@@ -27,7 +27,7 @@ ORDER = {
         "training.constraints", "training.uncertainty", "training.pixels", "training.material",
         "training.distributed", "training.objective",
         "training.progress", "training.trackers", "training.compiling", "training.pace",
-        "training.finishing", "training.starting", "training.step", "training.loop",
+        "training.finishing", "training.mapping", "training.starting", "training.step", "training.loop",
         "training.rehearsal", "training.launch",
     ),
     "indexing": (

@@ -136,7 +136,7 @@ def simplex(logits: NDArray[np.floating], num_classes: int, temperature: float =
 def centroid_queries(
     gallery: Vectors, gallery_identities: NDArray[np.str_], query_identities: NDArray[np.str_], own: NDArray[np.int64]
 ) -> Vectors:
-    """Return for each query the direction (Q, d) of the mean of its relevant rows, its own row (`own`, -1: none) left out.
+    """Return each query's direction (Q, d) to the mean of its relevant rows, its own row (`own`, -1: none) left out.
 
     What the best single point of each query can reach on a gallery is estimated by searching with these. It is no
     bound: the mean maximises summed similarity, not recall. With a single relevant row it is trivially perfect.
