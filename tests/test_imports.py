@@ -16,8 +16,8 @@ PACKAGES = ("training", "indexing", "evaluation", "flows")
 # Within a package a module imports only modules before it.
 ORDER = {
     "training": (
-        "training", "training.generation", "training.choices", "training.job", "training.combinations",
-        "training.manifest", "training.images", "training.copies",
+        "training", "training.generation", "training.choices", "training.choosing", "training.job",
+        "training.combinations", "training.manifest", "training.images", "training.copies",
         "training.measure", "training.glyphs", "training.materialise", "training.folders", "training.rows",
         "training.datasets", "training.backbones", "training.sampling", "training.simplex",
         "training.heads", "training.encoder", "training.predecessors",
@@ -27,7 +27,8 @@ ORDER = {
         "training.constraints", "training.uncertainty", "training.pixels", "training.material",
         "training.distributed", "training.objective",
         "training.progress", "training.trackers", "training.compiling", "training.pace",
-        "training.finishing", "training.mapping", "training.starting", "training.step", "training.loop",
+        "training.finishing", "training.mapping", "training.starting", "training.step", "training.validation",
+        "training.loop",
         "training.rehearsal", "training.launch",
     ),
     "indexing": (
@@ -53,10 +54,11 @@ ORDER = {
         "evaluation.label_page",
     ),
     "flows": (
-        "flows", "flows.store", "flows.store.items", "flows.store.evaluation_set",
+        "flows", "flows.store", "flows.store.items", "flows.store.evalsets", "flows.store.dev_set",
+        "flows.store.evaluation_set",
         "flows.store.events", "flows.store.registry", "flows.store.ledger", "flows.store.workspace",
         "flows.store.claim", "flows.store.reports", "flows.store.evaluations", "flows.store.leaks",
-        "flows.store.evalsets", "flows.store.labels", "flows.store.clusterings", "flows.store.thresholds",
+        "flows.store.labels", "flows.store.clusterings", "flows.store.thresholds",
         "flows.settings", "flows.settings.template", "flows.settings.cron", "flows.settings.endpoint",
         "flows.settings.config",
         "flows.settings.reference", "flows.settings.inspection", "flows.settings.starter",

@@ -5,7 +5,7 @@ cross-contrast term and one RACT term against every predecessor, interpolate wit
 """
 
 import os
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -142,10 +142,18 @@ class TrainingConfig(BaseModel):
     rows_from_parent: bool = Field(
         default=True, description="Start classifier rows at 1.1 x the parent's class means instead of at random."
     )
-    interpolation: float = Field(
-        default=0.4, ge=0, lt=1, description="Share a of the parent's weights in the final ones; 0 for none."
+    interpolation: Annotated[float, Field(ge=0, lt=1)] | Literal["dev"] = Field(
+        default=0.4,
+        description="Share a of the parent's weights in the final ones; 0 for none; dev: chosen on evaluation.dev.",
     )
     epochs: int = Field(default=6, ge=1, description="Passes over the training images.")
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop after so many epochs without a better self-test on evaluation.dev, and keep the best epoch's "
+        "weights; by default all epochs are made and the last one's kept.",
+    )
+    min_epochs: int = Field(default=1, ge=1, description="With patience: epochs that are made in any case.")
     batch_size: int = Field(default=256, ge=2, description="Images per step, all workers together.")
     accumulation: int = Field(
         default=1,
@@ -179,7 +187,7 @@ class TrainingConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":
-        if self.start == "scratch" and self.interpolation > 0:
+        if self.start == "scratch" and self.interpolation != 0:
             raise UsageError(
                 "training config: interpolation needs weights that started at the parent's; set interpolation = 0 with "
                 'start = "scratch"'
@@ -201,6 +209,11 @@ class TrainingConfig(BaseModel):
             raise UsageError(f"training config: expected prefix widths below {self.width}, found {self.prefix_widths}")
         return self
 
+    @property
+    def needs_dev(self) -> bool:
+        """Whether something of the recipe is chosen on a dev part."""
+        return self.interpolation == "dev" or self.patience is not None
+
     def without_constraints(self) -> "TrainingConfig":
         """Return the paragon's recipe: the same training, tied to no predecessor."""
         name = "cosine_softmax" if self.head.name == "simplex" else self.head.name
@@ -219,6 +232,20 @@ def check_shares(config: TrainingConfig, num_workers: int) -> None:
         )
 
 
+class DevPart(BaseModel):
+    """Images that choices are made on: neither trained on nor reported."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    manifest_uri: str = Field(description="Dev manifest (source, label, content_sha256), no content twice.")
+    predecessors: tuple[PredecessorRef, ...] = Field(
+        default=(), description="Generations and their embeddings of the dev images, in the manifest's order."
+    )
+    max_flips: float | None = Field(
+        default=None, description="Largest share of dev queries that may be right by the parent and wrong afterwards."
+    )
+
+
 class TrainingJob(BaseModel):
     """The order to train one generation."""
 
@@ -234,6 +261,7 @@ class TrainingJob(BaseModel):
     ordinal: int = Field(ge=0, description="Ordinal of the generation to make.")
     parent_uri: str | None = Field(default=None, description="Folder of the generation to start from.")
     predecessors: tuple[PredecessorRef, ...] = Field(default=(), description="Generations to stay compatible with.")
+    dev: DevPart | None = Field(default=None, description="What is looked at and chosen by.")
     storage_uri: str = Field(description="Where checkpoints, progress and the result are kept.")
     num_workers: int = Field(default=0, ge=0, description="Ray Train workers; 0 trains in this process without Ray.")
     min_workers: int | None = Field(
@@ -260,6 +288,20 @@ class TrainingJob(BaseModel):
         ids = [reference.generation_id for reference in self.predecessors]
         if len(set(ids)) != len(ids):
             raise UsageError(f"training job: expected distinct predecessors, found {ids}")
+        if self.config.needs_dev and self.dev is None:
+            raise UsageError(
+                f"training job {self.name}: expected a dev part to choose on (interpolation = "
+                f"{self.config.interpolation!r}, patience = {self.config.patience}), found none; give "
+                "evaluation.dev, or a number for interpolation and no patience"
+            )
+        if self.config.interpolation == "dev" and self.parent_uri is not None and self.dev is not None:
+            known = [reference.generation_id for reference in self.dev.predecessors]
+            parent = self.parent_uri.rstrip("/").rpartition("/")[2]
+            if parent not in known:
+                raise UsageError(
+                    f"training job {self.name}: expected the parent {parent} among the dev part's predecessors "
+                    f"(interpolation is chosen by its flips), found {known}; embed the dev images with it"
+                )
         check_shares(self.config, self.num_workers)
         if self.min_workers is not None and self.min_workers > max(self.num_workers, 1):
             raise UsageError(

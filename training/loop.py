@@ -33,6 +33,7 @@ from graceful.training.pace import Course, Meetings
 from graceful.training.progress import Reporter
 from graceful.training.starting import Parent, Trainee, build_trainee, check_start, load_parent
 from graceful.training.step import Run, Stepper, steps_per_epoch
+from graceful.training.validation import Validation, best_epoch, has_stalled, load_dev
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +78,11 @@ def train_worker(
         parent = load_parent(job, material, device, dtype)
         trainee = build_trainee(config, len(material.classes), parent)
         trainee.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        validation = Validation(run, load_dev(job, device, Path(scratch)), trainee)
         with prepared(run, trainee, parent is not None, steps) as (stepper, is_compiled):
-            course = _run_epochs(run, stepper, steps, deadline)
-        return _finish(run, trainee, parent, course, is_compiled)
+            course = _run_epochs(run, stepper, validation, steps, deadline)
+        validation.take_best()
+        return _finish(run, trainee, parent, validation, course, is_compiled)
 
 
 @contextlib.contextmanager
@@ -98,13 +101,13 @@ def prepared(run: Run, trainee: Trainee, from_parent: bool, steps: int) -> Itera
             yield stepper, is_compiled
 
 
-def _run_epochs(run: Run, stepper: Stepper, steps: int, deadline: float | None) -> Course:
+def _run_epochs(run: Run, stepper: Stepper, validation: Validation, steps: int, deadline: float | None) -> Course:
     """Take all steps that the latest checkpoint has not seen; return how the training went."""
     config = run.job.config
-    course = _resumed(run, stepper, steps)
+    course = _resumed(run, stepper, validation, steps)
     meetings = Meetings(run.device, run.world_size)
     saved_at = time.monotonic()
-    while course.epoch < config.epochs:
+    while course.epoch < config.epochs and not has_stalled(course.dev, config):
         recent: dict[str, Tensor] = {}
         since = 0
         batches = run.material.batches(
@@ -126,11 +129,13 @@ def _run_epochs(run: Run, stepper: Stepper, steps: int, deadline: float | None) 
             line = _progress_line(run, course, steps)
             any_late = any_late and not (is_end and course.epoch + 1 == config.epochs)
             if is_end:
-                run.report.report(line, _checkpoint(run, stepper, course, steps) if run.rank == 0 else None)
+                line |= validation.look(course.dev)
+                state = _checkpoint(run, stepper, validation, course, steps) if run.rank == 0 else None
+                run.report.report(line, state)
                 saved_at = time.monotonic()
             elif run.rank == 0:
                 is_due = any_late or time.monotonic() - saved_at >= 60 * run.job.checkpoint_minutes
-                run.report.glance(line, _checkpoint(run, stepper, course, steps) if is_due else None)
+                run.report.glance(line, _checkpoint(run, stepper, validation, course, steps) if is_due else None)
                 saved_at = time.monotonic() if is_due else saved_at
             if any_late:
                 raise TrainingDeadlineError(
@@ -166,12 +171,13 @@ def _progress_line(run: Run, course: Course, steps: int) -> dict[str, Any]:
     return line
 
 
-def _checkpoint(run: Run, stepper: Stepper, course: Course, steps: int) -> dict[str, Any]:
+def _checkpoint(run: Run, stepper: Stepper, validation: Validation, course: Course, steps: int) -> dict[str, Any]:
     recipe = run.job.config.model_dump(mode="json")
-    return {**stepper.state_dict(), **course.state_dict(), "recipe": recipe, "steps": steps}
+    parts = {**stepper.state_dict(), **validation.state_dict(), **course.state_dict()}
+    return {**parts, "recipe": recipe, "steps": steps}
 
 
-def _resumed(run: Run, stepper: Stepper, steps: int) -> Course:
+def _resumed(run: Run, stepper: Stepper, validation: Validation, steps: int) -> Course:
     """Load the latest checkpoint into the stepper; return where it stands, or the beginning.
 
     Raises: ChangedTrainingError.
@@ -189,6 +195,7 @@ def _resumed(run: Run, stepper: Stepper, steps: int) -> Course:
             f"with {', '.join(changed)}; give the changed training a name of its own, or undo the change to go on"
         )
     stepper.load_state_dict(saved)
+    validation.load_state_dict(saved)
     course = Course(**{name: saved[name] for name in vars(Course())})
     if course.step == steps:
         course.begin_epoch()
@@ -203,21 +210,31 @@ def _resumed(run: Run, stepper: Stepper, steps: int) -> Course:
 
 
 def _finish(
-    run: Run, trainee: Trainee, parent: Parent | None, course: Course, is_compiled: bool
+    run: Run,
+    trainee: Trainee,
+    parent: Parent | None,
+    validation: Validation,
+    course: Course,
+    is_compiled: bool,
 ) -> GenerationCard | None:
     """Interpolate with the parent, calibrate, compute class means, store: every rank computes, rank 0 writes."""
     started = time.perf_counter()
     job, config, material, network = run.job, run.job.config, run.material, trainee.network
     preprocessing, device, dtype = config.preprocessing, run.device, run.dtype
     rows = trainee.head.rows.detach()
-    if parent is not None and config.interpolation > 0:
-        interpolate(network, parent.state, config.interpolation)
+    share, chosen = 0.0, None
+    if parent is not None and config.interpolation == "dev":
+        share, chosen = validation.choose_share(parent)
+    elif parent is not None:
+        share = float(config.interpolation)
+    if parent is not None and share > 0:
+        interpolate(network, parent.state, share)
         if not trainee.head.is_fixed:
-            rows = interpolate_rows(rows, parent.rows, config.interpolation)
+            rows = interpolate_rows(rows, parent.rows, share)
     sample = material.sample(config.calibration_images, config.seed)
     calibrated = calibrate(network, sample, preprocessing, device, dtype)
-    share = material.clean(run.rank, run.world_size)
-    means = sum_by_class(network, share, len(material.classes), preprocessing, device, dtype)
+    own = material.clean(run.rank, run.world_size)
+    means = sum_by_class(network, own, len(material.classes), preprocessing, device, dtype)
     if run.world_size > 1:
         dist.all_reduce(means)
     if run.rank != 0:
@@ -239,14 +256,16 @@ def _finish(
             "name": job.name,
             "images": len(material),
             "classes": len(material.classes),
-            "epochs": config.epochs,
+            "epochs": course.epoch,
             "seed": config.seed,
             "seconds": round(course.seconds + time.perf_counter() - started, 2),
             "workers": run.world_size,
             **({"worker_changes": course.worker_changes} if course.worker_changes else {}),
             "compiled": is_compiled,
             "precision": str(dtype or torch.float32).removeprefix("torch."),
-            "interpolation": config.interpolation if parent is not None else 0.0,
+            "interpolation": share,
+            **({"interpolation_on_dev": chosen} if chosen is not None else {}),
+            **({"best_epoch": best_epoch(course.dev) + 1} if config.patience is not None else {}),
             "constraints": term_names(config.constraints) if len(material.predecessors) else [],
             **({CORNERS: parent.corners if parent is not None else material.classes} if trainee.head.is_fixed else {}),
         },

@@ -20,12 +20,14 @@ class Course:
     seconds: float = 0.0  # spent in all steps
     epoch_seconds: float = 0.0  # spent in this epoch's steps
     sums: dict[str, float] = field(default_factory=dict)  # of this epoch's losses; the mean over the ranks
+    dev: list[float] = field(default_factory=list)  # self-test on the dev part after every epoch
     workers: int = 1
     worker_changes: list[list[int]] = field(default_factory=list)  # epoch, step, workers before, workers from there on
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        return {**vars(self), "sums": dict(self.sums), "worker_changes": [list(c) for c in self.worker_changes]}
+        changes = [list(change) for change in self.worker_changes]
+        return {**vars(self), "sums": dict(self.sums), "dev": list(self.dev), "worker_changes": changes}
 
     def add(self, seconds: float) -> None:
         """Count time spent in steps."""

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graceful.flows.runtime.session import Session, open_session
 from graceful.flows.settings.config import load_workspace_config
-from graceful.flows.store.evaluation_set import load_evaluation_set, separate
+from graceful.flows.store.evaluation_set import load_evaluation_set, separate, with_dev
 from graceful.flows.store.workspace import require_workspace
 from graceful.flows.update.freeze import predecessors_of
 from graceful.indexing.embedding_files import write_embedding_file
@@ -69,13 +69,13 @@ def dry_run(root: str, say: Callable[[str], None] = lambda text: None) -> DryRun
     config = load_workspace_config(root)
     with open_session(root, config) as session, tempfile.TemporaryDirectory(prefix="graceful-dry-run-") as folder:
         say("reading the training images")
-        images, _ = separate(
-            config.evaluation, load_images(config.training_data), load_evaluation_set(config.evaluation)
-        )
+        judging = load_evaluation_set(config.evaluation)
+        images, _ = separate(config.evaluation, load_images(config.training_data), judging)
+        images, _ = with_dev(config.evaluation, images, judging)
         check_trainable(images)
         workers = max(config.cluster.num_workers, 1)
         share = math.ceil(config.training.batch_size / workers)
-        recipe = config.training.model_copy(update={"batch_size": share})
+        recipe = config.training.model_copy(update={"batch_size": share, "interpolation": 0.0, "patience": None})
         sample = _sample(images, _BATCHES * recipe.batch_size, recipe.seed)
         names = predecessors_of(session)
         if names:

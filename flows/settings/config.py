@@ -206,6 +206,14 @@ class PipelineConfig(BaseModel):
     trackers: TrackersConfig = Field(default=TrackersConfig(), description="Where learning curves go besides.")
     replay: ReplayConfig | None = Field(default=None, description="A history to replay.")
 
+    @field_validator("training")
+    @classmethod
+    def _choices_have_a_dev_part(cls, training: TrainingConfig, info: ValidationInfo) -> TrainingConfig:
+        evaluation = info.data.get("evaluation")
+        if training.needs_dev and evaluation is not None and evaluation.dev is None:
+            raise ValueError("interpolation = 'dev' and patience need evaluation.dev, such as dev = { share = 0.1 }")
+        return training
+
     @field_validator("policy")
     @classmethod
     def _clusters_can_be_judged(cls, policy: RolloutPolicy, info: ValidationInfo) -> RolloutPolicy:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from graceful.files import exists, join, read_json, resolve, write_json
+from graceful.flows.store.dev_set import DevConfig, set_aside
 from graceful.training.copies import has_near_copy, hash_pictures
 from graceful.training.datasets import DatasetConfig, assert_disjoint, load_images
 from graceful.training.manifest import LabelledImages
@@ -47,6 +48,11 @@ class EvaluationConfig(BaseModel):
         default=None,
         description="Further queries, without labels: only those whose answer an update changes are ever labelled, see "
         "'graceful evalset label'.",
+    )
+    dev: DevConfig | None = Field(
+        default=None,
+        description="Images that choices are made on: neither trained on nor reported. training.patience and "
+        'training.interpolation = "dev" need it.',
     )
     protocol: Literal["open_set", "closed_set"] = Field(
         description="open_set: no identity of it may be in the training set; closed_set: no image of it may be."
@@ -157,6 +163,29 @@ def separate(
     if evaluation_set.log is not None:
         assert_disjoint(training_images, evaluation_set.log, by="image")
     return training_images, num_dropped
+
+
+def with_dev(
+    config: EvaluationConfig, images: LabelledImages, evaluation_set: EvaluationSet
+) -> tuple[LabelledImages, LabelledImages | None]:
+    """Part the images left for training (of `separate`) into those to train on and the dev part, if one is configured.
+
+    An identity of the dev part may lie in the gallery of an open set, as one that no query looks for.
+
+    Raises: what `set_aside` raises, and OverlapError where the dev part shares identities with the queries (open set)
+    or images with queries or gallery (closed set).
+    """
+    if config.dev is None:
+        return images, None
+    kept, dev = set_aside(config.dev, config.protocol, images)
+    if config.protocol == "open_set":
+        assert_disjoint(dev, evaluation_set.queries, by="identity")
+    else:
+        for judging in (evaluation_set.queries, evaluation_set.gallery):
+            assert_disjoint(dev, judging, by="image")
+    if evaluation_set.log is not None:
+        assert_disjoint(dev, evaluation_set.log, by="image")
+    return kept, dev
 
 
 def evaluation_set_uri(root: str, set_id: str) -> str:

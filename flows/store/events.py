@@ -33,6 +33,7 @@ class UpdateStarted(_Happened):
     num_classes: int
     num_unreadable: int
     num_dropped: int = 0
+    num_dev_images: int = 0
     evaluation_set: str
     adopted: str | None = None
 

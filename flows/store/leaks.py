@@ -4,7 +4,7 @@ A generation is judged fairly only on images that none of the compared generatio
 check looks at the candidate; this one at everything trained before, by the manifests that every update leaves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from graceful.errors import GracefulError
 from graceful.files import exists
@@ -39,7 +39,8 @@ def training_manifests(workspace: Workspace) -> Iterator[tuple[str, LabelledImag
 
 def refuse_trained_on(workspace: Workspace, evaluation_set: EvaluationSet) -> None:
     """Raise TrainedOnQueriesError, with count, names and remedy, where a generation was trained on a query."""
-    leaks = _leaks(workspace, evaluation_set)
+    judging = [images for images in (evaluation_set.queries, evaluation_set.log) if images is not None]
+    leaks = _leaks(workspace, judging)
     if not leaks:
         return
     generation, names = max(leaks.items(), key=lambda item: len(item[1]))
@@ -51,12 +52,24 @@ def refuse_trained_on(workspace: Workspace, evaluation_set: EvaluationSet) -> No
     )
 
 
-def _leaks(workspace: Workspace, evaluation_set: EvaluationSet) -> dict[str, list[str]]:
-    """Sources of the queries that each generation was trained on."""
+def refuse_trained_on_dev(workspace: Workspace, dev: LabelledImages) -> None:
+    """Raise TrainedOnQueriesError where a generation was trained on images of the dev part: it looks too good there."""
+    leaks = _leaks(workspace, [dev])
+    if not leaks:
+        return
+    generation, names = max(leaks.items(), key=lambda item: len(item[1]))
+    raise TrainedOnQueriesError(
+        f"checking that nobody was trained on the dev part: expected none of {len(dev)} images, found {len(names)} in "
+        f"{generation} (such as {'; '.join(names[:_SHOWN])}); give evaluation.dev.images that no generation was "
+        "trained on, or leave evaluation.dev out"
+    )
+
+
+def _leaks(workspace: Workspace, judging: Sequence[LabelledImages]) -> dict[str, list[str]]:
+    """Sources of the given images that each generation was trained on."""
     source_of = {
         digest: source
-        for images in (evaluation_set.queries, evaluation_set.log)
-        if images is not None
+        for images in judging
         for digest, source in zip(images.content_sha256, images.sources, strict=True)
     }
     found: dict[str, list[str]] = {}

@@ -89,6 +89,10 @@ class Workspace:
         """The list of images that an update trains on."""
         return join(self.update_uri(update_key), "training.parquet")
 
+    def dev_uri(self, update_key: str) -> str:
+        """The list of images that an update chooses by; not there without a dev part."""
+        return join(self.update_uri(update_key), "dev.parquet")
+
     def throughput_uri(self, generation: str) -> str:
         """How fast a generation's encoder was, for pricing."""
         return join(self.root, "throughput", f"{generation}.json")

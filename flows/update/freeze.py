@@ -15,9 +15,15 @@ from dataclasses import dataclass
 from graceful.evaluation.decision import JUDGING_VERSION
 from graceful.files import exists
 from graceful.flows.runtime.session import Session
-from graceful.flows.store.evaluation_set import EvaluationSet, load_evaluation_set, save_evaluation_set, separate
+from graceful.flows.store.evaluation_set import (
+    EvaluationSet,
+    load_evaluation_set,
+    save_evaluation_set,
+    separate,
+    with_dev,
+)
 from graceful.flows.store.events import Adopted, Decided, Trained, UpdateStarted
-from graceful.flows.store.leaks import refuse_trained_on
+from graceful.flows.store.leaks import refuse_trained_on, refuse_trained_on_dev
 from graceful.flows.store.registry import Registry
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.gate import MoveRefusedError
@@ -37,6 +43,7 @@ class Inputs:
     frozen: UpdateStarted
     evaluation_set: EvaluationSet
     images: LabelledImages
+    dev: LabelledImages | None = None
     busy_before_s: float = 0.0
 
     @property
@@ -60,10 +67,13 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     evaluation_set = load_evaluation_set(config.evaluation)
     check_log(evaluation_set, config.policy.metric, config.policy.k)
     images, num_dropped = separate(config.evaluation, load_images(config.training_data), evaluation_set)
+    images, dev = with_dev(config.evaluation, images, evaluation_set)
     check_trainable(images)
-    data = digest([images.content_sha256, images.labels.tolist()])
+    data = _digest_of_data(images, dev, config.policy.nfr_limit if config.training.interpolation == "dev" else None)
     versions = [TRAINING_VERSION, JUDGING_VERSION]
     refuse_trained_on(session.workspace, evaluation_set)
+    if dev is not None:
+        refuse_trained_on_dev(session.workspace, dev)
     base = digest([data, evaluation_set.set_id, adopted, config.digest(), versions])[:16]
     attempts = [event.payload for event in registry.events(UpdateStarted) if event.update_key.split("-")[0] == base]
     champion = registry.serving().champion
@@ -71,11 +81,11 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     material_key = digest([data, config.training.model_dump(mode="json"), adopted, TRAINING_VERSION])[:16]
     served = _made_the_champion(registry, material_key)
     if served is not None and not attempts and not again:
-        return Inputs(session, served, evaluation_set, images, busy)
+        return Inputs(session, served, evaluation_set, images, dev, busy)
     if attempts and not again:
         last = attempts[-1]
         if last.champion == champion or registry.events(Decided, last.update_key):
-            return Inputs(session, last, evaluation_set, images, busy)
+            return Inputs(session, last, evaluation_set, images, dev, busy)
     if adopted is not None:
         refuse_retired(session.workspace, f"judging {adopted}", adopted)
         if adopted == champion:
@@ -89,6 +99,8 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     manifest_uri = session.workspace.manifest_uri(update_key)
     if not exists(manifest_uri):
         write_manifest(manifest_uri, images)
+    if dev is not None and not exists(dev_uri := session.workspace.dev_uri(update_key)):
+        write_manifest(dev_uri, dev)
     save_evaluation_set(session.workspace.root, evaluation_set)
     newest = max([ordinal_of(name) for name in registry.generations()], default=0)
     frozen = UpdateStarted(
@@ -103,11 +115,12 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
         num_classes=len(set(images.labels.tolist())),
         num_unreadable=len(images.unreadable) + len(evaluation_set.queries.unreadable),
         num_dropped=num_dropped,
+        num_dev_images=0 if dev is None else len(dev),
         evaluation_set=evaluation_set.set_id,
         adopted=adopted,
     )
     registry.record(frozen, update_key=update_key)
-    return Inputs(session, frozen, evaluation_set, images, busy)
+    return Inputs(session, frozen, evaluation_set, images, dev, busy)
 
 
 def _made_the_champion(registry: Registry, material_key: str) -> UpdateStarted | None:
@@ -125,6 +138,14 @@ def trained_before(registry: Registry, training_key: str) -> str | None:
     """The generation that was trained from the same inputs, if there is one."""
     found = [event.generation for event in registry.events(Trained) if event.payload.training_key == training_key]
     return found[0] if found else None
+
+
+def _digest_of_data(images: LabelledImages, dev: LabelledImages | None, max_flips: float | None) -> str:
+    """Digest of what a training is made of; with a dev part, of that and of the limit by which is chosen on it."""
+    parts: list[object] = [images.content_sha256, images.labels.tolist()]
+    if dev is not None:
+        parts += [dev.content_sha256, dev.labels.tolist(), max_flips]
+    return digest(parts)
 
 
 def digest(value: object) -> str:

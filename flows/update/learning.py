@@ -2,11 +2,11 @@
 
 import base64
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graceful.evaluation.captions import duration
-from graceful.evaluation.learning import learning_caption, learning_figure, term_names
+from graceful.evaluation.learning import DEV, learning_caption, learning_figure, term_names
 from graceful.evaluation.plots import png, svg
 from graceful.evaluation.report import Section
 from graceful.files import join
@@ -17,6 +17,7 @@ from graceful.training.progress import TrailReporter
 
 _SECONDS_BETWEEN_CURVES = 60.0
 TITLE = "How the candidate learned"
+CHOSEN = "What was chosen on the dev part"
 
 
 class LearningCurve:
@@ -54,6 +55,8 @@ def epoch_text(line: Mapping[str, Any]) -> str:
         f"loss {line['loss']:.3f}" + (f" ({terms})" if terms else ""),
         f"{line['images_per_s']:,.0f} images/s",
     ]
+    if DEV in line:
+        parts.insert(2, f"recall@1 on dev {100 * line[DEV]:.1f} %")
     if line["eta_s"]:
         parts.append(f"about {duration(line['eta_s'] / 3600)} left")
     if "workers_before" in line:
@@ -62,8 +65,34 @@ def epoch_text(line: Mapping[str, Any]) -> str:
 
 
 def learning_sections(workspace: Workspace, generation: str) -> list[Section]:
-    """The section of a report about the training of a generation; none for one that was not trained here."""
+    """The sections of a report about the training of a generation; none for one that was not trained here."""
     trained = [event.payload.summary for event in workspace.registry.events(Trained) if event.generation == generation]
+    chosen = [summary["interpolation_on_dev"] for summary in trained if "interpolation_on_dev" in summary][:1]
+    return [*_curve(workspace, trained), *(_chosen_section(told) for told in chosen)]
+
+
+def _chosen_section(told: Mapping[str, Any]) -> Section:
+    """What was tried on the dev part, and what was taken."""
+    limit = told["max_flips"]
+    limited = "none" if limit is None else f"{100 * limit:.2f} %"
+    text = (
+        f"The share of the champion's weights in the candidate's is {100 * told['chosen']:.0f} %: {told['rule']} "
+        f"(limit: {limited}). The dev part is neither trained on nor reported "
+        "elsewhere; flips are the larger of those with everything re-embedded and with nothing re-embedded."
+    )
+    rows = [
+        {
+            "share": f"{100 * option['value']:.0f} %",
+            "self-test on dev": f"{100 * option['self_test']:.2f} %",
+            "flips on dev": f"{100 * option['flips']:.2f} %",
+            "": "taken" if option["value"] == told["chosen"] else "",
+        }
+        for option in told["options"]
+    ]
+    return Section(CHOSEN, text, rows=rows)
+
+
+def _curve(workspace: Workspace, trained: Sequence[Mapping[str, Any]]) -> list[Section]:
     names = [str(summary["name"]) for summary in trained if "name" in summary]
     lines = TrailReporter(join(workspace.root, "runs"), names[0]).metrics() if names else []
     if not lines:

@@ -16,11 +16,12 @@ from graceful.files import exists, join, write_json
 from graceful.flows.runtime.jobs import submit_training
 from graceful.flows.runtime.session import Session
 from graceful.flows.store.events import Trained, UpdateStarted
+from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.freeze import Inputs, trained_before
 from graceful.flows.update.learning import LearningCurve, epoch_text
 from graceful.indexing.embedding_files import write_embedding_file
 from graceful.training.generation import GenerationCard, PredecessorRef
-from graceful.training.job import TrainingConfig, TrainingJob
+from graceful.training.job import DevPart, TrainingConfig, TrainingJob
 from graceful.training.launch import Tail, run_training
 from graceful.training.progress import TrailReporter
 from graceful.training.trackers import open_trackers
@@ -58,13 +59,17 @@ def embed_images(session: Session, generation: str, hashes: Sequence[str], sourc
 
 
 def extend_cache(inputs: Inputs, predecessor: str) -> PredecessorRef:
-    """Embed the training images that a predecessor has not seen, and lay its vectors beside the manifest."""
-    workspace, images = inputs.workspace, inputs.images
-    embed_images(inputs.session, predecessor, images.content_sha256, images.sources)
-    uri = join(workspace.update_uri(inputs.frozen.update_key), "predecessors", f"{predecessor}.parquet")
-    if not exists(uri):
-        vectors = workspace.cache(predecessor).read(images.content_sha256)
-        write_embedding_file(uri, pa.table({"content_sha256": images.content_sha256}), vectors)
+    """Embed the training and dev images that a predecessor has not seen, and lay its vectors beside the manifests."""
+    workspace, key = inputs.workspace, inputs.frozen.update_key
+    uri = _vectors_uri(workspace, key, predecessor)
+    laid = [(inputs.images, uri)]
+    if inputs.dev is not None:
+        laid.append((inputs.dev, _vectors_uri(workspace, key, predecessor, "-dev")))
+    for images, place in laid:
+        embed_images(inputs.session, predecessor, images.content_sha256, images.sources)
+        if not exists(place):
+            vectors = workspace.cache(predecessor).read(images.content_sha256)
+            write_embedding_file(place, pa.table({"content_sha256": images.content_sha256}), vectors)
     return PredecessorRef(
         generation_id=predecessor,
         generation_uri=workspace.generation_uri(predecessor),
@@ -119,6 +124,7 @@ def train(
         ordinal=frozen.ordinal,
         parent_uri=parent_uri,
         predecessors=tuple(predecessors),
+        dev=_dev_part(session, frozen, predecessors),
         storage_uri=join(session.workspace.root, "runs"),
         num_workers=config.num_workers,
         use_gpu=config.gpus_per_worker > 0,
@@ -167,6 +173,24 @@ def embed_evaluation(inputs: Inputs, generation: str) -> int:
         # Stored, so that an update that was killed here and goes on, or judges again, decides by the same prices.
         write_json(inputs.workspace.throughput_uri(generation), {"rows_per_s": round(rows_per_s, 3)})
     return num_new
+
+
+def _dev_part(session: Session, frozen: UpdateStarted, predecessors: Sequence[PredecessorRef]) -> DevPart | None:
+    """What a training looks at and chooses by; None where the update set no dev part aside."""
+    workspace, key = session.workspace, frozen.update_key
+    manifest_uri = workspace.dev_uri(key)
+    if not exists(manifest_uri):
+        return None
+    beside = [
+        reference.model_copy(update={"embeddings_uri": _vectors_uri(workspace, key, reference.generation_id, "-dev")})
+        for reference in predecessors
+    ]
+    limit = session.config.policy.nfr_limit
+    return DevPart(manifest_uri=manifest_uri, predecessors=tuple(beside), max_flips=limit)
+
+
+def _vectors_uri(workspace: Workspace, update_key: str, predecessor: str, suffix: str = "") -> str:
+    return join(workspace.update_uri(update_key), "predecessors", f"{predecessor}{suffix}.parquet")
 
 
 def _parent(inputs: Inputs) -> str | None:
