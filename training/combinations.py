@@ -56,7 +56,7 @@ def _check_widths(
 def _check_weights(name: str, config: TrainingConfig, parent: GenerationCard) -> None:
     if parent.backbone == config.backbone and config.preprocessing.takes_weights_of(parent.preprocessing):
         return
-    what = "starts from and is interpolated with" if config.interpolation > 0 else "starts from"
+    what = "starts from and is interpolated with" if config.interpolation != 0 else "starts from"
     raise IncompatibleParentError(
         f"training {name}: expected a parent with the same backbone and preprocessing, because the network {what} its "
         f"weights, found {parent.backbone.name} for {config.backbone.name} ({parent.generation_id}); set "
