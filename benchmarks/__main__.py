@@ -5,6 +5,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from benchmarks import soak
@@ -13,7 +14,8 @@ from benchmarks.gallery_scale import commit_unit, ingest_one, peak_memory, reind
 from benchmarks.orchestration import orchestration
 from benchmarks.search_cost import change_visible, open_gallery, search_approximate, search_changed, search_mixed
 from benchmarks.search_service import search_service
-from benchmarks.training_cost import step_cost_predecessors, train_overhead
+from benchmarks.training_cost import loop_overhead, step_cost_predecessors, train_overhead
+from benchmarks.update_cost import update_predecessors
 
 RESULTS = Path(__file__).parent / "results.json"
 BENCHMARKS = {
@@ -26,6 +28,10 @@ BENCHMARKS = {
     "peak_memory": peak_memory,
     "step_cost_predecessors": step_cost_predecessors,
     "train_overhead": train_overhead,
+    "loop_overhead": loop_overhead,
+    "update_predecessors_2160": partial(update_predecessors, 5),
+    "update_predecessors_4320": partial(update_predecessors, 10),
+    "update_predecessors_6480": partial(update_predecessors, 15),
     "open_gallery": open_gallery,
     "change_visible": change_visible,
     "search_mixed": search_mixed,
