@@ -7,6 +7,9 @@ papers' objective: `5 CE_ls0.1 + 10 CE(prefix) + 5 cosine distance` against the 
 
     head = { rotation = true, label_smoothing = 0.1, weight = 5.0 }
     constraints = [{ name = "oca", against = "latest" }]
+
+At equal width the prefix is the whole vector and nothing is free beside it: bct with a cosine term, and a classifier
+that may still turn.
 """
 
 from typing import ClassVar
