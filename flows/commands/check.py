@@ -23,6 +23,7 @@ from graceful.flows.commands.networks import problem_with_factory, problem_with_
 from graceful.flows.settings.config import ClusterConfig, ConfigError, PipelineConfig, load_workspace_config
 from graceful.flows.store.leaks import training_manifests
 from graceful.flows.store.workspace import WorkspaceMissingError, open_workspace, require_workspace
+from graceful.training.combinations import IncompatibleParentError, check_combination
 from graceful.training.datasets import DatasetConfig, list_images
 from graceful.training.generation import read_card
 from graceful.training.images import read_payloads, split_source
@@ -294,7 +295,7 @@ def _check_network(root: str, config: PipelineConfig, adopt: str | None) -> Iter
         yield Finding(
             "error", f"training.initial_weights: expected a file, found none (at {weights})", "check the path"
         )
-    if adopt is None and training.start == "parent":
+    if adopt is None:
         yield from _check_parent(root, config)
 
 
@@ -304,18 +305,23 @@ def _check_parent(root: str, config: PipelineConfig) -> Iterator[Finding]:
     if champion is None:
         return
     card, training = read_card(workspace.generation_uri(champion)), config.training
-    for noun, same in (
-        ("backbone", card.backbone == training.backbone),
-        ("preprocessing", training.preprocessing.takes_weights_of(card.preprocessing)),
-        ("width", card.width == training.width),
-    ):
-        if card.origin == "trained" and not same:
-            yield Finding(
-                "error",
-                f"training.{noun}: expected that of {champion}, from which the training starts, found another",
-                'set start = "scratch", interpolation = 0 and rows_from_parent = false, or take the old one',
-            )
-            return
+    if training.start == "parent" and card.origin == "trained":
+        for noun, same in (
+            ("backbone", card.backbone == training.backbone),
+            ("preprocessing", training.preprocessing.takes_weights_of(card.preprocessing)),
+        ):
+            if not same:
+                yield Finding(
+                    "error",
+                    f"training.{noun}: expected that of {champion}, from which the training starts, found another",
+                    'set start = "scratch" and interpolation = 0, or take the old one',
+                )
+                return
+    try:
+        check_combination("the next generation", training, card if card.origin == "trained" else None, [card])
+    except IncompatibleParentError as error:
+        problem, _, remedy = str(error).partition("; ")
+        yield Finding("error", problem, remedy)
 
 
 def _check_cluster(cluster: ClusterConfig) -> Iterator[Finding]:

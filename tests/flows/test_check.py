@@ -99,7 +99,8 @@ def test_no_workspace_and_an_unedited_template(tmp_path):
         ({"training__backbone": "resnet51"}, ("resnet51", "did you mean 'resnet50'?")),
         ({"training__backbone": "no_such_module:build"}, ("no_such_module", "PYTHONPATH")),
         ({"training__initial_weights": "gone.safetensors"}, ("initial_weights", "gone.safetensors")),
-        ({"training__width": 24}, ("training.width: expected that of g001", 'start = "scratch"')),
+        ({"training__width": 8}, ("expected a width of at least 16, that of g001", "raise width")),
+        ({"training__head": {"name": "simplex"}}, ("the fixed simplex from the first generation on", "another head")),
         ({"training__epoch": 1}, ("unknown key training.epoch", "did you mean 'epochs'?")),
     ],
 )

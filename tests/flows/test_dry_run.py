@@ -58,7 +58,7 @@ def test_a_dry_run_of_a_recipe_that_cannot_train_says_so(root: Path) -> None:
     config.write_text(config.read_text().replace("width = 16", "width = 8"))
     done = CliRunner().invoke(app, ["update", "--dry-run", "--root", str(root)])
     assert done.exit_code == 2  # 'graceful check' comes first
-    assert "training.width: expected that of" in done.stderr
+    assert "expected a width of at least 16" in done.stderr
 
 
 def test_the_sample_has_whole_classes() -> None:

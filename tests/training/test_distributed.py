@@ -14,11 +14,15 @@ from graceful.errors import UsageError
 from graceful.files import join
 from graceful.training.distributed import SynchronisedBatchNorm, gather_rows, share_weight, synchronised_batch_norm
 from graceful.training.encoder import open_encoder
-from graceful.training.generation import GenerationCard, PredecessorRef
+from graceful.training.generation import GenerationCard, PredecessorRef, Preprocessing
+from graceful.training.heads import build_head
 from graceful.training.job import AugmentationConfig, TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
 from graceful.training.loop import train_worker
 from graceful.training.manifest import LabelledImages
+from graceful.training.material import Batch, Material
+from graceful.training.objective import Objective
+from graceful.training.predecessors import PredecessorGroup, Predecessors, class_means
 from graceful.training.progress import TrailReporter
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -197,3 +201,55 @@ def test_more_workers_than_images_in_a_batch_are_refused_before_training(
         make_job(config=config.model_copy(update={"batch_size": 4}), num_workers=8)
     with pytest.raises(UsageError, match="raise batch_size, or use fewer workers"):
         train_worker(make_job(config=config.model_copy(update={"batch_size": 4})), TrailReporter("x", "y"), 0, 8)
+
+
+# The loss and its draws
+
+OBJECTIVES: list[dict[str, Any]] = [
+    {"constraints": [{"name": "ract"}, *({"name": n, "uncertainty": True} for n in ("cross_contrast", "hoc"))]},
+    {"constraints": [{"name": "mixbct"}, {"name": "bct", "against": "latest"}], "sampled_classes": 30},
+]
+
+
+def step_gradients(rank: int, num_ranks: int, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return terms and parameter gradients of one step on 61 images of 40 classes with two predecessors."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(120) % 40
+    vectors = nn.functional.normalize(torch.randn(120, 2, 8, generator=generator), dim=2)
+    means = torch.stack([torch.from_numpy(class_mean) for class_mean in _means(vectors, labels)])
+    group = PredecessorGroup(("g001-000000", "g002-000000"), torch.tensor([1.0, 0.5]), vectors, means, means)
+    pixels = torch.zeros(120, 1, 4, 4, dtype=torch.uint8)
+    predecessors = Predecessors((group,), labels.numpy(), torch.device("cpu"))
+    material = Material([f"c{c:02}" for c in range(40)], labels, pixels, predecessors)
+    preprocessing = Preprocessing(image_size=4, channels=1, mean=(0.3,), std=(0.37,))
+    config = TrainingConfig.model_validate({"preprocessing": preprocessing, "width": 8, "batch_size": 61, **recipe})
+    inputs = torch.randn(120, 5, generator=generator)
+    torch.manual_seed(1)
+    network, head = nn.Linear(5, 8), build_head(config.head, 40, 8)
+    rows = torch.randperm(120, generator=generator)[:61]
+    own = rows[rank::num_ranks]
+    batch = Batch(own, labels[own], pixels[own], 61)
+    objective, shared = Objective(config, material, torch.device("cpu")), torch.Generator().manual_seed(5)
+    draw = objective.draw(batch.labels, batch, shared)
+    embeddings = network(inputs[own])
+    terms = {"task": head(draw.mix(embeddings), batch.labels, draw.sample) * share_weight(len(own), 61)}
+    terms |= objective.terms(embeddings, batch.labels, batch, shared, draw)
+    torch.stack(list(terms.values())).sum().backward()
+    gradients = torch.cat([p.grad.flatten() for p in (*network.parameters(), *head.parameters())])
+    return {"terms": {name: value.item() for name, value in terms.items()}, "gradients": gradients.numpy(),
+            "classes": None if draw.sample is None else draw.sample.classes.tolist()}  # fmt: skip
+
+
+def _means(vectors: Tensor, labels: Tensor) -> list[Any]:
+    return [class_means(vectors[:, k].numpy(), labels.numpy(), 40).numpy() for k in range(2)]
+
+
+@pytest.mark.parametrize("recipe", OBJECTIVES, ids=["batch-wise", "drawn"])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_the_mean_gradient_of_the_ranks_is_that_of_one_worker(num_ranks: int, recipe: dict[str, Any]) -> None:
+    alone, found = step_gradients(0, 1, recipe), on_ranks(num_ranks, step_gradients, recipe)
+    for name, value in alone["terms"].items():
+        assert np.mean([one["terms"][name] for one in found]) == pytest.approx(value, rel=1e-5), name
+    mean = np.mean([one["gradients"] for one in found], axis=0)
+    np.testing.assert_allclose(mean, alone["gradients"], atol=1e-5 * np.abs(alone["gradients"]).max())
+    assert all(one["classes"] == alone["classes"] for one in found)
