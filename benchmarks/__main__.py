@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import soak
+from benchmarks.class_cost import step_cost_classes
 from benchmarks.gallery_cost import evaluate_matrix, reindex_proportional
 from benchmarks.gallery_scale import commit_unit, ingest_one, peak_memory, reindex_scale, view_scale
 from benchmarks.orchestration import orchestration
@@ -27,6 +28,7 @@ BENCHMARKS = {
     "commit_unit": commit_unit,
     "peak_memory": peak_memory,
     "step_cost_predecessors": step_cost_predecessors,
+    "step_cost_classes": step_cost_classes,
     "train_overhead": train_overhead,
     "loop_overhead": loop_overhead,
     "update_predecessors_2160": partial(update_predecessors, 5),
