@@ -192,7 +192,9 @@ class PipelineConfig(BaseModel):
         default=False, description="Also train every generation without constraints, to measure gain and tax."
     )
     predecessors: Literal["all", "live"] = Field(
-        default="all", description="Constrain against every generation that ever served, or those that own rows."
+        default="all",
+        description="Constrain against every generation that ever served, or live: those whose rows the champion "
+        "reads, and those of gallery.supported_query_generations.",
     )
     clusters: ClusteringConfig = Field(default=ClusteringConfig(), description="How photos become people.")
     policy: RolloutPolicy = Field(default=RolloutPolicy(), description="Limits of the decision.")

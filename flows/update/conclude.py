@@ -1,6 +1,7 @@
 """Ends an update: what happens to the lineage when everything else is done, and what time itself brings to an end."""
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from graceful.evaluation.decision import Decision
@@ -14,9 +15,16 @@ if TYPE_CHECKING:
     from graceful.flows.update.freeze import Inputs
 
 
-def conclude(workspace: Workspace, update_key: str, decision: Decision, compute_s: float = 0.0) -> None:
-    """Write the last lines of the update into the lineage, and retire predecessors that own no readable row.
+def conclude(
+    workspace: Workspace,
+    update_key: str,
+    decision: Decision,
+    compute_s: float = 0.0,
+    supported: Sequence[str] = (),
+) -> None:
+    """Write the last lines of the update into the lineage, and retire predecessors that serve nobody.
 
+    Those that own no row that anyone can read, and whose clients are not `supported`.
     The predecessors' vectors beside the manifest have served: they are copies from the caches.
     """
     registry = workspace.registry
@@ -24,8 +32,8 @@ def conclude(workspace: Workspace, update_key: str, decision: Decision, compute_
     ending = {"HOLD": Held(), "INCONCLUSIVE": Pending()}.get(decision.outcome)
     if ending is not None:
         registry.record(ending, update_key=update_key, generation=decision.candidate)
-    owners: set[str | None] = {registry.serving().champion}
-    for readable in workspace.protected():
+    owners: set[str | None] = {registry.serving().champion, *supported}
+    for readable in workspace.protected(supported):
         rows = workspace.gallery.view(readable).rows_by_generation()
         owners |= {name for name, count in rows.items() if count}
     for name in registry.served_generations():

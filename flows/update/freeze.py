@@ -160,7 +160,10 @@ def _adopted_in_vain(registry: Registry) -> set[str]:
 
 
 def predecessors_of(session: Session) -> list[str]:
-    """Generations to constrain against: all that ever served, or those of them that still own readable rows."""
+    """Generations to constrain against: all that ever served, or those of them that still serve somebody.
+
+    Those that the champion reads rows of, and those whose clients are supported.
+    """
     workspace = session.workspace
     retired = workspace.registry.retired()
     champion = workspace.registry.serving().champion
@@ -168,4 +171,5 @@ def predecessors_of(session: Session) -> list[str]:
     if session.config.predecessors == "all" or champion is None:
         return served
     owners = workspace.view(champion).rows_by_generation()
-    return [name for name in served if name == champion or owners.get(name)]
+    clients = session.config.gallery.supported_query_generations
+    return [name for name in served if name == champion or owners.get(name) or name in clients]

@@ -169,7 +169,9 @@ def accept(session: Session, generation: str, order: Order, *, step: Step = plai
             publish=lambda *made: publish(
                 workspace, *made, shows=session.config.report, name=session.config.name, progress=session.progress
             ),
-            conclude=lambda decision: conclude(workspace, key, decision),
+            conclude=lambda decision: conclude(
+                workspace, key, decision, supported=session.config.gallery.supported_query_generations
+            ),
             progress=session.progress,
             class_distance=lambda view: class_distance(workspace, view),
         )
@@ -216,7 +218,8 @@ def _refuse(workspace: Workspace, generation: str, key: str, decision: Decision,
 def _conclude(inputs: Inputs, decision: Decision) -> None:
     session = inputs.session
     compute_s = session.compute_s + session.encoders.busy_s - inputs.busy_before_s
-    conclude(session.workspace, inputs.frozen.update_key, decision, compute_s)
+    supported = session.config.gallery.supported_query_generations
+    conclude(session.workspace, inputs.frozen.update_key, decision, compute_s, supported)
 
 
 def _result(
