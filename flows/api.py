@@ -141,15 +141,17 @@ class WorkspaceHandle:
 
         Args:
             name: What to call the encoder; it stands in the lineage.
-            factory: "package.module:function" that returns a torch module (n, c, h, w) -> (n, d).
-            weights: File of weights to load into it.
+            factory: "timm/NAME", "torchvision/NAME", or "package.module:function" that returns a torch module
+                (n, c, h, w) -> (n, d).
+            weights: File of weights to load into it; by default a library's pretrained ones.
             kwargs: Arguments of the factory; what JSON can hold.
-            preprocessing: `image_size`, `channels`, `mean` and `std` where they differ from the configuration's.
+            preprocessing: Values that differ from the library's own, or from the configuration's (`image_size`,
+                `channels`, `mean`, `std`, `resize`, `resize_size`, `interpolation`, ...).
         """
         self._prepare()
         from graceful.flows.commands.updates import adopt_encoder, update_workspace
 
-        file = None if weights is None else Path(weights)
+        file = None if weights is None else str(weights)
         adopted = adopt_encoder(self.root, name, factory, file, json.dumps(dict(kwargs or {})), preprocessing or {})
         return update_workspace(self.root, self._console, adopted=adopted)
 

@@ -1,11 +1,13 @@
-"""Networks that turn a batch of images into embeddings: small CNN, torchvision models, or any factory.
+"""Networks that turn a batch of images into embeddings: small CNN, torchvision and timm models, or any factory.
 
 Every builder returns a module (n, channels, size, size) -> (n, width). Unit length is the encoder's business, not the
 network's. Arguments are JSON values, so that a generation's card can rebuild the network.
 """
 
+import difflib
 import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from torch import Tensor, nn
 
 from graceful.errors import UsageError
 from graceful.training.generation import BackboneSpec
+
+TIMM = "timm/"
+WEIGHTS_FILES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 class SmallCnn(nn.Module):
@@ -62,7 +67,9 @@ def build_backbone(
     """Build the network named by `spec` with random initial weights.
 
     "small_cnn" takes `block_widths` (default [32, 64, 128, 256]). A torchvision name takes `small_stem` (3x3 stride-1
-    first convolution and no pooling, ResNets only) and torchvision's own arguments. "package.module:factory" is called
+    first convolution and no pooling, ResNets only) and torchvision's own arguments; "timm/NAME" takes timm's. Both take
+    `projection`: false leaves out the linear layer to `width`, which an adopted network does not have, so that the
+    output is the library's own features. "package.module:factory" is called
     with the spec's kwargs, and with `width`, `channels` and `image_size` where it has parameters of these names; it
     must return a module of the given width (no projection is added); `offer_width=False` leaves its width to it.
     """
@@ -74,40 +81,59 @@ def build_backbone(
         block_widths = tuple(int(value) for value in kwargs.pop("block_widths", (32, 64, 128, 256)))
         _refuse_unknown(spec.name, kwargs, ["block_widths"])
         return SmallCnn(width, channels, image_size, block_widths)
-    models = _torchvision_models()
-    if spec.name in models.list_models():
-        return _build_torchvision(spec.name, kwargs, width, channels)
-    raise UsageError(
-        f"building a backbone: expected small_cnn, package.module:factory or a torchvision model, found {spec.name!r}; "
-        f"torchvision has {', '.join(models.list_models(module=models))}"
-    )
+    projection = bool(kwargs.pop("projection", True))
+    if spec.name.startswith(TIMM):
+        features = build_timm(spec.name, kwargs, channels, image_size)
+        feature_width = int(getattr(features, "head_hidden_size", None) or features.num_features)
+    else:
+        features, feature_width = _build_torchvision(spec.name, kwargs, channels)
+    return ProjectedBackbone(features, feature_width, width) if projection else features
 
 
-def load_initial_weights(module: nn.Module, spec: BackboneSpec, weights: str) -> None:
-    """Load first weights from a file (.safetensors, or a torch file with tensors only) or a torchvision enum's name.
+def load_initial_weights(
+    module: nn.Module, spec: BackboneSpec, weights: str, channels: int = 3, image_size: int = 224
+) -> None:
+    """Load first weights from a file (.safetensors, or a torch file with tensors only) or by a name.
 
-    An enum name such as "IMAGENET1K_V2" goes to the feature extractor of a torchvision model; the projection and a
-    replaced stem keep their random start. A file must fit exactly.
+    Names are those of a torchvision enum, such as "IMAGENET1K_V2" or "DEFAULT", and "pretrained" for timm, whose names
+    say which weights; they go to the feature extractor, while the projection and a replaced stem keep their random
+    start. A file fits the whole network exactly, or it is the library's own: then its classifier is left out.
+
+    Raises: UsageError where nothing of that name is there, can be fetched, or fits.
     """
-    if weights.endswith((".safetensors", ".pt", ".pth", ".bin")):
+    features = module.features if isinstance(module, ProjectedBackbone) else module
+    of_a_library = ":" not in spec.name and spec.name != "small_cnn"
+    if weights.endswith(WEIGHTS_FILES):
         state = (
             load_file(weights)
             if weights.endswith(".safetensors")
             else torch.load(weights, map_location="cpu", weights_only=True)
         )
-        module.load_state_dict(state, strict=True)
+        if of_a_library and set(state) != set(module.state_dict()):
+            features.load_state_dict(_without_classifier(state, features, spec, channels, image_size), strict=True)
+        else:
+            module.load_state_dict(state, strict=True)
         return
-    if not isinstance(module, ProjectedBackbone):
+    if spec.name.startswith(TIMM):
+        if weights != "pretrained":
+            raise UsageError(
+                f"loading initial weights of {spec.name}: expected pretrained or a file, found {weights!r}"
+            )
+        kwargs = {key: value for key, value in spec.kwargs.items() if key != "projection"}
+        twin = _fetched(spec.name, lambda: build_timm(spec.name, {**kwargs, "pretrained": True}, channels, image_size))
+        features.load_state_dict(twin.state_dict(), strict=True)
+        return
+    if not of_a_library:
         raise UsageError(
-            f"loading initial weights: expected a file for {spec.name}, found {weights!r}; only torchvision models "
-            "have named weights"
+            f"loading initial weights: expected a file for {spec.name}, found {weights!r}; only networks of "
+            "torchvision and timm have named weights"
         )
     enum = _torchvision_models().get_model_weights(spec.name)
     names = [entry.name for entry in enum]
-    if weights not in names:
+    if weights not in (*names, "DEFAULT"):
         raise UsageError(f"loading initial weights: expected one of {names} or a file, found {weights!r}")
-    own = module.features.state_dict()
-    stored = enum[weights].get_state_dict(progress=False, check_hash=True)
+    own = features.state_dict()
+    stored = _fetched(spec.name, lambda: enum[weights].get_state_dict(progress=False, check_hash=True))
     fitting = {key: value for key, value in stored.items() if key in own and own[key].shape == value.shape}
     missing = sorted(set(own) - set(fitting))
     stem = {key for key in missing if key.startswith("conv1.")}
@@ -116,7 +142,41 @@ def load_initial_weights(module: nn.Module, spec: BackboneSpec, weights: str) ->
             f"loading initial weights: expected {weights} of {spec.name} to fit, found {len(missing)} tensors that do "
             f"not (first {missing[0]}); use weights of the same model"
         )
-    module.features.load_state_dict({**own, **fitting}, strict=True)
+    features.load_state_dict({**own, **fitting}, strict=True)
+
+
+def build_timm(name: str, kwargs: dict[str, Any], channels: int, image_size: int) -> Any:
+    """Return timm's model of the name "timm/..." without its classifier.
+
+    A network that is made for one size of image, such as a ViT, is made for `image_size`.
+
+    Raises: UsageError where timm, or the model, is not there.
+    """
+    timm = load_timm(name)
+    bare = name.removeprefix(TIMM)
+    if not timm.is_model(bare):
+        near = difflib.get_close_matches(bare, timm.list_models(), n=3)
+        raise UsageError(f"building a backbone: expected a model of timm, found {bare!r}; near it are {near}")
+    try:
+        config = timm.get_pretrained_cfg(bare)
+    except RuntimeError as error:
+        raise UsageError(f"building a backbone: expected weights that timm knows, found {bare!r} ({error})") from None
+    arguments = {"num_classes": 0, "in_chans": channels, **kwargs}
+    if config is not None and config.fixed_input_size and config.input_size[-1] != image_size:
+        arguments.setdefault("img_size", image_size)
+    return timm.create_model(bare, **arguments)
+
+
+def load_timm(name: str) -> Any:
+    """Load timm, which is an extra. Raises UsageError where it is not installed."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError(
+            f"building {name}: expected timm to be installed, found that it is not ({error}); pip install "
+            "'graceful[timm]'"
+        ) from None
+    return timm
 
 
 def _torchvision_models() -> Any:
@@ -126,11 +186,47 @@ def _torchvision_models() -> Any:
     return torchvision.models
 
 
-def _build_torchvision(name: str, kwargs: dict[str, Any], width: int, channels: int) -> nn.Module:
+def _fetched(name: str, fetch: Callable[[], Any]) -> Any:
+    try:
+        return fetch()
+    except (OSError, RuntimeError) as error:  # no network, no such file on the other side, a digest that differs
+        raise UsageError(
+            f"loading initial weights of {name}: expected to fetch them, found {' '.join(str(error).split())}; give a "
+            "file of weights, or a network that reaches the library's store"
+        ) from error
+
+
+def _without_classifier(
+    state: dict[str, Tensor], features: nn.Module, spec: BackboneSpec, channels: int, image_size: int
+) -> dict[str, Tensor]:
+    """Return what a library's own file says about the features. Raises UsageError on what is not of that model."""
+    kwargs = {key: value for key, value in spec.kwargs.items() if key not in ("projection", "small_stem")}
+    if spec.name.startswith(TIMM):
+        whole = build_timm(spec.name, {**kwargs, "num_classes": 1}, channels, image_size)
+    else:
+        whole = _torchvision_models().get_model(spec.name, weights=None, **kwargs)
+    own = set(features.state_dict())
+    foreign = sorted(set(state) - own - set(whole.state_dict()))
+    missing = sorted(own - set(state))
+    if foreign or missing:
+        raise UsageError(
+            f"loading initial weights: expected a file of {spec.name}, found {len(missing)} tensors missing "
+            f"{missing[:1]} and {len(foreign)} that it has not {foreign[:1]}; use weights of the same model"
+        )
+    return {key: value for key, value in state.items() if key in own}
+
+
+def _build_torchvision(name: str, kwargs: dict[str, Any], channels: int) -> tuple[nn.Module, int]:
+    models = _torchvision_models()
+    if name not in models.list_models():
+        raise UsageError(
+            f"building a backbone: expected small_cnn, timm/NAME, package.module:factory or a torchvision model, found "
+            f"{name!r}; torchvision has {', '.join(models.list_models(module=models))}"
+        )
     small_stem = bool(kwargs.pop("small_stem", False))
-    network = _torchvision_models().get_model(name, weights=None, **kwargs)
+    network = models.get_model(name, weights=None, **kwargs)
     if small_stem or channels != 3:
-        if not isinstance(network, _torchvision_models().ResNet):
+        if not isinstance(network, models.ResNet):
             raise UsageError(
                 f"building a backbone: small_stem and grey images need a ResNet, found {name!r}; use 3 channels and no "
                 "small_stem, or a package.module:factory"
@@ -143,7 +239,7 @@ def _build_torchvision(name: str, kwargs: dict[str, Any], width: int, channels: 
         )
         if small_stem:
             network.maxpool = nn.Identity()
-    return ProjectedBackbone(network, _cut_classifier(network, name), width)
+    return network, _cut_classifier(network, name)
 
 
 def _cut_classifier(network: nn.Module, name: str) -> int:
@@ -164,14 +260,29 @@ def _cut_classifier(network: nn.Module, name: str) -> int:
     )
 
 
-def _call_factory(name: str, kwargs: dict[str, Any], offered: dict[str, int]) -> nn.Module:
+def stated_preprocessing(name: str) -> dict[str, Any]:
+    """Return the values that "package.module:factory" states in its attribute `preprocessing`; none without one.
+
+    Raises: UsageError where it cannot be imported, or states something else than a mapping.
+    """
+    stated = getattr(_factory(name), "preprocessing", {})
+    if not isinstance(stated, dict):
+        raise UsageError(f"reading {name}.preprocessing: expected a dict, found {type(stated).__name__}")
+    return stated
+
+
+def _factory(name: str) -> Any:
     module_name, _, attribute = name.partition(":")
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"building a backbone: expected an importable {name}, found {error}; check the name and PYTHONPATH"
         ) from error
+
+
+def _call_factory(name: str, kwargs: dict[str, Any], offered: dict[str, int]) -> nn.Module:
+    factory = _factory(name)
     parameters = inspect.signature(factory).parameters
     arguments = {key: value for key, value in offered.items() if key in parameters and key not in kwargs}
     network = factory(**kwargs, **arguments)

@@ -36,6 +36,7 @@ from graceful.training.generation import (
     write_card,
 )
 from graceful.training.images import UnreadableImageError, decode, read_payloads
+from graceful.training.libraries import is_of_a_library, library_encoder
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 MIN_AGREEMENT = 0.999
@@ -260,16 +261,22 @@ def adopt(
 ) -> GenerationCard:
     """Store an encoder that came from elsewhere as a generation below `out_uri`; return its card.
 
-    factory: "package.module:factory" returning a module (n, channels, size, size) -> (n, d); kwargs are JSON values;
-    weights: a file to load into it. It has no classifier: constraints against it use class means.
+    factory: "package.module:factory" returning a module (n, channels, size, size) -> (n, d), or a name of `libraries`,
+    "timm/NAME" or "torchvision/NAME"; kwargs are JSON values; weights: a file to load into it, for a library's network
+    also a name, by default its pretrained weights. It has no classifier: constraints against it use class means.
     """
     spec = BackboneSpec(name=factory, kwargs=kwargs or {})
-    if ":" not in factory:
-        raise UsageError(f"adopting an encoder: expected package.module:factory, found {factory!r}")
+    if is_of_a_library(factory):
+        encoder = library_encoder(factory, spec.kwargs)
+        spec, weights = encoder.spec, weights or encoder.weights
+    elif ":" not in factory:
+        raise UsageError(
+            f"adopting an encoder: expected timm/NAME, torchvision/NAME or package.module:factory, found {factory!r}"
+        )
     channels, size = preprocessing.channels, preprocessing.image_size
     network = build_backbone(spec, 0, channels, size, offer_width=False)
     if weights is not None:
-        load_initial_weights(network, spec, weights)
+        load_initial_weights(network, spec, weights, channels, size)
     with torch.inference_mode():
         output = network.eval()(normalise(torch.zeros(2, channels, size, size, dtype=torch.uint8), preprocessing))
     if output.ndim != 2:

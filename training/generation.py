@@ -165,7 +165,9 @@ class BackboneSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(description='"small_cnn", a torchvision model name, or "package.module:factory".')
+    name: str = Field(
+        description='"small_cnn", a torchvision model, "timm/NAME" (the extra timm), or "package.module:factory".'
+    )
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the builder (JSON values only).")
 
     @model_validator(mode="before")

@@ -127,7 +127,8 @@ class TrainingConfig(BaseModel):
 
     backbone: BackboneSpec = Field(default=BackboneSpec(name="small_cnn"), description="Network to train.")
     initial_weights: str | None = Field(
-        default=None, description="For a start without parent: a weights file or the name of torchvision weights."
+        default=None,
+        description='For a start without parent: a weights file, a name of torchvision weights, "pretrained" for timm.',
     )
     width: int = Field(default=128, ge=2, description="Embedding width.")
     prefix_widths: tuple[int, ...] = Field(default=(), description="Shorter prefixes declared valid.")

@@ -140,7 +140,8 @@ def build_trainee(config: TrainingConfig, num_classes: int, parent: Parent | Non
     if parent is not None and config.start == "parent":
         network.load_state_dict(parent.state, strict=True)
     elif config.initial_weights is not None:
-        load_initial_weights(network, config.backbone, config.initial_weights)
+        look = config.preprocessing
+        load_initial_weights(network, config.backbone, config.initial_weights, look.channels, look.image_size)
     head = build_head(config.head, num_classes, config.width)
     if parent is not None:
         head.expand(parent.is_new)

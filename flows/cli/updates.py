@@ -201,15 +201,28 @@ def replay(
 def adopt(
     name: Annotated[str, typer.Argument(help="What to call the encoder; it stands in the lineage.")],
     factory: Annotated[
-        str, typer.Option(help="'package.module:function' that returns a torch module (n, c, h, w) -> (n, d).")
+        str,
+        typer.Option(
+            "--from",
+            "--factory",
+            help="'timm/NAME', 'torchvision/NAME', or 'package.module:function' that returns a torch module "
+            "(n, c, h, w) -> (n, d).",
+        ),
     ],
     root: RootOption = ".",
-    weights: Annotated[Path | None, typer.Option(help="File of weights to load into it.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="File of weights to load into it; by default a library's pretrained ones.")
+    ] = None,
     kwargs: Annotated[str, typer.Option(help="Arguments of the factory, as JSON.")] = "{}",
-    image_size: Annotated[int | None, typer.Option(help="Pixels it takes; by default the configuration's.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels it takes; by default its library's, or the configuration's.")
+    ] = None,
     channels: Annotated[int | None, typer.Option(help="1 for grey, 3 for RGB.")] = None,
     mean: Annotated[list[float] | None, typer.Option(help="Mean per channel, 0 to 1; once for each.")] = None,
     std: Annotated[list[float] | None, typer.Option(help="Standard deviation per channel; once for each.")] = None,
+    preprocessing: Annotated[
+        str, typer.Option(help="Other values of its preprocessing, as JSON: resize, resize_size, interpolation, ...")
+    ] = "{}",
     as_json: JsonOption = False,
 ) -> None:
     """Judge an encoder that was trained elsewhere, and roll it out if the gate says so.
@@ -226,7 +239,7 @@ def adopt(
 
         given = {"image_size": image_size, "channels": channels, "mean": mean, "std": std}
         stated = {key: value for key, value in given.items() if value not in (None, [])}
-        adopted = adopt_encoder(place(root), name, factory, weights, kwargs, stated)
+        adopted = adopt_encoder(place(root), name, factory, weights, kwargs, stated, preprocessing)
         result = update_workspace(place(root), console_for(as_json), adopted=adopted)
         output(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result, place(root)))
         raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))

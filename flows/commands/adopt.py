@@ -1,8 +1,11 @@
 """Adopting an encoder that was trained elsewhere: tried on images first, stored only when it can be used.
 
 The factory `package.module:function` is called with what it asks for of `channels`, `image_size` and the given keyword
-arguments, and returns a torch module (n, channels, size, size) float32, normalised, -> (n, d). A generation is known by
-its weights: the same factory with other weights is another generation, the same weights are the same one.
+arguments, and returns a torch module (n, channels, size, size) float32, normalised, -> (n, d). "timm/NAME" and
+"torchvision/NAME" are networks of a library, with their own weights and their own preprocessing.
+
+A generation is known by the digest of its weights, of what builds it (name and arguments) and of its preprocessing:
+change one of them and it is another generation; the same again is the same one.
 """
 
 import os
@@ -21,11 +24,14 @@ from graceful.flows.store.claim import claim
 from graceful.flows.store.evaluation_set import load_evaluation_set
 from graceful.flows.store.events import Adopted
 from graceful.flows.store.workspace import Workspace
+from graceful.training.backbones import stated_preprocessing
 from graceful.training.encoder import adopt, open_encoder
 from graceful.training.generation import GenerationCard, Preprocessing, ordinal_of, read_card
+from graceful.training.libraries import is_of_a_library, own_preprocessing
 
 NUM_TRIED = 32
 _SAME = 1.0 - 1e-6
+_OPTIONS = ("image_size", "channels", "mean", "std")  # those with an option of their own on the command line
 
 
 class AdoptionError(GracefulError):
@@ -48,17 +54,18 @@ def adopt_generation(
         workspace: Where it is stored.
         config: Gives the images that it is tried on, and the preprocessing that `preprocessing` does not state.
         name: What people call it; it stands in the lineage.
-        factory: `package.module:function`; the current folder is searched too.
-        weights: A file to load into the module.
+        factory: `package.module:function`, where the current folder is searched too, `timm/NAME` or `torchvision/NAME`.
+        weights: A file to load into the module; for a library's network also a name, by default its pretrained ones.
         kwargs: Arguments of the factory, JSON values.
-        preprocessing: Values that differ from the configuration's (image_size, channels, mean, std).
+        preprocessing: Values that differ from the library's own, or from those that the factory states in its attribute
+            `preprocessing` and the configuration's (image_size, channels, mean, std, resize, ...).
 
     Raises:
         AdoptionError, UsageError: it cannot be built, raises, or gives vectors that nothing can be found by.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    wanted = _preprocessing(config, name, preprocessing or {})
+    wanted = _preprocessing(config, name, factory, preprocessing or {})
     # Under the claim: an update that runs now may be making the generation of the same ordinal.
     with claim(workspace.root, f"adopting {name}"):
         return _store(workspace, config, name, factory, weights, dict(kwargs or {}), wanted)
@@ -109,16 +116,31 @@ def _store(
     return card.generation_id
 
 
-def _preprocessing(config: PipelineConfig, name: str, given: Mapping[str, Any]) -> Preprocessing:
-    """The configuration's preprocessing with what was given instead. Raises AdoptionError, naming the option."""
+def _preprocessing(config: PipelineConfig, name: str, factory: str, given: Mapping[str, Any]) -> Preprocessing:
+    """The encoder's own preprocessing, with what was given instead. Raises AdoptionError, naming the option."""
+    if is_of_a_library(factory):
+        own = own_preprocessing(factory, given.get("image_size")).model_dump()
+    else:
+        try:
+            own = {**config.training.preprocessing.model_dump(), **stated_preprocessing(factory)}
+        except GracefulError:
+            raise
+        except Exception as error:  # whatever importing a module of somebody else raises
+            raise AdoptionError(
+                f"adopting {name}: importing {factory} raised {type(error).__name__}: {' '.join(str(error).split())}; "
+                "correct the module"
+            ) from error
+    own = {key: value for key, value in own.items() if key != "resize_size" or "crop_share" not in given}
     try:
-        return Preprocessing.model_validate({**config.training.preprocessing.model_dump(), **given})
+        return Preprocessing.model_validate({**own, **given})
     except ValidationError as error:
         problem = error.errors()[0]
         message = problem["msg"].removeprefix("Value error, ")
-        option = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else "mean and --std"
+        key = str(problem["loc"][0]) if problem["loc"] else "mean and --std"
+        option = key.replace("_", "-") if key in _OPTIONS or not problem["loc"] else "preprocessing"
+        named = f", {key}" if option == "preprocessing" else ""
         found = f", found {problem['input']!r}" if problem["loc"] else ""
-        raise AdoptionError(f"adopting {name}: {message}{found}; correct --{option}") from None
+        raise AdoptionError(f"adopting {name}: {message}{found}; correct --{option}{named}") from None
 
 
 def _try(uri: str, name: str, sources: list[str]) -> None:
@@ -138,7 +160,7 @@ def _try(uri: str, name: str, sources: list[str]) -> None:
 
 
 def _stored(workspace: Workspace, card: GenerationCard) -> str | None:
-    """The adopted generation that has these weights already."""
+    """The adopted generation with this digest: the file holds weights, builder, arguments and preprocessing."""
     for event in workspace.registry.events(Adopted):
         uri = workspace.generation_uri(event.generation)
         if exists(join(uri, "card.json")) and read_card(uri).digest == card.digest:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from graceful.errors import GracefulError
 from graceful.files import exists, is_remote
-from graceful.flows.commands.networks import problem_with_factory, problem_with_network
+from graceful.flows.commands.networks import problem_with_encoder, problem_with_network
 from graceful.flows.settings.config import ClusterConfig, ConfigError, PipelineConfig, load_workspace_config
 from graceful.flows.store.leaks import training_manifests
 from graceful.flows.store.workspace import WorkspaceMissingError, open_workspace, require_workspace
@@ -71,7 +71,7 @@ class _Set:
 
 
 def check_workspace(root: str, adopt: str | None = None) -> list[Finding]:
-    """Look at configuration, data, evaluation, network, cluster and disk of a workspace; `adopt` is a factory."""
+    """Look at configuration, data, evaluation, network, cluster and disk of a workspace; `adopt` names an encoder."""
     try:
         require_workspace(root)
         config = load_workspace_config(root)
@@ -282,7 +282,7 @@ def _check_earlier_trainings(root: str, queries: _Set) -> Iterator[Finding]:
 def _check_network(root: str, config: PipelineConfig, adopt: str | None) -> Iterator[Finding]:
     training = config.training
     if adopt is not None:
-        problem = problem_with_factory(adopt)
+        problem = problem_with_encoder(adopt)
         name = f"encoder {adopt}"
     else:
         problem, name = problem_with_network(training.backbone.name), f"training.backbone {training.backbone.name}"

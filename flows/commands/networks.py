@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _REGISTERED = re.compile(
-    r"""^@register_model\((?:name=["'](\w+)["'])?\)(?:\n@[^\n]*(?:\n[ )][^\n]*)*)*\ndef (\w+)\(""", re.MULTILINE
+    r"""^@register_model(?:\((?:name=["'](\w+)["'])?\))?(?:\n@[^\n]*(?:\n[ )][^\n]*)*)*\ndef (\w+)\(""", re.MULTILINE
 )
 
 
@@ -48,18 +48,41 @@ def problem_with_network(name: str) -> tuple[str, str] | None:
     """What is wrong with a backbone's name, and a remedy; None when it is known, or cannot be known."""
     if ":" in name:
         return problem_with_factory(name)
+    if name.startswith("timm/"):
+        return _problem_with_timm(name)
     known = torchvision_models()
     if name == "small_cnn" or not known or name in known:
         return None
     return (
-        f"expected small_cnn, package.module:factory or a torchvision model, found {name!r}",
+        f"expected small_cnn, timm/NAME, package.module:factory or a torchvision model, found {name!r}",
         _nearest(name, {"small_cnn", *known}),
     )
 
 
+def problem_with_encoder(name: str) -> tuple[str, str] | None:
+    """What is wrong with the name of an encoder to adopt, and a remedy: timm/NAME, torchvision/NAME or a factory."""
+    if name.startswith("timm/"):
+        return _problem_with_timm(name)
+    if not name.startswith("torchvision/"):
+        return problem_with_factory(name)
+    bare, known = name.removeprefix("torchvision/").partition(".")[0], torchvision_models()
+    return (f"expected a torchvision model, found {bare!r}", _nearest(bare, known)) if bare not in known else None
+
+
 def torchvision_models() -> set[str]:
     """Names of torchvision's models, read in its source: importing it takes seconds. Empty where it is not there."""
-    spec = importlib.util.find_spec("torchvision")
+    return _registered("torchvision")
+
+
+def _problem_with_timm(name: str) -> tuple[str, str] | None:
+    bare, known = name.removeprefix("timm/").partition(".")[0], _registered("timm")
+    if not known:
+        return f"expected timm to be installed for {name}, found that it is not", "pip install 'graceful[timm]'"
+    return None if bare in known else (f"expected a model of timm, found {bare!r}", _nearest(bare, known))
+
+
+def _registered(library: str) -> set[str]:
+    spec = importlib.util.find_spec(library)
     if spec is None or not spec.origin:
         return set()
     files = Path(spec.origin).parent.joinpath("models").rglob("*.py")

@@ -18,6 +18,7 @@ from graceful.flows.update.act import plain
 from graceful.flows.update.flow import BESIDE, replay, replay_plainly, run_flow, update, update_plainly
 from graceful.flows.update.order import UpdateResult
 from graceful.flows.update.replay import ReplayResult, replay_table
+from graceful.training.backbones import WEIGHTS_FILES
 
 
 def update_workspace(
@@ -32,21 +33,40 @@ def update_workspace(
 
 
 def adopt_encoder(
-    root: str, name: str, factory: str, weights: Path | None, kwargs: str, preprocessing: Mapping[str, Any]
+    root: str,
+    name: str,
+    factory: str,
+    weights: str | None,
+    kwargs: str,
+    stated: Mapping[str, Any],
+    preprocessing: str = "{}",
 ) -> str:
-    """Try an encoder from elsewhere and store it; returns its id. `kwargs` is a JSON object."""
-    try:
-        arguments = json.loads(kwargs)
-    except ValueError as error:
-        raise UsageError(f"adopting {name}: expected --kwargs as a JSON object, found {kwargs!r} ({error})") from None
-    if not isinstance(arguments, dict):
-        raise UsageError(f"adopting {name}: expected --kwargs as a JSON object, found {kwargs!r}")
-    workspace = open_workspace(root)
-    config = load_workspace_config(root)
-    file = None if weights is None else os.path.abspath(weights)
+    """Try an encoder from elsewhere and store it; returns its id.
+
+    `kwargs` and `preprocessing` are JSON objects; `stated` are values of the preprocessing that go before the latter.
+    """
+    arguments = _object_of(name, "--kwargs", kwargs)
+    look = {**_object_of(name, "--preprocessing", preprocessing), **stated}
+    file = os.path.abspath(weights) if weights is not None and weights.endswith(WEIGHTS_FILES) else weights
     return adopt_generation(
-        workspace, config, name, factory, weights=file, kwargs=arguments, preprocessing=preprocessing
+        open_workspace(root),
+        load_workspace_config(root),
+        name,
+        factory,
+        weights=file,
+        kwargs=arguments,
+        preprocessing=look,
     )
+
+
+def _object_of(name: str, option: str, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"adopting {name}: expected {option} as a JSON object, found {text!r} ({error})") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"adopting {name}: expected {option} as a JSON object, found {text!r}")
+    return found
 
 
 def replay_history(

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+import torchvision
+from torch import nn
 from typer.testing import CliRunner
 
 import graceful
@@ -36,6 +39,7 @@ from graceful.flows.update.conclude import release_when_due
 from graceful.flows.update.gate import MoveRefusedError
 from graceful.flows.update.serving import go_forward, rollback
 from graceful.flows.update.train import EmbeddingFailuresError
+from graceful.training.generation import read_card
 from tests.flows import running, tiny
 
 UNSURE = {**tiny.WIDE, "max_nfr": 0.1, "num_resamples": 200, "fractions": [0.0, 0.5, 1.0]}
@@ -421,6 +425,8 @@ def picky(): return Picky()
 def wide(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 24))
+def stated(): return wide(2)
+stated.preprocessing = {"resize": "shorter_side", "resize_size": 9}
 """
 
 
@@ -536,6 +542,62 @@ def test_an_encoder_is_known_by_its_weights_and_not_by_its_name(workspace_root, 
     other = adopt(workspace_root, "wide", kwargs={"seed": 1})
     assert other != first
     assert [event.payload.name for event in Workspace(str(workspace_root)).registry.events(Adopted)] == ["theirs"] * 2
+
+
+def card_of(root, generation):
+    return read_card(Workspace(str(root)).generation_uri(generation))
+
+
+def test_other_weights_arguments_or_preprocessing_are_another_generation_under_the_same_name(
+    workspace_root, encoders, tmp_path
+):
+    file, found = tmp_path / "theirs.pt", []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        torch.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 24)).state_dict(), file)
+        found += [adopt(workspace_root, "wide", weights=str(file)) for _ in range(2)]
+    for given in ({"kwargs": {"seed": 0}}, {"preprocessing": {"resize": "fit", "background": 0}}):
+        found += [adopt(workspace_root, "wide", weights=str(file), **given) for _ in range(2)]
+    assert found[::2] == found[1::2], "the same again is the same one"
+    assert len(set(found)) == 4
+    assert card_of(workspace_root, found[-1]).preprocessing.resize == "fit"
+
+
+def test_a_network_of_a_library_is_adopted_with_its_own_preprocessing(workspace_root, tmp_path):
+    network = torchvision.models.resnet18()
+    torch.save(network.state_dict(), tmp_path / "theirs.pth")
+    name = updates.adopt_encoder(
+        str(workspace_root),
+        "theirs",
+        "torchvision/resnet18",
+        str(tmp_path / "theirs.pth"),
+        "{}",
+        {"image_size": 32},
+        '{"interpolation": "bicubic"}',
+    )
+    card, configured = card_of(workspace_root, name), tiny.open_config(workspace_root).training.preprocessing
+    assert (card.width, card.origin, card.preprocessing.channels, configured.channels) == (512, "adopted", 3, 1)
+    assert (card.preprocessing.image_size, card.preprocessing.resized) == (32, 36)
+    assert (card.preprocessing.resize, card.preprocessing.interpolation) == ("shorter_side", "bicubic")
+    assert Workspace(str(workspace_root)).registry.events(Adopted)[-1].payload.factory == "torchvision/resnet18"
+
+
+def test_what_a_factory_states_of_its_preprocessing_goes_before_the_configuration(workspace_root, encoders):
+    stated = card_of(workspace_root, adopt(workspace_root, "stated")).preprocessing
+    assert (stated.resize, stated.resized, stated.image_size) == ("shorter_side", 9, 8)
+    given = adopt(workspace_root, "stated", preprocessing={"crop_share": 0.8})
+    assert card_of(workspace_root, given).preprocessing.resized == 10
+    with pytest.raises(AdoptionError, match="correct --preprocessing, resise"):
+        adopt(workspace_root, "stated", preprocessing={"resise": "fit"})
+
+
+@pytest.mark.parametrize(("name", "near"), [("torchvision/resnet17", "resnet18"), ("timm/resnet18x", "resnet18")])
+def test_a_network_that_no_library_has_is_refused_with_the_nearest_name(workspace_root, name, near):
+    if name.startswith("timm"):
+        pytest.importorskip("timm", reason="needs timm: pip install 'graceful[timm]'")
+    done = run("adopt", "theirs", "--from", name, "--root", workspace_root, code=2)
+    assert f"did you mean '{near}'?" in done.output
+    assert Workspace(str(workspace_root)).registry.events(Adopted) == []
 
 
 def test_an_encoder_of_another_width_is_judged_and_later_updates_go_on(workspace_root, encoders, digits_file):
