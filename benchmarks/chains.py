@@ -20,16 +20,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from graceful.indexing.embedding_files import write_embedding_file
+from graceful.indexing.embedding_files import read_rows, write_embedding_file
 from graceful.training.datasets import DatasetConfig, column_values, load_images
 from graceful.training.encoder import open_encoder, read_classifier
 from graceful.training.generation import PredecessorRef
 from graceful.training.job import TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
 from graceful.training.manifest import LabelledImages, read_manifest, write_manifest
+from graceful.training.mapping import blend
 
 SEEDS = (1, 2, 3)
 SAMPLE = 3_000
+DRAWN = 10.0  # weight of the squared distance to a mixture, beside the task
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Chain:
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
     without_parent: bool = False
+    distilled: float | None = None
+    """Share b of a mixture with the generation before, which a second, short training puts into one encoder."""
 
 
 def _only(*constraints: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -99,6 +103,11 @@ def _only(*constraints: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 CROSS = {"name": "cross_contrast", "reduction": "sum"}
 RACT = {"name": "ract", "reduction": "mean"}
+# The papers' balance: 0.1 CE + 0.9 HOC; 5 CE with label smoothing + 10 CE of the prefix + 5 of its distance.
+HOC = {"name": "hoc", "weight": 0.9, "reduction": "mean"}
+SIMPLEX = {"name": "simplex", "weight": 0.1}
+OCA = {"name": "oca", "against": "latest"}
+ROTATED = {"name": "additive_margin", "rotation": True, "label_smoothing": 0.1, "weight": 5.0}
 CHAINS = {
     chain.name: chain
     for chain in (
@@ -106,10 +115,17 @@ CHAINS = {
         Chain("initialised", _only(interpolation=0.0)),
         Chain("from scratch", _only(start="scratch", rows_from_parent=False, interpolation=0.0), without_parent=True),
         Chain("ours, a = 0.4", {"interpolation": 0.4}),
-        Chain("ours, a = 0.2", {"interpolation": 0.2}),
+        Chain("hoc, fixed simplex", _only(HOC, interpolation=0.0, head=SIMPLEX, width=512)),
+        Chain("oca, against the latest", _only(OCA, interpolation=0.0, head=ROTATED)),
+        Chain("mixbct", _only({"name": "mixbct"}, interpolation=0.0)),
+        Chain("ours, a = 0, distilled mixture", {"interpolation": 0.0}, distilled=0.5),
+        Chain("bct alone, a = 0", _only({"name": "bct"}, interpolation=0.0)),
         Chain("ract alone, a = 0", _only(RACT, interpolation=0.0)),
+        Chain("l2", _only({"name": "l2"}, interpolation=0.0)),
+        Chain("bct with uncertainty, a = 0", _only({"name": "bct", "uncertainty": True}, interpolation=0.0)),
+        Chain("repulsion, a = 0", _only({"name": "repulsion"}, interpolation=0.0)),
         Chain("cross contrast alone, a = 0", _only(CROSS, interpolation=0.0)),
-        Chain("bct alone, a = 0", _only({"name": "bct", "reduction": "sum"}, interpolation=0.0)),
+        Chain("ours, a = 0.2", {"interpolation": 0.2}),
         Chain("ours, a = 0, twice the epochs", {"interpolation": 0.0, "epochs": 2.0}),
         Chain("initialised, twice the epochs", _only(interpolation=0.0, epochs=2.0)),
     )
@@ -137,8 +153,12 @@ def train_chain(folder: Path, data: Data, chain: Chain, seed: int, full: bool = 
         references = [_reference(folder, data, count, reference, images) for reference in predecessors]
         job = _job(folder / data.name, manifest, recipe, number, parent, references)
         card = run_training(job)
-        kept[f"seconds/{number}"] = time.process_time() - started
         uri = f"{job.output_uri}/{card.generation_id}"
+        if chain.distilled is not None and references:
+            job = _distilling(folder / data.name, job, uri, chain.distilled, references[-1], images)
+            card = run_training(job)
+            uri = f"{job.output_uri}/{card.generation_id}"
+        kept[f"seconds/{number}"] = time.process_time() - started
         encode = open_encoder(uri)
         for part, shown in (("queries", queries), ("gallery", gallery)):
             if shown is not None:
@@ -204,6 +224,24 @@ def _job(
     return TrainingJob(
         config=config, name=f"g{number}-{digest}", manifest_uri=str(manifest), output_uri=str(folder / "generations"),
         ordinal=number, parent_uri=parent, predecessors=tuple(references), storage_uri=str(folder / "runs"),
+    )  # fmt: skip
+
+
+def _distilling(
+    folder: Path, job: TrainingJob, uri: str, share: float, before: PredecessorRef, images: LabelledImages
+) -> TrainingJob:
+    """The training that puts n((1 - b) f_t + b f_(t-1)) into one encoder: from f_t, drawn to the mixture's vectors."""
+    own = _vectors(open_encoder(uri), images.sources)
+    place = folder / "caches" / f"mixture-{job.name}-{share}.parquet"
+    stored = read_rows(str(before.embeddings_uri), np.arange(len(images)))
+    write_embedding_file(str(place), pa.table({"content_sha256": images.content_sha256}), blend(own, stored, share))
+    recipe = {**job.config.model_dump(mode="json"), "epochs": 2, "constraints": [{"name": "l2", "weight": DRAWN}]}
+    target = before.model_copy(update={"embeddings_uri": str(place)})
+    return job.model_copy(
+        update={
+            "config": TrainingConfig.model_validate(recipe), "name": f"{job.name}-distilled-{share}",
+            "parent_uri": uri, "predecessors": (target,),
+        }
     )  # fmt: skip
 
 

@@ -72,10 +72,20 @@ class Part:
         """(N,) from 0 to 1: the order in which rows are re-embedded, random and fixed."""
         return np.random.default_rng(7).permutation(len(self.gallery)) / len(self.gallery)
 
+    @cached_property
+    def _places(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Flat places of relevant entries, where each query's begin, and flat places of relevant and own entries."""
+        flat = np.flatnonzero(self.relevant)
+        begins = np.searchsorted(flat, np.arange(len(self.queries)) * len(self.gallery))
+        return flat, begins, np.flatnonzero(self.relevant | self.is_own)
+
     def right(self, scores: Scores | NDArray[np.float64]) -> Flags:
         """(Q,): whether the best row has the query's identity; a tie with a wrong row is wrong."""
-        best = np.where(self.relevant, scores, -np.inf).max(axis=1)
-        return best > np.where(self.relevant | self.is_own, -np.inf, scores).max(axis=1)
+        flat, begins, hidden = self._places
+        best = np.maximum.reduceat(scores.reshape(-1)[flat], begins)
+        rivals = scores.copy()
+        rivals.reshape(-1)[hidden] = -np.inf
+        return best > rivals.max(axis=1)
 
 
 def parts(data: Data, queries: LabelledImages, gallery: LabelledImages | None) -> dict[str, Part]:
@@ -104,7 +114,7 @@ class Vectors:
 
     def __init__(self, stored: Any, part: Part, *, one_set: bool) -> None:
         self.part, self._stored = part, stored
-        self.last = max(int(name.split("/")[1]) for name in stored.files if name.startswith("queries/"))
+        self.last = max(int(name.split("/")[1]) for name in stored if name.startswith("queries/"))
         self._gallery = "queries" if one_set else "gallery"
         self.seconds = float(sum(float(stored[f"seconds/{t}"]) for t in range(1, self.last + 1)))
 
@@ -133,6 +143,16 @@ class Way:
 
     def __init__(self, vectors: Vectors) -> None:
         self.v = vectors
+        self._known: dict[tuple[str, int, int], Scores] = {}
+
+    def scores(self, t: int, k: int) -> Scores:
+        """`cross`, computed once."""
+        return self._once("cross", t, k, lambda: self.cross(t, k))
+
+    def _once(self, what: str, t: int, k: int, compute: Callable[[], Any]) -> Scores:
+        if (what, t, k) not in self._known:
+            self._known[what, t, k] = compute()
+        return self._known[what, t, k]
 
     def query(self, t: int) -> NDArray[np.float32]:
         """What is asked with, once everything is of generation t."""
@@ -148,7 +168,7 @@ class Way:
 
     def state(self, t: int, fresh: Flags) -> Scores | NDArray[np.float64]:
         """Scores while the rows `fresh` (N,) are of t and the others of t - 1."""
-        return np.where(fresh, self.cross(t, t), self.cross(t, t - 1))
+        return np.where(fresh, self.scores(t, t), self.scores(t, t - 1))
 
 
 class Mapped(Way):
@@ -202,11 +222,11 @@ class Merged(Way):
     has_matrix = False
 
     def state(self, t: int, fresh: Flags) -> Scores | NDArray[np.float64]:
-        return np.where(fresh, self.cross(t, t), self.old_scores(t))
+        return np.where(fresh, self.scores(t, t), self._once("old", t, t - 1, lambda: self.old_scores(t)))
 
     def old_scores(self, t: int) -> Scores | NDArray[np.float64]:
         """Scores of the old rows by the old query."""
-        return self.cross(t - 1, t - 1)
+        return self.scores(t - 1, t - 1)
 
 
 class QuantileMerged(Merged):
@@ -215,14 +235,14 @@ class QuantileMerged(Merged):
     def old_scores(self, t: int) -> Scores | NDArray[np.float64]:
         new, old = (vectors[:1000] for vectors in self.v.training(t))
         pairs = np.triu_indices(len(new), 1)
-        return match_quantiles(self.cross(t - 1, t - 1), (old @ old.T)[pairs], (new @ new.T)[pairs])
+        return match_quantiles(self.scores(t - 1, t - 1), (old @ old.T)[pairs], (new @ new.T)[pairs])
 
 
 class ReciprocalMerged(Merged):
     """The same, by reciprocal rank."""
 
     def state(self, t: int, fresh: Flags) -> Scores | NDArray[np.float64]:
-        return reciprocal_ranks(self.cross(t, t), fresh) + reciprocal_ranks(self.cross(t - 1, t - 1), ~fresh)
+        return reciprocal_ranks(self.scores(t, t), fresh) + reciprocal_ranks(self.scores(t - 1, t - 1), ~fresh)
 
 
 class Simplex(Way):
@@ -305,7 +325,7 @@ def choose(flips: Sequence[float], quality: Sequence[float], max_nfr: float = MA
 def flips(way: Way, t: int, at: Iterable[float]) -> list[float]:
     """Negative flips of update t against what was served, at shares of the gallery."""
     part = way.v.part
-    before = part.right(way.cross(t - 1, t - 1))
+    before = part.right(way.scores(t - 1, t - 1))
     return [float((before & ~part.right(way.state(t, part.place < share))).mean()) for share in at]
 
 
@@ -316,7 +336,7 @@ def chosen_mixture(kind: type[Mixed], dev: Vectors) -> dict[int, float]:
         tried = []
         for share in SHARES:
             way = kind(dev, {**shares, t: share})
-            tried.append((max(flips(way, t, FLIPS_AT)), float(dev.part.right(way.cross(t, t)).mean())))
+            tried.append((max(flips(way, t, FLIPS_AT)), float(dev.part.right(way.scores(t, t)).mean())))
         shares[t] = SHARES[choose([found for found, _ in tried], [found for _, found in tried])]
     return shares
 
@@ -380,11 +400,11 @@ def measure(way: Way) -> dict[str, Any]:
 
 def _matrix(way: Way) -> dict[str, Any]:
     part, last = way.v.part, way.v.last
-    own = {t: part.right(way.cross(t, t)) for t in range(1, last + 1)}
+    own = {t: part.right(way.scores(t, t)) for t in range(1, last + 1)}
     margins, values, attained = [], [float(hits.mean()) for hits in own.values()], []
     for t in range(2, last + 1):
         for k in range(1, t):
-            hits = part.right(way.cross(t, k))
+            hits = part.right(way.scores(t, k))
             margin, error = clustered(hits.astype(float) - own[k].astype(float), part.clusters)
             margins.append((margin, error))
             values.append(float(hits.mean()))
@@ -442,7 +462,7 @@ def main() -> None:
         results["rows"][name] = []
         for chain in CHAINS:
             files = [folder / name / f"{_file(chain)}-seed{seed}.npz" for seed in SEEDS]
-            stored = [np.load(file) for file in files if file.exists()]
+            stored = [dict(np.load(file)) for file in files if file.exists()]
             if not stored:
                 continue
             for way in ways_of(chain):
@@ -451,12 +471,7 @@ def main() -> None:
                     dev, test = (Vectors(found, split[p], one_set=gallery is None) for p in ("dev", "test"))
                     rows.append(measure(WAYS[way](test, dev)))
                 results["rows"][name].append({"chain": chain, "way": way, **summary(rows)})
-                print(
-                    name,
-                    chain,
-                    way,
-                    json.dumps({k: v["mean"] for k, v in summary(rows).items() if isinstance(v, dict)}),
-                )
+                print(f"{name}, {chain}, {way}: {len(rows)} seeds", flush=True)
     Path(__file__).with_name("results-comparison.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
