@@ -14,6 +14,7 @@ from benchmarks.gallery_cost import evaluate_matrix, reindex_proportional
 from benchmarks.gallery_scale import commit_unit, ingest_one, peak_memory, reindex_scale, view_scale
 from benchmarks.orchestration import orchestration
 from benchmarks.search_cost import change_visible, open_gallery, search_approximate, search_changed, search_mixed
+from benchmarks.search_load import search_load
 from benchmarks.search_service import search_service
 from benchmarks.training_cost import loop_overhead, step_cost_predecessors, train_overhead
 from benchmarks.update_cost import update_predecessors
@@ -40,6 +41,7 @@ BENCHMARKS = {
     "search_changed": search_changed,
     "search_approximate": search_approximate,
     "search_service": search_service,
+    "search_load": search_load,
     "orchestration": orchestration,
 }
 

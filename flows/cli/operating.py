@@ -1,6 +1,7 @@
 """Commands of who serves: look, move, serve."""
 
 import functools
+import os
 from typing import Annotated
 
 import typer
@@ -211,6 +212,9 @@ def serve(
     """Run updates on the schedule of the configuration, shown in the flow UI; or, with --http, answer searches."""
     with reported_errors():
         if http:
+            # Read when the libraries are loaded. Threads of a product that spin while they wait for one another take
+            # the processors from the event loop, and on a busy machine from the product itself.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
             from graceful.errors import UsageError
             from graceful.flows.search.guarding import read_token
             from graceful.flows.search.serving import serve_searches

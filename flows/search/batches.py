@@ -9,7 +9,9 @@ and an error of one question is not that of another; a question that nobody wait
 
 import asyncio
 import contextlib
+import os
 import queue
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 
 _SECONDS_TO_END = 2.0
+_NICENESS = 5
 
 
 class QueueFullError(GracefulError):
@@ -86,6 +89,7 @@ class Batches(Generic[Question, Answer]):
         return waiting.answer
 
     def _run(self) -> None:
+        stand_back()
         assert self._loop is not None
         while (first := self._queue.get()) is not None:
             batch, is_last = self._taken(first)
@@ -115,6 +119,12 @@ class Batches(Generic[Question, Answer]):
             return self._answer(questions)
         except Exception as error:
             return [error] * len(questions)
+
+
+def stand_back() -> None:
+    """Let the event loop come first where processors are scarce; for this thread, and those that it starts."""
+    if sys.platform == "linux":  # elsewhere it would be for the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _deliver(batch: Sequence[_Waiting[Question, Answer]], answers: Sequence[Answer | Exception]) -> None:

@@ -15,7 +15,10 @@ class EndpointConfig(BaseModel):
         default=512, ge=1, description="MiB of bodies that may be in memory at a time; more are refused with 429."
     )
     batch_searches: int = Field(
-        default=64, ge=1, description="Searches that wait and are answered together, by one product, at most."
+        default=16,
+        ge=1,
+        description="Searches that wait and are answered together, by one product, at most. Clients that are answered "
+        "together ask again together, and /health waits while all of them are read.",
     )
     max_image_mib: int = Field(default=32, ge=1, description="MiB of the largest image; a larger body is 413.")
     max_megapixels: float = Field(

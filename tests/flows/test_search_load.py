@@ -3,7 +3,9 @@
 import asyncio
 import json
 import logging
+import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -222,6 +224,24 @@ def test_an_answer_that_fails_as_a_whole_is_the_error_of_each_and_the_next_is_an
         await asyncio.to_thread(lane.close)
 
     asyncio.run(ask())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux alone")
+def test_threads_that_work_stand_back_behind_the_event_loop() -> None:
+    async def ask() -> tuple[int, int]:
+        lane = Batches[int, int](
+            "numbers",
+            lambda _: [os.getpriority(os.PRIO_PROCESS, threading.get_native_id())],
+            max_waiting=1,
+            max_batch=1,
+        )
+        lane.start()
+        found = await lane.ask(0)
+        await asyncio.to_thread(lane.close)
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), found
+
+    here, there = asyncio.run(ask())
+    assert there == max(here, 5)
 
 
 # Load
