@@ -124,7 +124,8 @@ class Batches(Generic[Question, Answer]):
 def stand_back() -> None:
     """Let the event loop come first where processors are scarce; for this thread, and those that it starts."""
     if sys.platform == "linux":  # elsewhere it would be for the whole process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, max(os.getpriority(os.PRIO_PROCESS, thread), _NICENESS))
 
 
 def _deliver(batch: Sequence[_Waiting[Question, Answer]], answers: Sequence[Answer | Exception]) -> None:

@@ -8,7 +8,8 @@
 
 Three kinds of threads beside the event loop: one looks at the serving state, one answers vectors, one answers images
 (with others that decode for it). The event loop itself reads bodies and writes answers, and waits for nobody: a probe
-of /health is answered whatever waits, and the threads that work have a lower priority (Linux). Every answer names the query generation and the snapshot that it comes from,
+of /health is answered whatever waits, and on Linux the other threads have a lower priority. Every answer names the
+query generation and the snapshot that it comes from,
 whole. Safe to run in any number of processes on one workspace.
 """
 
@@ -64,9 +65,8 @@ class Endpoint:
         self.images = Batches[ImageQuestion, bytes]("images", self._answer_images, **limits)
         self.vectors = Batches[VectorQuestion, bytes]("vectors", self._answer_vectors, **limits)
         self.metrics = SearchMetrics(self.state, self.budget, {"image": self.images, "vector": self.vectors})
-        self._decoders = ThreadPoolExecutor(
-            min(os.cpu_count() or 1, MAX_DECODERS), "search-decoding", initializer=stand_back
-        )
+        num_decoders = min(os.cpu_count() or 1, MAX_DECODERS)
+        self._decoders = ThreadPoolExecutor(num_decoders, "search-decoding", initializer=stand_back)
 
     @contextlib.asynccontextmanager
     async def running(self, refresh_s: float, first_look_s: float | None) -> AsyncIterator[None]:
