@@ -256,11 +256,13 @@ def test_health_answers_while_every_image_waits_and_a_search_too_many_is_told_wh
                 return httpx.post(f"{address}/search?k=1", content=payloads[number % 30], timeout=60)
 
             answers = [clients.submit(ask, number) for number in range(100)]
-            until(lambda: sum(answer.done() for answer in answers) >= 100 - 60 - 16)
-            for path in ("/health", "/status", "/metrics"):  # behind the images they would not answer at all
-                assert client.get(path, timeout=10).status_code == 200
-            vector = client.post("/search", json={"vector": [1.0] * served.width})
-            slow.go_on.set()
+            try:
+                until(lambda: sum(answer.done() for answer in answers) >= 100 - 60 - 16)
+                for path in ("/health", "/status", "/metrics"):  # behind the images they would not answer at all
+                    assert client.get(path, timeout=10).status_code == 200
+                vector = client.post("/search", json={"vector": [1.0] * served.width}, timeout=10)
+            finally:
+                slow.go_on.set()
             found = [answer.result() for answer in answers]
         refused = [answer for answer in found if answer.status_code == 429]
         assert vector.status_code == 200, "vectors do not wait for images"
