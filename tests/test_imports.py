@@ -19,7 +19,7 @@ ORDER = {
         "training", "training.generation", "training.choices", "training.choosing", "training.job",
         "training.combinations", "training.manifest", "training.images", "training.copies",
         "training.measure", "training.glyphs", "training.materialise", "training.folders", "training.rows",
-        "training.datasets", "training.backbones", "training.libraries", "training.sampling", "training.simplex",
+        "training.known", "training.datasets", "training.backbones", "training.libraries", "training.sampling", "training.simplex",
         "training.heads", "training.encoder", "training.predecessors",
         "training.constraints.contract", "training.constraints.bct", "training.constraints.cross_contrast",
         "training.constraints.hoc", "training.constraints.l2", "training.constraints.mixbct",
@@ -111,7 +111,7 @@ ALLOWED = {
     "timm": ("training.backbones",),
     "safetensors": ("training",),
     "sklearn": ("training.materialise", "indexing.clusters"),
-    "PIL": ("training.images", "training.copies", "training.measure"),
+    "PIL": ("training.images", "training.copies", "training.known", "training.measure"),
     "cachetools": (
         "training.images",
         "training.copies",

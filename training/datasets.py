@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from graceful.errors import GracefulError, UsageError
-from graceful.training.images import read_payloads, unreadable_reason
+from graceful.training.known import KnownImages, examine
 from graceful.training.manifest import LabelledImages
 from graceful.training.materialise import materialise_digits, materialise_glyphs, materialise_torchvision
 from graceful.training.rows import Rows, as_text, csv_rows, folder_rows, parquet_rows
@@ -130,8 +130,10 @@ class DatasetConfig(BaseModel):
         return (self.path,) if isinstance(self.path, str) else self.path
 
 
-def load_images(config: DatasetConfig) -> LabelledImages:
+def load_images(config: DatasetConfig, known: KnownImages | None = None) -> LabelledImages:
     """Find the images of a data set, decode each once to see that it can be, and hash its bytes.
+
+    With `known`, an image that an earlier reading saw and whose file has not changed since is not read again.
 
     Order: by file, then by row (or by name in a folder). A split by label and `max_per_label` are drawn from the rows
     that pass `where`, before any image is read; so they do not depend on which images are broken. A split by content
@@ -139,7 +141,7 @@ def load_images(config: DatasetConfig) -> LabelledImages:
 
     Raises: DatasetNotFoundError, EmptyDatasetError, UnreadableImagesError.
     """
-    read = _read(config)
+    read = _read(config, known)
     unreadable = [(read.sources[i], reason) for i, reason in sorted(read.reasons.items())]
     if len(unreadable) > config.max_unreadable_share * len(read.sources):
         raise UnreadableImagesError(
@@ -251,18 +253,20 @@ class _Read(Rows):
     reasons: dict[int, str]
 
 
-def _read(config: DatasetConfig) -> _Read:
+def _read(config: DatasetConfig, known: KnownImages | None) -> _Read:
     """Read the rows that pass `where`, split and max_per_label. Raises EmptyDatasetError where there are none."""
     rows, chosen = _candidates(config)
     if config.split is not None and config.split.by == "content":
-        reasons, digests = _check_and_hash([rows.sources[i] for i in chosen], config.split)
+        found = examine([rows.sources[i] for i in chosen], config.split.takes, known)
+        reasons, digests = found.reasons, found.digests
         kept = np.flatnonzero([config.split.takes(digest) for digest in digests])
         kept = kept[_draw(config, rows.labels[chosen[kept]])]
         reasons = {place: reasons[was] for place, was in enumerate(kept.tolist()) if was in reasons}
         chosen, digests = chosen[kept], [digests[i] for i in kept]
     else:
         chosen = chosen[_draw(config, rows.labels[chosen])]
-        reasons, digests = _check_and_hash([rows.sources[i] for i in chosen], None)
+        found = examine([rows.sources[i] for i in chosen], lambda digest: True, known)  # noqa: ARG005
+        reasons, digests = found.reasons, found.digests
     if not len(chosen):
         raise EmptyDatasetError(
             f"loading images: expected at least one, found none among {len(rows.sources)} rows that pass "
@@ -345,20 +349,3 @@ def _where_mask(config: DatasetConfig, columns: Mapping[str, NDArray[Any]], num_
             allowed = set(rule)
             mask &= np.array([value in allowed for value in values], dtype=bool)
     return mask
-
-
-def _check_and_hash(sources: list[str], split: HoldOut | None, block: int = 1024) -> tuple[dict[int, str], list[str]]:
-    """Reasons of unreadable images by position, and all hashes; images on the other side of a split are not decoded."""
-    reasons: dict[int, str] = {}
-    digests: list[str] = []
-    for start in range(0, len(sources), block):
-        failures: dict[int, str] = {}
-        payloads = read_payloads(sources[start : start + block], failures)
-        for offset, payload in enumerate(payloads):
-            digests.append(hashlib.sha256(payload).hexdigest())
-            if split is not None and not split.takes(digests[-1]):
-                continue
-            reason = failures.get(offset) or unreadable_reason(payload)
-            if reason is not None:
-                reasons[start + offset] = reason
-    return reasons, digests

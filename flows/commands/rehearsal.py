@@ -23,6 +23,7 @@ from graceful.training.datasets import check_trainable, load_images
 from graceful.training.encoder import open_encoder
 from graceful.training.generation import PredecessorRef
 from graceful.training.job import TrainingJob
+from graceful.training.known import KnownImages
 from graceful.training.manifest import LabelledImages, write_manifest
 from graceful.training.rehearsal import rehearse
 
@@ -69,8 +70,9 @@ def dry_run(root: str, say: Callable[[str], None] = lambda text: None) -> DryRun
     config = load_workspace_config(root)
     with open_session(root, config) as session, tempfile.TemporaryDirectory(prefix="graceful-dry-run-") as folder:
         say("reading the training images")
-        judging = load_evaluation_set(config.evaluation)
-        images, _ = separate(config.evaluation, load_images(config.training_data), judging)
+        known = KnownImages(session.workspace.known_images_uri, grows=False)
+        judging = load_evaluation_set(config.evaluation, known)
+        images, _ = separate(config.evaluation, load_images(config.training_data, known), judging)
         images, _ = with_dev(config.evaluation, images, judging)
         check_trainable(images)
         workers = max(config.cluster.num_workers, 1)

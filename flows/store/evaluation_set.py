@@ -22,6 +22,7 @@ from graceful.files import exists, join, read_json, resolve, write_json
 from graceful.flows.store.dev_set import DevConfig, set_aside
 from graceful.training.copies import has_near_copy, hash_pictures
 from graceful.training.datasets import DatasetConfig, assert_disjoint, load_images
+from graceful.training.known import KnownImages
 from graceful.training.manifest import LabelledImages
 
 FORMAT_VERSION = "1"
@@ -109,15 +110,15 @@ class EvaluationSet:
         return _each_once(self.queries, self.gallery, *([self.log] if self.log else []))
 
 
-def load_evaluation_set(config: EvaluationConfig) -> EvaluationSet:
-    """Find the images of an evaluation set. Raises the errors of `load_images`."""
+def load_evaluation_set(config: EvaluationConfig, known: KnownImages | None = None) -> EvaluationSet:
+    """Find the images of an evaluation set; `known` ones are not read. Raises the errors of `load_images`."""
     wanted = tuple(dict.fromkeys([*config.slices, *([config.cluster] if config.cluster else [])]))
     attributes = tuple(dict.fromkeys([*config.queries.attributes, *wanted]))
-    queries = load_images(config.queries.model_copy(update={"attributes": attributes}))
-    gallery = queries if config.gallery is None else load_images(config.gallery)
+    queries = load_images(config.queries.model_copy(update={"attributes": attributes}), known)
+    gallery = queries if config.gallery is None else load_images(config.gallery, known)
     clusters = queries.labels if config.cluster is None else queries.attributes[config.cluster]
     slices = {name: queries.attributes[name] for name in config.slices}
-    log = load_log(config, wanted)
+    log = load_log(config, wanted, known)
     set_id = _digest(queries, gallery, clusters, slices, log)
     if log is None:
         return EvaluationSet(set_id, queries, gallery, clusters, slices)
@@ -126,13 +127,15 @@ def load_evaluation_set(config: EvaluationConfig) -> EvaluationSet:
     return EvaluationSet(set_id, queries, gallery, clusters, slices, log, log_clusters, log_slices)
 
 
-def load_log(config: EvaluationConfig, attributes: Sequence[str] = ()) -> LabelledImages | None:
+def load_log(
+    config: EvaluationConfig, attributes: Sequence[str] = (), known: KnownImages | None = None
+) -> LabelledImages | None:
     """The queries of the log, without labels; None where there is no log."""
     named = log_of(config)
     if named is None:
         return None
     wanted = tuple(dict.fromkeys([*named.attributes, *attributes]))
-    return load_images(named.model_copy(update={"label_columns": (), "attributes": wanted}))
+    return load_images(named.model_copy(update={"label_columns": (), "attributes": wanted}), known)
 
 
 def log_of(config: EvaluationConfig) -> DatasetConfig | None:

@@ -93,6 +93,11 @@ class Workspace:
         """The list of images that an update chooses by; not there without a dev part."""
         return join(self.update_uri(update_key), "dev.parquet")
 
+    @property
+    def known_images_uri(self) -> str:
+        """What was found of images that were read before; derived."""
+        return join(self.root, "known_images")
+
     def throughput_uri(self, generation: str) -> str:
         """How fast a generation's encoder was, for pricing."""
         return join(self.root, "throughput", f"{generation}.json")

@@ -32,6 +32,7 @@ from graceful.flows.update.serving import refuse_retired
 from graceful.training.datasets import check_trainable, load_images
 from graceful.training.generation import ordinal_of
 from graceful.training.job import TRAINING_VERSION
+from graceful.training.known import KnownImages
 from graceful.training.manifest import LabelledImages, write_manifest
 
 
@@ -64,9 +65,10 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     was decided. Raises the errors of `load_images`, `check_trainable` and `separate`.
     """
     config, registry = session.config, session.workspace.registry
-    evaluation_set = load_evaluation_set(config.evaluation)
+    known = KnownImages(session.workspace.known_images_uri)
+    evaluation_set = load_evaluation_set(config.evaluation, known)
     check_log(evaluation_set, config.policy.metric, config.policy.k)
-    images, num_dropped = separate(config.evaluation, load_images(config.training_data), evaluation_set)
+    images, num_dropped = separate(config.evaluation, load_images(config.training_data, known), evaluation_set)
     images, dev = with_dev(config.evaluation, images, evaluation_set)
     check_trainable(images)
     data = _digest_of_data(images, dev, config.policy.nfr_limit if config.training.interpolation == "dev" else None)
@@ -93,8 +95,8 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     update_key = base if not attempts else f"{base}-{len(attempts) + 1}"
     predecessors = tuple(predecessors_of(session))
     training_key = adopted or digest([material_key, champion, predecessors])[:16]
-    known = adopted or trained_before(registry, training_key)
-    left_out = ({*registry.retired(), *_adopted_in_vain(registry)} - {champion}) | {known}
+    made = adopted or trained_before(registry, training_key)
+    left_out = ({*registry.retired(), *_adopted_in_vain(registry)} - {champion}) | {made}
     generations = [name for name in registry.generations() if name not in left_out]
     manifest_uri = session.workspace.manifest_uri(update_key)
     if not exists(manifest_uri):
@@ -107,7 +109,7 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
         update_key=update_key,
         material_key=material_key,
         training_key=training_key,
-        ordinal=newest + 1 if known is None else ordinal_of(known),
+        ordinal=newest + 1 if made is None else ordinal_of(made),
         champion=champion,
         predecessors=predecessors,
         generations=tuple(generations),
