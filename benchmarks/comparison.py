@@ -41,6 +41,7 @@ from graceful.training.mapping import (
 FRACTIONS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 FLIPS_AT = (0.0, 0.5, 1.0)
 MAX_NFR = 0.05  # the limit of examples/omniglot.toml and cifar100.toml
+LEAST_ROOM = 0.01  # below it nothing can be said about the share of it
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 Scores = NDArray[np.float32]
 Flags = NDArray[np.bool_]
@@ -411,7 +412,8 @@ def _matrix(way: Way) -> dict[str, Any]:
             if t == last:
                 best = centroid_queries(way.row(k), part.gallery_identities, part.query_identities, part.own)
                 ceiling = part.right(best @ way.row(k).T).mean()
-                attained.append(float(margin / max(ceiling - own[k].mean(), 1e-9)))
+                room = float(ceiling - own[k].mean())
+                attained.append(margin / room if room > LEAST_ROOM else np.nan)
     smallest = min(margins)
     return {
         "ac": float(np.mean([margin > 0 for margin, _ in margins])),
@@ -419,7 +421,7 @@ def _matrix(way: Way) -> dict[str, Any]:
         "smallest_margin": smallest[0],
         "its_error": smallest[1],
         "am": float(np.mean(values)),
-        "attained": float(np.mean(attained)),
+        **({} if np.isnan(attained).any() else {"attained": float(np.mean(attained))}),
     }
 
 
@@ -434,7 +436,7 @@ def clustered(differences: NDArray[np.float64], clusters: NDArray[np.str_]) -> t
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and half width of the 95 % interval over seeds of every number."""
     found: dict[str, Any] = {"seeds": len(rows)}
-    for name in rows[0]:
+    for name in [name for name in rows[0] if all(name in row for row in rows)]:
         if name == "chosen":
             found["chosen"] = [row["chosen"] for row in rows]
             continue
@@ -447,23 +449,26 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure every chain that is there."""
+    """Measure every chain that is there with all its seeds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--data", choices=sorted(DATA), action="append", help="Only these; the others stay.")
+    wanted = parser.parse_args()
+    folder, place = wanted.folder, Path(__file__).with_name("results-comparison.json")
     results: dict[str, Any] = {
         "hardware": f"{os.cpu_count()} x {processor()}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "rows": {},
+        "rows": json.loads(place.read_text())["rows"] if place.exists() else {},
     }
-    for name, data in DATA.items():
+    for name in wanted.data or DATA:
+        data = DATA[name]
         queries, gallery = data.evaluation()
         split = parts(data, queries, gallery)
         results["rows"][name] = []
         for chain in CHAINS:
             files = [folder / name / f"{_file(chain)}-seed{seed}.npz" for seed in SEEDS]
             stored = [dict(np.load(file)) for file in files if file.exists()]
-            if not stored:
+            if len(stored) < len(SEEDS):
                 continue
             for way in ways_of(chain):
                 rows = []
@@ -472,7 +477,7 @@ def main() -> None:
                     rows.append(measure(WAYS[way](test, dev)))
                 results["rows"][name].append({"chain": chain, "way": way, **summary(rows)})
                 print(f"{name}, {chain}, {way}: {len(rows)} seeds", flush=True)
-    Path(__file__).with_name("results-comparison.json").write_text(json.dumps(results, indent=1) + "\n")
+    place.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _file(chain: str) -> str:

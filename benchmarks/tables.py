@@ -215,7 +215,7 @@ def comparison(stored: dict[str, Any], data: str) -> str:
         if "ac" in row:
             ac = f"{row['ac']['mean']:.2f} ({row['above_error']['mean']:.2f})"
             margin = f"{100 * row['smallest_margin']['mean']:+.1f} (s.e. {100 * row['its_error']['mean']:.1f})"
-            attained = f"{row['attained']['mean']:.2f}"
+            attained = f"{row['attained']['mean']:.2f}" if "attained" in row else ""
         lines.append(
             f"| {row['chain']} | {row['way']} | {row['encoders']['mean']:.0f} | {_spread(row['last'])} "
             f"| {_spread(row['backfill'])} | {nfr} | {ac} | {margin} | {attained} | {row['seconds']['mean']:.0f} "

@@ -272,11 +272,11 @@ def test_adopted_encoder_that_does_not_exist(workspace_root, untouched):
     one_line(line, "no_such_package")
 
 
-def test_width_that_the_champion_does_not_have_is_refused(workspace_root, digits_file, untouched):
-    write(workspace_root, digits_file, training__width=24)
+def test_width_below_that_of_the_champion_is_refused(workspace_root, digits_file, untouched):
+    write(workspace_root, digits_file, training__width=8)
     code, line = update(workspace_root)
     assert code == FAILED
-    one_line(line, "width", "16 wide")
+    one_line(line, "width", "16")
 
 
 @pytest.mark.parametrize(
