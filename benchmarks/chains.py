@@ -41,6 +41,8 @@ class Data:
     name: str
     counts: tuple[int, ...]
     recipe: dict[str, Any]
+    full: dict[str, Any]
+    """What the recipe of the example has instead."""
     is_closed: bool = False
 
     def training(self, count: int, full: bool) -> LabelledImages:
@@ -71,6 +73,10 @@ OMNIGLOT = Data(
         "preprocessing": {"image_size": 20, "channels": 1, "mean": [0.92], "std": [0.22]},
         "augmentation": {"kind": "affine"},
     },
+    {
+        "batch_size": 256, "backbone": {"name": "small_cnn"},
+        "preprocessing": {"image_size": 28, "channels": 1, "mean": [0.92], "std": [0.22]},
+    },
 )  # fmt: skip
 CIFAR = Data(
     "cifar100",
@@ -81,6 +87,7 @@ CIFAR = Data(
         "preprocessing": {"image_size": 32, "channels": 3, "mean": [0.507, 0.487, 0.441], "std": [0.267, 0.256, 0.276]},
         "augmentation": {"kind": "crop_flip"},
     },
+    {"batch_size": 256, "backbone": {"name": "small_cnn", "kwargs": {"block_widths": [32, 32, 64, 128]}}},
     is_closed=True,
 )  # fmt: skip
 DATA = {data.name: data for data in (OMNIGLOT, CIFAR)}
@@ -147,7 +154,7 @@ def train_chain(folder: Path, data: Data, chain: Chain, seed: int, full: bool = 
             write_manifest(str(manifest), data.training(count, full))
         images = read_manifest(str(manifest))
         started = time.process_time()
-        recipe = {**data.recipe, **chain.changes, "seed": seed}
+        recipe = {**data.recipe, **(data.full if full else {}), **chain.changes, "seed": seed}
         if isinstance(recipe["epochs"], float):
             recipe["epochs"] = int(recipe["epochs"] * data.recipe["epochs"])
         references = [_reference(folder, data, count, reference, images) for reference in predecessors]
