@@ -247,7 +247,7 @@ def test_a_head_that_is_silent_for_a_while_is_asked_again_and_its_job_is_left_al
 ) -> None:
     monkeypatch.setattr(jobs, "_POLL_S", 0.0)
     client = Client(JobStatus.RUNNING, ConnectionError("refused"), RuntimeError("502"), JobStatus.SUCCEEDED)
-    assert jobs._wait(client, "job", 0.1) == JobStatus.SUCCEEDED
+    assert jobs._wait(client, "job", 0.1, lambda: None) == JobStatus.SUCCEEDED
     assert client.stopped == []
 
 
@@ -255,15 +255,15 @@ def test_a_head_that_stays_silent_and_a_cancelled_wait_end_and_stop_the_job(monk
     monkeypatch.setattr(jobs, "_POLL_S", 0.0)
     monkeypatch.setattr(jobs, "_SILENCE_S", 0.05)
     with pytest.raises(JobFailedError, match="has not answered for"):
-        jobs._wait(Client(ConnectionError("refused")), "job", 0.1)
+        jobs._wait(Client(ConnectionError("refused")), "job", 0.1, lambda: None)
     late = Client(JobStatus.RUNNING)
     with pytest.raises(JobFailedError, match="not done after"):
-        jobs._wait(late, "job", 0.0)
+        jobs._wait(late, "job", 0.0, lambda: None)
     assert late.stopped == ["job"]
     cancelled = Client(JobStatus.RUNNING)
     monkeypatch.setattr(cancelled, "get_job_status", raise_interrupt)
     with pytest.raises(KeyboardInterrupt):
-        jobs._wait(cancelled, "job", 0.1)
+        jobs._wait(cancelled, "job", 0.1, lambda: None)
     assert cancelled.stopped == ["job"]
 
 

@@ -45,6 +45,9 @@ from tests.flows import running, tiny
 UNSURE = {**tiny.WIDE, "max_nfr": 0.1, "num_resamples": 200, "fractions": [0.0, 0.5, 1.0]}
 STRICT = {"quality_margin_points": 0.0, "max_nfr": 0.0001, "num_resamples": 200, "fractions": [0.0, 0.5, 1.0]}
 
+UNLEARNING = {"training.max_lr": 0.3}
+"""So fast that a candidate is worse on every processor."""
+
 
 def run(*arguments, code: int = 0):
     done = CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -64,7 +67,7 @@ def judged(bootstrapped, folder, digits_file, **changes):
 
 @pytest.fixture(scope="module")
 def held_once(bootstrapped, tmp_path_factory, digits_file):
-    root, result = judged(bootstrapped, tmp_path_factory.mktemp("held"), digits_file, policy=STRICT)
+    root, result = judged(bootstrapped, tmp_path_factory.mktemp("held"), digits_file, policy=STRICT, **UNLEARNING)
     assert result.outcome == "HOLD"
     return root, result.candidate
 
@@ -213,7 +216,7 @@ def test_another_policy_judges_again_and_trains_nothing(held, digits_file):
     root, candidate = held
     registry = Workspace(str(root)).registry
     before, decisions = weights_of(root), len(registry.events(Decided))
-    tiny.write_config(root, digits_file, {**tiny.grown(5), "policy": UNSURE})
+    tiny.write_config(root, digits_file, {**tiny.grown(5), **UNLEARNING, "policy": UNSURE})
     result = running.update(root)
     assert (result.candidate, result.outcome) == (candidate, "INCONCLUSIVE")
     assert len(registry.events(Decided)) == decisions + 1
