@@ -56,7 +56,7 @@ def test_plan_measures_samples_and_changes_nothing(updated):
     assert at_zero["rows"] == 0
     assert at_best["fraction"] == found["best"]["fraction"]
     assert full["price"] == 0
-    assert all(ceiling["ceiling"] > ceiling["now"] for ceiling in found["ceilings"])
+    assert all(0 < ceiling["ceiling"] <= 1 and 0 < ceiling["now"] <= 1 for ceiling in found["ceilings"])
     assert len(found["powers"]) == 4
 
 
