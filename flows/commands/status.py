@@ -133,6 +133,7 @@ def forget_items(workspace: Workspace, item_ids: list[str]) -> dict[str, Any]:
         workspace.cache(generation).forget(hashes)
     forget_in_clusterings(workspace, item_ids)
     remove(workspace.index_location())
+    remove(workspace.known_images_uri)  # made anew: it names paths and hashes
     for event in workspace.registry.events(Decided):
         forget_label_page(workspace.evaluation_uri(event.payload.evaluation), hashes)
         forget_pictures(workspace.evaluation_uri(event.payload.evaluation), hashes)

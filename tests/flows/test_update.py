@@ -144,7 +144,7 @@ def test_flow_ui_shows_the_steps_and_the_artifacts(history):
 
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(sort=FlowRunSort.START_TIME_ASC)
-        runs = [run for run in runs if run.state_name == "Completed"]
+        runs = [run for run in runs if run.state_type == "COMPLETED"]
         assert len(runs) >= 2
         tasks = {task.name for task in client.read_task_runs(limit=200)}
         artifacts = {artifact.key for artifact in client.read_artifacts(limit=200) if artifact.key}
