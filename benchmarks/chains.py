@@ -139,9 +139,14 @@ CHAINS = {
 }
 
 
+def vectors_file(folder: Path, data: Data, chain: Chain, seed: int) -> Path:
+    """Where the vectors of a chain are."""
+    return folder / data.name / f"{chain.name.replace(' ', '_').replace(',', '')}-seed{seed}.npz"
+
+
 def train_chain(folder: Path, data: Data, chain: Chain, seed: int, full: bool = False) -> Path:
     """Train a chain, or find it trained; returns the file of its vectors."""
-    place = folder / data.name / f"{chain.name.replace(' ', '_').replace(',', '')}-seed{seed}.npz"
+    place = vectors_file(folder, data, chain, seed)
     if place.exists():
         return place
     kept: dict[str, Any] = {}

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.comparison import FRACTIONS, Mixed, Part, Vectors, Way, choose, clustered, flips, measure
+from benchmarks.comparison import FRACTIONS, choose, clustered, flips, measure
+from benchmarks.ways import Mixed, Part, Vectors, Way
 
 
 @pytest.fixture
