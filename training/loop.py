@@ -23,7 +23,7 @@ from graceful.errors import GracefulError
 from graceful.training.combinations import CORNERS
 from graceful.training.compiling import compiled
 from graceful.training.distributed import synchronised_batch_norm
-from graceful.training.encoder import named_dtype, save_generation, sixteen_bit_type
+from graceful.training.encoder import arithmetic, save_generation
 from graceful.training.finishing import calibrate, interpolate, interpolate_rows, sum_by_class
 from graceful.training.generation import GenerationCard
 from graceful.training.job import TrainingJob
@@ -68,7 +68,7 @@ def train_worker(
     """
     device = device or torch.device("cpu")
     config = job.config
-    dtype = sixteen_bit_type(device) if config.precision == "auto" else named_dtype(config.precision)
+    dtype = arithmetic(config.precision, device)
     check_start(job)
     with tempfile.TemporaryDirectory(prefix="graceful-training-") as scratch:
         material = load_material(job, device, Path(scratch))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from graceful.training.encoder import named_dtype, sixteen_bit_type
+from graceful.training.encoder import arithmetic
 from graceful.training.job import TrainingJob
 from graceful.training.loop import prepared
 from graceful.training.material import load_material
@@ -47,7 +47,7 @@ def rehearse(job: TrainingJob, least_steps: int = 3, least_s: float = 2.0) -> Re
     """
     config = job.config
     device = torch.device("cuda" if job.use_gpu and torch.cuda.is_available() else "cpu")
-    dtype = sixteen_bit_type(device) if config.precision == "auto" else named_dtype(config.precision)
+    dtype = arithmetic(config.precision, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory(prefix="graceful-rehearsal-") as scratch:

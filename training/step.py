@@ -1,7 +1,8 @@
 """One optimiser step: a global batch in micro-batches, forward, backward, clipping, optimiser, schedule."""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,17 +106,14 @@ class Stepper:
 
     def rehearse(self, batch: Batch) -> None:
         """Run a step's forward and backward pass, and leave nothing behind: no gradient, no statistics."""
-        buffers = [(buffer, buffer.clone()) for buffer in self.trainee.buffers()]
         self.trainee.train()
-        try:
-            part = batch.micro_batches(self._run.job.config.accumulation, self._run.world_size)[0]
-            terms = self._terms(part, 1.0, torch.Generator(), torch.Generator())
-            torch.stack(list(terms.values())).sum().backward()
-        finally:
-            self._optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+        with buffers_put_back(self.trainee):
+            try:
+                part = batch.micro_batches(self._run.job.config.accumulation, self._run.world_size)[0]
+                terms = self._terms(part, 1.0, torch.Generator(), torch.Generator())
+                torch.stack(list(terms.values())).sum().backward()
+            finally:
+                self._optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the next step depends on; the same on every rank."""
@@ -137,6 +135,18 @@ class Stepper:
         terms = {"task": task * share_weight(len(labels), part.total)}
         terms |= self._objective.terms(embeddings, labels, part, shared, draw)
         return terms if share == 1.0 else {name: value * share for name, value in terms.items()}
+
+
+@contextmanager
+def buffers_put_back(module: nn.Module) -> Iterator[None]:
+    """Leave a module's buffers (the statistics of batch norm) as they were before the block."""
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from graceful.training.manifest import read_manifest
 from graceful.training.pixels import decode_all
 from graceful.training.predecessors import load_predecessors
 from graceful.training.starting import Parent, Trainee
-from graceful.training.step import Run
+from graceful.training.step import Run, buffers_put_back
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 """Shares of interpolation that are tried."""
@@ -144,11 +144,8 @@ class Validation:
         run, network = self._run, self._trainee.network
         if self.dev is None:
             return {}
-        buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
-        vectors = self._calibrated_vectors(network, min(run.job.config.calibration_images, CALIBRATED_AT_EPOCHS))
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        with buffers_put_back(network):
+            vectors = self._calibrated_vectors(network, min(run.job.config.calibration_images, CALIBRATED_AT_EPOCHS))
         galleries = {SELF: vectors, **{f"{SELF} on {name}": g for name, g in self.dev.references.items()}}
         values = torch.stack([self.dev.right(vectors, gallery).double().mean() for gallery in galleries.values()])
         if run.world_size > 1:
