@@ -73,7 +73,7 @@ def dry_run(root: str, say: Callable[[str], None] = lambda text: None) -> DryRun
         known = KnownImages(session.workspace.known_images_uri, grows=False)
         judging = load_evaluation_set(config.evaluation, known)
         images, _ = separate(config.evaluation, load_images(config.training_data, known), judging)
-        images, _ = with_dev(config.evaluation, images, judging)
+        images, _ = with_dev(config.evaluation, images, judging, known)
         check_trainable(images)
         workers = max(config.cluster.num_workers, 1)
         share = math.ceil(config.training.batch_size / workers)

@@ -111,19 +111,17 @@ class FlowProgress:
         if self.beside is not None:
             self.beside.say_step(name)
 
-    def entitle(self, title: str, tags: Sequence[str] = ()) -> None:
-        """Name the run, and add tags to it."""
+    def entitle(self, title: str) -> None:
+        """Name the run."""
+        self._describe(name=title)
+        if self.beside is not None:
+            self.beside.entitle(title)
+
+    def tag(self, *tags: str) -> None:
+        """Add tags to the run, to look for."""
         run = FlowRunContext.get()
         if run is not None and run.flow_run is not None:
-            identity, all_tags = run.flow_run.id, {*run.flow_run.tags, *tags}
-
-            def name() -> None:
-                with get_client(sync_client=True) as client:
-                    client.update_flow_run(identity, name=title, tags=sorted(all_tags))
-
-            self._aside.do(name)
-        if self.beside is not None:
-            self.beside.entitle(title, tags)
+            self._describe(tags=sorted({*run.flow_run.tags, *tags}))
 
     def show(self, artifacts: Sequence[Artifact]) -> None:
         """Leave artifacts, under keys that are the same from update to update."""
@@ -153,6 +151,17 @@ class FlowProgress:
     def close(self) -> None:
         """Let the flow server take what is left, for a few seconds."""
         self._aside.close()
+
+    def _describe(self, **fields: Any) -> None:
+        run = FlowRunContext.get()
+        if run is not None and run.flow_run is not None:
+            identity = run.flow_run.id
+
+            def tell() -> None:
+                with get_client(sync_client=True) as client:
+                    client.update_flow_run(identity, **fields)
+
+            self._aside.do(tell)
 
     def _say_silence(self, why: str) -> None:
         if self.beside is not None:

@@ -42,8 +42,8 @@ class Progress(Protocol):
     def say_step(self, name: str) -> None:
         """Report that a step of an update begins."""
 
-    def entitle(self, title: str, tags: Sequence[str] = ()) -> None:
-        """Say in a few words what this run is, for lists of many; tags are there to look for."""
+    def entitle(self, title: str) -> None:
+        """Say in a few words what this run is, for lists of many."""
 
     def show(self, artifacts: Sequence[Artifact]) -> None:
         """Show results where results can be shown."""
@@ -61,7 +61,7 @@ class SilentProgress:
     def say_step(self, name: str) -> None:
         """Report nothing."""
 
-    def entitle(self, title: str, tags: Sequence[str] = ()) -> None:
+    def entitle(self, title: str) -> None:
         """Report nothing."""
 
     def show(self, artifacts: Sequence[Artifact]) -> None:
@@ -91,7 +91,7 @@ class TerminalProgress:
         """Print a line with the time that has passed."""
         self.console.print(self._stamped(name), style="dim", highlight=False, soft_wrap=True)
 
-    def entitle(self, title: str, tags: Sequence[str] = ()) -> None:
+    def entitle(self, title: str) -> None:
         """Show nothing: a terminal shows one run."""
 
     def show(self, artifacts: Sequence[Artifact]) -> None:

@@ -42,11 +42,11 @@ class RecordedProgress:
         self._write()
         self.beside.say_step(name)
 
-    def entitle(self, title: str, tags: Sequence[str] = ()) -> None:
+    def entitle(self, title: str) -> None:
         """Hand on, and record the title."""
         self._record["title"] = title
         self._write()
-        self.beside.entitle(title, tags)
+        self.beside.entitle(title)
 
     def show(self, artifacts: Sequence[Artifact]) -> None:
         """Hand on."""

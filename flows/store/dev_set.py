@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from graceful.errors import UsageError
 from graceful.flows.store.evalsets import part_of
 from graceful.training.datasets import DatasetConfig, assert_disjoint, is_held_out, load_images
+from graceful.training.known import KnownImages
 from graceful.training.manifest import LabelledImages
 
 
@@ -42,15 +43,20 @@ class DevConfig(BaseModel):
 
 
 def set_aside(
-    config: DevConfig, protocol: Literal["open_set", "closed_set"], images: LabelledImages
+    config: DevConfig,
+    protocol: Literal["open_set", "closed_set"],
+    images: LabelledImages,
+    known: KnownImages | None = None,
 ) -> tuple[LabelledImages, LabelledImages]:
     """Part the training images; returns those to train on and those of the dev part, each content once.
+
+    Of images of their own, `known` ones are not read.
 
     Raises: OverlapError where given images share identities (open set) or content (closed set) with the training set;
     UsageError where the share leaves nothing on a side.
     """
     if config.images is not None:
-        dev = load_images(config.images)
+        dev = load_images(config.images, known)
         assert_disjoint(images, dev, by="identity" if protocol == "open_set" else "image")
         return images, _each_once(dev)
     share = config.share or 0.0

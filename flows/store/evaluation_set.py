@@ -169,9 +169,14 @@ def separate(
 
 
 def with_dev(
-    config: EvaluationConfig, images: LabelledImages, evaluation_set: EvaluationSet
+    config: EvaluationConfig,
+    images: LabelledImages,
+    evaluation_set: EvaluationSet,
+    known: KnownImages | None = None,
 ) -> tuple[LabelledImages, LabelledImages | None]:
     """Part the images left for training (of `separate`) into those to train on and the dev part, if one is configured.
+
+    Of dev images of their own, `known` ones are not read.
 
     An identity of the dev part may lie in the gallery of an open set, as one that no query looks for.
 
@@ -180,7 +185,7 @@ def with_dev(
     """
     if config.dev is None:
         return images, None
-    kept, dev = set_aside(config.dev, config.protocol, images)
+    kept, dev = set_aside(config.dev, config.protocol, images, known)
     if config.protocol == "open_set":
         assert_disjoint(dev, evaluation_set.queries, by="identity")
     else:

@@ -113,12 +113,11 @@ def update(
     result = (_BOX.get() or _Box[UpdateResult]()).fill(
         lambda: update_plainly(workspace, progress, as_task, again, train_paragon, adopted, wait_hours)
     )
-    name = state_name(result)
-    progress.entitle(_title(workspace, result), tags=[name.split(" ")[0].rstrip(":") if name != NOTHING_NEW else name])
+    progress.tag(NOTHING_NEW if result.repeated else result.outcome)
     progress.close()
     if is_alone:
         end_in_time(_SECONDS_TO_HAND_OVER)
-    return Completed(name=name, message=result.summary)
+    return Completed(name=state_name(result), message=result.summary)
 
 
 @flow(name="graceful-replay", persist_result=False, validate_parameters=True)
@@ -180,7 +179,3 @@ def state_name(result: UpdateResult) -> str:
     if result.outcome == "COMPATIBLE_ROLLOUT" and result.fraction is not None:
         return f"{result.outcome} {100 * result.fraction:g} %"
     return result.outcome
-
-
-def _title(workspace: str, result: UpdateResult) -> str:
-    return f"{load_workspace_config(workspace).name} {result.candidate.split('-')[0]}"

@@ -69,7 +69,7 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     evaluation_set = load_evaluation_set(config.evaluation, known)
     check_log(evaluation_set, config.policy.metric, config.policy.k)
     images, num_dropped = separate(config.evaluation, load_images(config.training_data, known), evaluation_set)
-    images, dev = with_dev(config.evaluation, images, evaluation_set)
+    images, dev = with_dev(config.evaluation, images, evaluation_set, known)
     check_trainable(images)
     data = _digest_of_data(images, dev, config.policy.nfr_limit if config.training.interpolation == "dev" else None)
     versions = [TRAINING_VERSION, JUDGING_VERSION]
