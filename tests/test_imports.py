@@ -29,6 +29,7 @@ ORDER = {
         "training.distributed", "training.objective",
         "training.progress", "training.trackers", "training.compiling", "training.pace",
         "training.finishing", "training.mapping", "training.starting", "training.step", "training.validation",
+        "training.mixing", "training.resuming",
         "training.loop",
         "training.rehearsal", "training.launch",
     ),

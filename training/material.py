@@ -92,8 +92,7 @@ def load_material(job: TrainingJob, device: torch.device, scratch: Path) -> Mate
     labels = labels.astype(np.int64)
     classes = names.tolist()
     pixels = decode_all(images, job.config.preprocessing, scratch, job.config.pixel_memory_mib)
-    constrained = job.predecessors if job.config.constraints else ()
-    predecessors = load_predecessors(constrained, labels, classes, device, scratch)
+    predecessors = load_predecessors(job.taking_part, labels, classes, device, scratch)
     return Material(classes, torch.from_numpy(labels), pixels, predecessors)
 
 

@@ -77,7 +77,8 @@ def dry_run(root: str, say: Callable[[str], None] = lambda text: None) -> DryRun
         check_trainable(images)
         workers = max(config.cluster.num_workers, 1)
         share = math.ceil(config.training.batch_size / workers)
-        recipe = config.training.model_copy(update={"batch_size": share, "interpolation": 0.0, "patience": None})
+        plain = {"interpolation": 0.0, "mixture": 0.0, "patience": None}
+        recipe = config.training.model_copy(update={"batch_size": share, **plain})
         sample = _sample(images, _BATCHES * recipe.batch_size, recipe.seed)
         names = predecessors_of(session)
         if names:

@@ -71,7 +71,8 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     images, num_dropped = separate(config.evaluation, load_images(config.training_data, known), evaluation_set)
     images, dev = with_dev(config.evaluation, images, evaluation_set, known)
     check_trainable(images)
-    data = _digest_of_data(images, dev, config.policy.nfr_limit if config.training.interpolation == "dev" else None)
+    is_chosen = "dev" in (config.training.interpolation, config.training.mixture)
+    data = _digest_of_data(images, dev, config.policy.nfr_limit if is_chosen else None)
     versions = [TRAINING_VERSION, JUDGING_VERSION]
     refuse_trained_on(session.workspace, evaluation_set)
     if dev is not None:

@@ -136,7 +136,7 @@ def train(
     label = f"training g{frozen.ordinal:03d} ({role})"
     with (
         open_trackers(session.config.trackers, name, recipe.model_dump(mode="json")) as write,
-        session.progress.track(label, recipe.epochs) as advance,
+        session.progress.track(label, job.planned_epochs) as advance,
     ):
         learning = LearningCurve(session.progress, f"{session.config.name}-learning-curve", role)
 

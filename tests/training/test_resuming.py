@@ -13,9 +13,10 @@ import torch
 from graceful.training import progress
 from graceful.training.job import TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
-from graceful.training.loop import ChangedTrainingError, TrainingDeadlineError, train_worker
+from graceful.training.loop import TrainingDeadlineError, train_worker
 from graceful.training.pace import Meetings
 from graceful.training.progress import TrailReporter
+from graceful.training.resuming import ChangedTrainingError
 
 MakeJob = Callable[..., TrainingJob]
 
