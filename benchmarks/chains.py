@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from graceful.indexing.embedding_files import read_rows, write_embedding_file
+from graceful.indexing.embedding_files import write_embedding_file
 from graceful.training.datasets import DatasetConfig, column_values, load_images
 from graceful.training.encoder import open_encoder, read_classifier
 from graceful.training.generation import PredecessorRef
@@ -140,7 +140,7 @@ CHAINS = {
         Chain("oca, against the latest", _only(OCA, interpolation=0.0, head=ROTATED)),
         Chain("mixbct", _only({"name": "mixbct"}, interpolation=0.0)),
         Chain("ours, a = 0, b = 0.5", {"interpolation": 0.0, "mixture": 0.5}),
-        Chain("ours, a = 0, b = 0.7", {"interpolation": 0.0, "mixture": 0.7}),
+        Chain("ours, a = 0, b = 0.5, weight 50", {"interpolation": 0.0, "mixture": 0.5, "mixture_weight": 50.0}),
         Chain("initialised, b = 0.5", _only(interpolation=0.0, mixture=0.5)),
         Chain("ours, a = 0, b on dev", {"interpolation": 0.0, "mixture": "dev"}),
         Chain("bct alone, a = 0", _only({"name": "bct"}, interpolation=0.0)),

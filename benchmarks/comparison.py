@@ -211,7 +211,7 @@ def main() -> None:
         for chain in wanted.chain or CHAINS:
             files = [vectors_file(folder, data, CHAINS[chain], seed) for seed in SEEDS]
             stored = [dict(np.load(file)) for file in files if file.exists()]
-            if len(stored) < len(SEEDS):
+            if len(stored) < (len(SEEDS) if data.chains is None else 1):
                 continue
             rows[:] = [row for row in rows if row["chain"] != chain]
             for way in ways_of(data, chain):

@@ -139,6 +139,11 @@ class TrainingConfig(BaseModel):
         default_factory=recipe_constraints,
         description="Compatibility constraints; [] for a control, with interpolation = 0.",
     )
+    predecessor_weights: Literal["equal", "share", "dual"] = Field(
+        default="equal",
+        description="Of the predecessors in the constraints: equal; share: by the gallery rows that the champion reads "
+        "of each; dual: after every epoch more for those that are read badly on evaluation.dev, less for the others.",
+    )
     start: Literal["parent", "scratch"] = Field(default="parent", description="Initial weights where a parent exists.")
     rows_from_parent: bool = Field(
         default=True, description="Start classifier rows at 1.1 x the parent's class means instead of at random."
@@ -153,6 +158,11 @@ class TrainingConfig(BaseModel):
         "flips; 0 for none; dev: chosen on evaluation.dev.",
     )
     mixture_epochs: int = Field(default=2, ge=1, description="With a mixture: further epochs, for it.")
+    mixture_weight: float = Field(
+        default=10.0,
+        gt=0,
+        description="With a mixture: factor of the squared distance to it, beside task and constraints.",
+    )
     epochs: int = Field(default=6, ge=1, description="Passes over the training images.")
     patience: int | None = Field(
         default=None,
@@ -224,13 +234,16 @@ class TrainingConfig(BaseModel):
     @property
     def needs_dev(self) -> bool:
         """Whether something of the recipe is chosen on a dev part."""
-        return "dev" in (self.interpolation, self.mixture) or self.patience is not None
+        chosen = "dev" in (self.interpolation, self.mixture) or self.predecessor_weights == "dual"
+        return chosen or self.patience is not None
 
     def without_constraints(self) -> "TrainingConfig":
-        """Return the paragon's recipe: the same training, tied to no predecessor."""
+        """Return the paragon's recipe: the same training for as many epochs, tied to no predecessor."""
         name = "cosine_softmax" if self.head.name == "simplex" else self.head.name
         head = self.head.model_copy(update={"name": name, "new_class_margin": 0.0})
-        return self.model_copy(update={"constraints": (), "interpolation": 0.0, "mixture": 0.0, "head": head})
+        epochs = self.epochs + (self.mixture_epochs if self.mixture != 0 else 0)
+        free = {"constraints": (), "interpolation": 0.0, "mixture": 0.0}
+        return self.model_copy(update={**free, "epochs": epochs, "head": head})
 
 
 def check_shares(config: TrainingConfig, num_workers: int) -> None:
@@ -316,8 +329,9 @@ class TrainingJob(BaseModel):
         if self.config.needs_dev and self.dev is None:
             raise UsageError(
                 f"training job {self.name}: expected a dev part to choose on (interpolation = "
-                f"{self.config.interpolation!r}, mixture = {self.config.mixture!r}, patience = "
-                f"{self.config.patience}), found none; give evaluation.dev, or numbers and no patience"
+                f"{self.config.interpolation!r}, mixture = {self.config.mixture!r}, predecessor_weights = "
+                f"{self.config.predecessor_weights!r}, patience = {self.config.patience}), found none; give "
+                "evaluation.dev, or numbers, equal weights and no patience"
             )
         if (
             "dev" in (self.config.interpolation, self.config.mixture)

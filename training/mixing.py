@@ -3,7 +3,7 @@
 n((1 - b) f_t(x) + b f_(t-1)(x) flips less than f_t alone and is read better by and from older generations (a mean of
 two networks errs less than either, and it lies between their spaces), but a query would cost two encoder runs. So the
 trained network is kept as the teacher, and for some more epochs, with a schedule of their own, the network learns the
-task, its constraints and the mixture: WEIGHT |n(f(x)) - n((1 - b) teacher(x) + b v)|^2, v the parent's stored vector of
+task, its constraints and the mixture: w |n(f(x)) - n((1 - b) teacher(x) + b v)|^2, v the parent's stored vector of
 the image. The parent was mixed with its own parent: shares of older generations fade as b, b^2, ...
 
 Shapes: B images of a rank's share of a batch, d width.
@@ -20,9 +20,6 @@ from torch.nn import functional
 from graceful.training.encoder import autocast
 from graceful.training.starting import Trainee
 from graceful.training.step import Run
-
-WEIGHT = 10.0
-"""Of the squared distance to the mixture, beside the task: at 10 the classifier still moves the vectors a little."""
 
 
 class Mixture:
@@ -47,7 +44,8 @@ class Mixture:
         theirs = self._run.material.predecessors.vectors_of(self._parent_id, rows)
         theirs = functional.pad(theirs, (0, own.shape[1] - theirs.shape[1]))
         target = functional.normalize(torch.lerp(own, theirs, self.share), dim=1)
-        return WEIGHT * (functional.normalize(embeddings, dim=1) - target).square().sum(dim=1).mean()
+        weight = self._run.job.config.mixture_weight
+        return weight * (functional.normalize(embeddings, dim=1) - target).square().sum(dim=1).mean()
 
     @classmethod
     def of(cls, run: Run, trainee: Trainee, parent_id: str, state: Mapping[str, Any]) -> "Mixture":

@@ -29,6 +29,7 @@ from graceful.training.pixels import decode_all
 from graceful.training.predecessors import load_predecessors
 from graceful.training.starting import Parent, Trainee
 from graceful.training.step import Run, buffers_put_back
+from graceful.training.weighing import DualWeights
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 """Shares of the parent that are tried, in weights and in vectors."""
@@ -135,6 +136,10 @@ class Validation:
         self.dev = dev
         self._trainee = trainee
         self._best: dict[str, Tensor] | None = None
+        self._weights: DualWeights | None = None
+        if dev is not None and run.job.config.predecessor_weights == "dual":
+            own = {name: float(dev.right(of, of).double().mean()) for name, of in dev.references.items()}
+            self._weights = DualWeights(run.material.predecessors, own)
 
     def look(self, course: Course) -> dict[str, float]:
         """Return recall@1 on the dev part: of the network, and of its queries on every predecessor's vectors.
@@ -153,6 +158,9 @@ class Validation:
         if run.world_size > 1:
             dist.broadcast(values, 0)
         found = dict(zip(galleries, values.tolist(), strict=True))
+        if self._weights is not None:
+            moved = self._weights.ascend({name: found[f"{SELF} on {name}"] for name in self.dev.references})
+            found |= {f"weight of {name}": weight for name, weight in moved.items()}
         if course.mixing_from is not None:
             return found
         curve = course.dev
@@ -211,11 +219,14 @@ class Validation:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold beside the course."""
-        return {} if self._best is None else {"best": self._best}
+        weights = {} if self._weights is None else self._weights.state_dict()
+        return {**({} if self._best is None else {"best": self._best}), **weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._best = state.get("best")
+        if self._weights is not None:
+            self._weights.load_state_dict(state)
 
     def _calibrated_vectors(self, network: nn.Module, num_images: int) -> Tensor:
         assert self.dev is not None

@@ -214,7 +214,8 @@ class PipelineConfig(BaseModel):
         evaluation = info.data.get("evaluation")
         if training.needs_dev and evaluation is not None and evaluation.dev is None:
             raise ValueError(
-                "interpolation = 'dev', mixture = 'dev' and patience need evaluation.dev, such as dev = { share = 0.1 }"
+                "interpolation = 'dev', mixture = 'dev', predecessor_weights = 'dual' and patience need "
+                "evaluation.dev, such as dev = { share = 0.1 }"
             )
         return training
 
