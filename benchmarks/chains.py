@@ -79,7 +79,7 @@ OMNIGLOT = Data(
     "omniglot",
     (6, 12, 18, 24, 30),
     {
-        "width": 128, "epochs": 6, "batch_size": 96,
+        "width": 128, "epochs": 6, "batch_size": 96, "mixture": 0.0,
         "backbone": {"name": "small_cnn", "kwargs": {"block_widths": [16, 32, 64, 128]}},
         "preprocessing": {"image_size": 20, "channels": 1, "mean": [0.92], "std": [0.22]},
         "augmentation": {"kind": "affine"},
@@ -93,7 +93,7 @@ CIFAR = Data(
     "cifar100",
     (20, 40, 60, 80, 100),
     {
-        "width": 128, "epochs": 8, "batch_size": 96,
+        "width": 128, "epochs": 8, "batch_size": 96, "mixture": 0.0,
         "backbone": {"name": "small_cnn", "kwargs": {"block_widths": [16, 32, 64, 128]}},
         "preprocessing": {"image_size": 32, "channels": 3, "mean": [0.507, 0.487, 0.441], "std": [0.267, 0.256, 0.276]},
         "augmentation": {"kind": "crop_flip"},

@@ -137,6 +137,7 @@ def _job(folder: str, epochs: int) -> tuple[TrainingJob, TrainingConfig]:
     recipe = TrainingConfig(
         preprocessing=Preprocessing(image_size=28, channels=1, mean=(0.3,), std=(0.37,)),
         augmentation=AugmentationConfig(kind="affine"),
+        mixture=0.0,
         epochs=epochs,
     )
     job = TrainingJob(

@@ -39,7 +39,7 @@ def _check_widths(
         raise IncompatibleParentError(
             f"training {name}: expected a width of at least {widest.width}, that of {widest.generation_id}, found "
             f"{config.width}; widths may grow but not shrink: raise width, or train an unconstrained generation with "
-            "constraints = [], start = 'scratch', interpolation = 0 and rows_from_parent = false, and re-embed the "
+            "constraints = [], mixture = 0, start = 'scratch' and rows_from_parent = false, and re-embed the "
             "gallery"
         )
     for entry in config.constraints:

@@ -41,7 +41,7 @@ BASE: dict[str, Any] = {
     },
     "training": {
         "width": 16,
-        "epochs": 2,
+        "epochs": 4,
         "batch_size": 64,
         "first_max_lr": 0.01,
         "max_lr": 0.005,

@@ -49,6 +49,8 @@ def config(preprocessing: Preprocessing) -> TrainingConfig:
     return TrainingConfig(
         backbone=BackboneSpec(name="small_cnn", kwargs={"block_widths": [16, 32]}),
         width=16,
+        interpolation=0.4,
+        mixture=0.0,
         preprocessing=preprocessing,
         augmentation=AugmentationConfig(kind="affine"),
         epochs=4,

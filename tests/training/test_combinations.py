@@ -111,10 +111,10 @@ def test_constraints_are_looked_up_before_data_are_read(chain: Chain, monkeypatc
 
 
 def test_contradictions_of_a_recipe_are_refused(preprocessing: Preprocessing) -> None:
-    with pytest.raises(ValidationError, match="interpolation to be said with constraints = "):
+    with pytest.raises(ValidationError, match="mixture to be said with constraints = "):
         TrainingConfig(preprocessing=preprocessing, constraints=())
-    for interpolation in (0.0, 0.4):
-        control = TrainingConfig(preprocessing=preprocessing, constraints=(), interpolation=interpolation)
+    for mixture in (0.0, 0.5):
+        control = TrainingConfig(preprocessing=preprocessing, constraints=(), mixture=mixture)
         assert TrainingConfig.model_validate_json(control.model_dump_json()) == control
     with pytest.raises(ValidationError, match="mixbct once"):
         TrainingConfig(preprocessing=preprocessing, constraints=(ConstraintConfig(name="mixbct"),) * 2)

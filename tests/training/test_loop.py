@@ -310,10 +310,12 @@ def test_recipes_that_contradict_themselves_are_refused(preprocessing: Preproces
         TrainingConfig(preprocessing=preprocessing, width=16, prefix_widths=(16,))
 
 
-def test_paragon_recipe_has_no_constraint_and_no_interpolation(config: TrainingConfig) -> None:
+def test_paragon_recipe_has_no_tie_and_as_many_epochs(config: TrainingConfig) -> None:
     paragon = config.without_constraints()
     assert (paragon.constraints, paragon.interpolation) == ((), 0.0)
     assert paragon.model_copy(update={"constraints": config.constraints, "interpolation": 0.4}) == config
+    mixed = config.model_copy(update={"mixture": 0.5, "mixture_epochs": 3}).without_constraints()
+    assert (mixed.mixture, mixed.epochs) == (0.0, config.epochs + 3)
 
 
 def test_job_is_plain_json_with_absolute_places(make_job: MakeJob) -> None:
