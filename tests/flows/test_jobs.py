@@ -25,17 +25,16 @@ from ray.job_submission import JobStatus
 from ray.util import get_node_ip_address
 
 from graceful.flows.runtime import jobs
-from graceful.flows.runtime.cluster import RaySession, runtime_environment
+from graceful.flows.runtime.cluster import runtime_environment
 from graceful.flows.runtime.embedding_job import EmbeddingJob
 from graceful.flows.runtime.jobs import JobFailedError, Jobs, submit_training
-from graceful.flows.runtime.preflight import look_at_nodes
 from graceful.flows.settings.config import ClusterConfig
 from graceful.indexing.embed import EmbeddedUnit, EmbeddingFailedError, EmbedUnit
 from graceful.indexing.embedding_files import read_embeddings
 from graceful.training.datasets import DatasetConfig, load_images
 from graceful.training.generation import BackboneSpec, Preprocessing
 from graceful.training.job import TrainingConfig, TrainingJob
-from graceful.training.launch import Tail
+from graceful.training.launch import Tail, run_training
 from graceful.training.manifest import LabelledImages, write_manifest
 from graceful.training.progress import TrailReporter
 
@@ -179,7 +178,7 @@ def training_job(shared: Path) -> TrainingJob:
     )
 
 
-def test_a_failed_job_tells_its_reason_and_the_same_order_trains_once_repaired_and_embeds(
+def test_a_failed_job_tells_its_reason_and_the_same_order_trains_once_repaired(
     head: Head, shared: Path, digits: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRACEFUL_SOMETHING", "travels with the job")
@@ -198,23 +197,21 @@ def test_a_failed_job_tells_its_reason_and_the_same_order_trains_once_repaired_a
     assert (card.training["workers"], card.training["batch_per_worker"]) == (1, 64)
     assert (shared / "generations" / card.generation_id / "card.json").exists()
     nowhere = ClusterConfig(address="http://127.0.0.1:9", num_workers=1, deadline_hours=0.1)
-    assert (
-        submit_training(nowhere, folder, job, tail.advance, said.append) == card
-    )  # the result is found; no cluster is asked
+    # The result is found; no cluster is asked.
+    assert submit_training(nowhere, folder, job, tail.advance, said.append) == card
 
     (log,) = (shared / "jobs").glob("train-*/job.log")
     assert said[-1].endswith(f"its log: {log}")
 
-    uri = str(shared / "generations" / card.generation_id)
-    embedding_works_in_one_job_that_may_die(config, folder, uri, digits, shared)
-    (proof,) = look_at_nodes(RaySession(config), str(shared), said.append)
-    assert (proof.problem, proof.remedy) == ("", "")
-    assert list((shared / "preflight").rglob("*.json")) == []
 
-
-def embedding_works_in_one_job_that_may_die(
-    config: ClusterConfig, folder: str, uri: str, digits: LabelledImages, shared: Path
+def test_an_update_embeds_with_one_job_and_what_it_had_done_stays_when_it_dies(
+    head: Head, digits: LabelledImages, tmp_path: Path
 ) -> None:
+    config = ClusterConfig(address=head.job_server, num_workers=1, embed_workers=1, deadline_hours=0.2)
+    shared, folder = tmp_path, str(tmp_path / "jobs")
+    order = training_job(shared).model_copy(update={"num_workers": 0})
+    write_manifest(order.manifest_uri, digits)
+    uri = str(shared / "generations" / run_training(order).generation_id)
     sources, keys = tuple(digits.sources), {"item_id": list(digits.sources)}
     units = [
         EmbedUnit("mapping", sources[:50], {"item_id": keys["item_id"][:50]}, str(shared / "a.parquet")),
@@ -238,8 +235,7 @@ def embedding_works_in_one_job_that_may_die(
         def kill_once(unit: EmbeddedUnit) -> None:
             handed.append(unit.unit_id)
             if len(handed) == 1:
-                (driver,) = living("job_main embed") or [0]
-                os.kill(driver, signal.SIGKILL)
+                os.kill(embedding_driver(shared), signal.SIGKILL)
 
         many = [
             EmbedUnit(f"unit-{n}", sources[n : n + 1], {"row": [n]}, str(shared / f"{n}.parquet")) for n in range(60)
@@ -252,9 +248,14 @@ def embedding_works_in_one_job_that_may_die(
     finally:
         job.close()
     deadline = time.monotonic() + 60
-    while living("job_main embed") and time.monotonic() < deadline:
+    while embedding_driver(shared) and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert living("job_main embed") == []
+    assert not embedding_driver(shared)
+
+
+def embedding_driver(shared: Path) -> int:
+    """Process id of the driver of the embedding job, not of the shell around it; 0 where there is none."""
+    return next(iter(living(f"job_main\0embed\0{shared}")), 0)
 
 
 def test_the_runtime_environment_carries_the_four_packages_and_the_stores_credentials(
