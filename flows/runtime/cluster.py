@@ -103,9 +103,7 @@ class RaySession:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        for handler in logging.getLogger("ray").handlers:
-            if isinstance(handler, logging.StreamHandler) and sys.__stderr__ is not None:
-                handler.setStream(sys.__stderr__)  # where its own processes write: a command sends that to a log
+        log_with_processes()
         self._started = True
         if threading.current_thread() is threading.main_thread():
             # Ray has put a handler of its own in place, below Python and in it: the one of before comes back.
@@ -134,6 +132,13 @@ class RaySession:
                         f"starting a local Ray cluster: not up, attempt {attempt} ({str(error).splitlines()[0]}); "
                         'free some memory and processors, or join a running one with cluster.address = "auto"'
                     ) from error
+
+
+def log_with_processes() -> None:
+    """Let Ray's Python write where Ray's processes do, which a command sends to a log."""
+    for handler in logging.getLogger("ray").handlers:
+        if isinstance(handler, logging.StreamHandler) and sys.__stderr__ is not None:
+            handler.setStream(sys.__stderr__)
 
 
 def _head_of(address: str) -> str:

@@ -54,7 +54,11 @@ class GenerationEncoders:
             num_workers = config.embed_workers
             if self._job is None:
                 self._job = EmbeddingJob(config, join(self.root, "jobs"), self._say)
-            done = self._job.embed(units, uri, on_unit)
+            try:
+                done = self._job.embed(units, uri, on_unit)
+            except BaseException:
+                self._job = None  # it has ended with the call
+                raise
         else:
             self.session.ensure()
             if self._pool is None:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from graceful.errors import GracefulError
 from graceful.files import exists, join, read_json, remove, write_bytes, write_json
-from graceful.flows.runtime.cluster import runtime_environment
+from graceful.flows.runtime.cluster import log_with_processes, runtime_environment
 from graceful.flows.runtime.head import require_head
 from graceful.flows.settings.config import ClusterConfig
 from graceful.training.generation import GenerationCard, read_card
@@ -108,6 +108,7 @@ class Jobs:
 
             place = urlsplit(self._address)
             require_head(f"{place.hostname}:{place.port or (443 if place.scheme == 'https' else 80)}")
+            log_with_processes()
             self._asked = JobSubmissionClient(self._address)
         return self._asked
 

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from graceful import files
 from graceful.errors import GracefulError
-from graceful.files import join, list_files, read_json, remove, write_json
+from graceful.files import join, list_files, read_json, resolve, write_json
 from graceful.flows.runtime.cluster import RaySession
 from graceful.flows.runtime.jobs import run_job
 
@@ -106,8 +106,9 @@ def prove_nodes(shared: str, code: str) -> list[dict[str, str]]:
                 "mount the same storage at the same path on every node",
             )
     finally:
-        for place in list_files(folder):
-            remove(place)
+        if list_files(folder):
+            file_system, path = resolve(folder)
+            file_system.delete_dir(path)
     return [
         {"node": names[key], "problem": wrong.get(key, ("", ""))[0], "remedy": wrong.get(key, ("", ""))[1]}
         for key in sorted(nodes, key=names.__getitem__)

@@ -49,6 +49,12 @@ def sleeping(_here):
     time.sleep(100)
 
 
+def stuck(here):
+    """Waits in a library that does not come back to Python, so that no handler of Python's runs."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    deaf(here)
+
+
 def deaf(here):
     """Ends for nothing, and has a child in a session of its own."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], start_new_session=True)
@@ -66,14 +72,14 @@ def confused(_here):
         raise RuntimeError("a worker went away") from None
 
 
-HOW = {"sleeping": sleeping, "deaf": deaf, "confused": confused}
+HOW = {"sleeping": sleeping, "deaf": deaf, "stuck": stuck, "confused": confused}
 
 
 def interrupted(spawn, folder, arguments, module, name, sign, how="sleeping", seconds=60.0, again=False):
     """Send the signal to a command that waits; exit code, what it wrote, seconds."""
     process = spawn(wait_as_the_command, arguments, module, name, how, str(folder), seconds)
     deadline = time.monotonic() + 60
-    while not (folder / ("child" if how == "deaf" else "waits")).exists():
+    while not (folder / ("child" if how in ("deaf", "stuck") else "waits")).exists():
         assert process.is_alive(), (folder / "log").read_text()
         assert time.monotonic() < deadline, (folder / "log").read_text()
         time.sleep(0.01)
@@ -94,9 +100,9 @@ def test_a_signal_ends_every_command_with_one_line(spawn, tmp_path, number, comm
     assert seconds < 10
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_a_command_that_does_not_hear_is_ended_with_all_that_it_started(spawn, tmp_path, sign):
-    code, lines, seconds = interrupted(spawn, tmp_path, *COMMANDS[1], sign, how="deaf", seconds=0.5, again=True)
+@pytest.mark.parametrize(("sign", "how"), [(signal.SIGINT, "deaf"), (signal.SIGTERM, "stuck")])
+def test_a_command_that_does_not_hear_is_ended_with_all_that_it_started(spawn, tmp_path, sign, how):
+    code, lines, seconds = interrupted(spawn, tmp_path, *COMMANDS[1], sign, how=how, seconds=0.5, again=True)
     assert (code, lines) == (128 + sign, [signals.LINE])
     assert 0.4 < seconds < 10
     child = int((tmp_path / "child").read_text())
