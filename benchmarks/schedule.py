@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import processor
-from benchmarks.kills import HERE_ALONE, ROOT, Trial, bootstrap, free_port, until
+from benchmarks.world import HERE_ALONE, ROOT, Trial, bootstrap, free_port, until
 
 RESULTS = Path(__file__).parent / "results-schedule.json"
 _LOOK_S = 5.0
