@@ -108,21 +108,6 @@ def estimators(stored: dict[str, Any]) -> str:
     return "\n".join([*lines, "", told])
 
 
-def kills(stored: dict[str, Any]) -> str:
-    """What became of an update whose components were killed, one each."""
-    lines = [
-        "| killed while it trains | the update | goes on after | ends as if nothing had been killed |",
-        "|---|---|---|---|",
-    ]
-    for name, row in stored.items():
-        ended = "; ".join(row["ended"]).replace("|", "/") + (f" ({row['error']})" if "error" in row else "")
-        after = "" if row["recovered_s"] is None else f"{row['recovered_s']:.0f} s"
-        lines.append(f"| {name}: {row['what']} | {ended} | {after} | {'yes' if row['same_end'] else 'no'} |")
-    newest = max(row["date"] for row in stored.values())
-    hardware = next(iter(stored.values()))["hardware"]
-    return "\n".join([*lines, "", f"`python -m benchmarks kills`, one kill each, {hardware}, {newest}."])
-
-
 def schedule(stored: dict[str, Any]) -> str:
     """What waited on a schedule that is due more often than an update can end."""
     states = ", ".join(f"{count} {state}" for state, count in stored["states"].items())
@@ -300,9 +285,7 @@ def with_tables(text: str) -> str:
         "null series": null_series(rates),
         "spending price": spending_price(rates),
     }
-    for name, made in (("kills", kills), ("schedule", schedule)):
-        place = ROOT / "benchmarks" / f"results-{name}.json"
-        tables[name] = made(json.loads(place.read_text()))
+    tables["schedule"] = schedule(json.loads((ROOT / "benchmarks" / "results-schedule.json").read_text()))
     tables["scale"] = scale(json.loads((ROOT / "benchmarks" / "results-scale.json").read_text()))
     stored = json.loads((ROOT / "benchmarks" / "results-labels.json").read_text())
     tables |= {"labels": labels(stored), "estimators": estimators(stored)}

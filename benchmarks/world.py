@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WAIT_S = 900.0
 EPOCHS = 600
-_CONFIG = """name = "kills"
+_CONFIG = """name = "world"
 [training_data]
 source = "digits"
 path = "{digits}"
@@ -45,7 +45,7 @@ HERE_ALONE = "num_workers = 0\nembed_workers = 0"
 
 
 class Trial:
-    """One workspace, one update in it, and what becomes of it."""
+    """A copy of a workspace with more to train, and commands in it."""
 
     def __init__(self, bootstrapped: Path, folder: Path, cluster: str, environment: dict[str, str]) -> None:
         self.root = folder / "workspace"
@@ -53,7 +53,6 @@ class Trial:
         write_config(self.root, bootstrapped.parent / "digits.parquet", cluster, grown=True)
         self.log = folder / "log"
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        self.ended: list[str] = []
 
     def start(self, *command: str) -> "subprocess.Popen[bytes]":
         """Start a command of the command line."""
@@ -63,26 +62,6 @@ class Trial:
                 arguments, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 start_new_session=True,
             )  # fmt: skip
-
-    def epochs(self) -> int:
-        """Epochs of the second generation that are trained."""
-        lines = [file.read_bytes().count(b"\n") for file in self.root.glob("runs/g002-*/metrics.jsonl")]
-        return max(lines, default=0)
-
-    def reach(self, epochs: int) -> None:
-        """Wait for so many epochs, or for the training's end."""
-        until(lambda: self.epochs() >= min(epochs, EPOCHS), f"{epochs} epochs; {self.tail()}")
-
-    def end(self, process: "subprocess.Popen[bytes]") -> int:
-        """Wait for a command's end, and note how it was."""
-        code = process.wait(WAIT_S)
-        self.ended.append(f"exit {code}" + (f": {self.tail()}" if code > 0 else ""))
-        return code
-
-    def tail(self) -> str:
-        """The last line of the log."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        return lines[-1] if lines else ""
 
 
 def write_config(root: Path, digits: Path, cluster: str, *, grown: bool) -> None:

@@ -106,15 +106,16 @@ class EmbeddingJob:
         write_json(join(self._location, "orders", f"{number}.json"), order)
         done = join(self._location, "done", number)
         seen: set[str] = set()
+        expected = {_file_of(place) for place in range(len(units))}
         for poll in range(1_000_000_000):
             # The job's state first: what it wrote before it ended is read after.
             ended = poll % _POLLS_BETWEEN_QUESTIONS == 0 and self._jobs.status(self._job_id).is_terminal()
-            for file in sorted(place.rpartition("/")[2] for place in list_files(done)):
-                if file == _FAILED:
-                    raise EmbeddingFailedError(str(read_json(join(done, file))["message"]))
-                if file not in seen:
-                    seen.add(file)
-                    yield _result(read_json(join(done, file)))
+            there = {place.rpartition("/")[2] for place in list_files(done)}  # some under names of files being written
+            for file in sorted(there & expected - seen):
+                seen.add(file)
+                yield _result(read_json(join(done, file)))
+            if _FAILED in there:
+                raise EmbeddingFailedError(str(read_json(join(done, _FAILED))["message"]))
             if len(seen) == len(units):
                 return
             if ended:
@@ -169,12 +170,16 @@ def _carry_out(
     numbers = {unit.unit_id: number for number, unit in enumerate(units)}
 
     def on_unit(result: EmbeddedUnit) -> None:
-        write_json(join(done, f"{numbers[result.unit_id]:06d}.json"), vars(result))
+        write_json(join(done, _file_of(numbers[result.unit_id])), vars(result))
 
     try:
         pool.embed(units, opener(order["generation_uri"]), deadline_s=deadline_s, on_unit=on_unit)
     except GracefulError as error:
         write_json(join(done, _FAILED), {"message": str(error)})
+
+
+def _file_of(number: int) -> str:
+    return f"{number:06d}.json"
 
 
 def _sign(location: str) -> None:
