@@ -115,7 +115,7 @@ def schedule(stored: dict[str, Any]) -> str:
     return (
         f'{stored["minutes"]:g} minutes of `cron = "{cron}"` with updates that sleep {slept}: in {stored["looks"]} '
         f"looks at the flow server at most {stored['most_waiting']} run waited. "
-        f"{stored['updates']} updates; all runs: {states}. The service ended with {stored['ended_with']} at SIGTERM "
+        f"All runs: {states}. The service ended with {stored['ended_with']} at SIGTERM "
         f"(`python -m benchmarks schedule`, {stored['hardware']}, {stored['date']})."
     )
 
