@@ -1,6 +1,7 @@
 """Run benchmarks by name (all by default), print one ratio each, and store them in benchmarks/results.json.
 
-`python -m benchmarks soak` is another matter: it kills processes, and has options and a file of results of its own.
+`python -m benchmarks soak` and `schedule` are another matter: they start and end processes, and have options and files
+of results of their own.
 """
 
 import json
@@ -8,7 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks import soak
+from benchmarks import schedule, soak
 from benchmarks.class_cost import step_cost_classes
 from benchmarks.gallery_cost import evaluate_matrix, reindex_proportional
 from benchmarks.gallery_scale import commit_unit, ingest_one, peak_memory, reindex_scale, view_scale
@@ -50,6 +51,8 @@ def main(names: list[str]) -> int:
     """Run the named benchmarks; exit code 2 for an unknown name."""
     if names[:1] == ["soak"]:
         return soak.main(names[1:])
+    if names[:1] == ["schedule"]:
+        return schedule.main(names[1:])
     unknown = sorted(set(names) - set(BENCHMARKS))
     if unknown:
         print(f"no such benchmark: {', '.join(unknown)}; choose from {', '.join(BENCHMARKS)}", file=sys.stderr)

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.error_rates import RUNS, RUNS_DECISION, RUNS_POWER, exceeds
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("results.md", "scale.md", "statistics.md", "error_rates.md", "comparison.md")
+PAGES = ("operation.md", "results.md", "scale.md", "statistics.md", "error_rates.md", "comparison.md")
 EXAMPLES = ("digits", "omniglot", "cifar100")
 
 
@@ -106,6 +106,18 @@ def estimators(stored: dict[str, Any]) -> str:
         lines.append(f"| {row['shape']} | {shares} |")
     told = f"`python -m benchmarks.labels --estimators`, 400 runs, {stored['hardware']}, {stored['date']}."
     return "\n".join([*lines, "", told])
+
+
+def schedule(stored: dict[str, Any]) -> str:
+    """What waited on a schedule that is due more often than an update can end."""
+    states = ", ".join(f"{count} {state}" for state, count in stored["states"].items())
+    cron, slept = stored["cron"], f"{stored['update_s']:g} s"
+    return (
+        f'{stored["minutes"]:g} minutes of `cron = "{cron}"` with updates that sleep {slept}: in {stored["looks"]} '
+        f"looks at the flow server at most {stored['most_waiting']} run waited. "
+        f"All runs: {states}. The service ended with {stored['ended_with']} at SIGTERM "
+        f"(`python -m benchmarks schedule`, {stored['hardware']}, {stored['date']})."
+    )
 
 
 def error_rates(stored: dict[str, Any]) -> str:
@@ -273,6 +285,7 @@ def with_tables(text: str) -> str:
         "null series": null_series(rates),
         "spending price": spending_price(rates),
     }
+    tables["schedule"] = schedule(json.loads((ROOT / "benchmarks" / "results-schedule.json").read_text()))
     tables["scale"] = scale(json.loads((ROOT / "benchmarks" / "results-scale.json").read_text()))
     stored = json.loads((ROOT / "benchmarks" / "results-labels.json").read_text())
     tables |= {"labels": labels(stored), "estimators": estimators(stored)}

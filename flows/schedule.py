@@ -9,8 +9,8 @@ runs of one deployment, each in a process of its own. Invariants:
   a person started always wait their turn.
 * One service to a workspace: the second is refused by name. What a killed service left working is ended when the next
   one starts, and goes on at once where it was.
-* SIGINT and SIGTERM end runs, runner and server and leave no process; a run that was ended goes on where it was when
-  the next one starts. If this process is killed, the server notices and ends too.
+* SIGINT and SIGTERM end runs, runner and server within seconds and leave no process; a run that was ended goes on where
+  it was when the next one starts. If this process is killed, the server notices and ends too.
 * While it runs, other commands in the same workspace find the server through `.prefect/server.json` and show there.
 
 A team with a Prefect server of its own sets PREFECT_API_URL: then no server is started.
@@ -21,7 +21,6 @@ import contextlib
 import os
 import signal
 import zoneinfo
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ from graceful.flows.runtime.server import flow_server
 from graceful.flows.runtime.service import RUNS_LOG, end_orphan, end_server_left_behind, only_service, stuck_update
 from graceful.flows.store.approvals import is_answered
 from graceful.flows.store.claim import SERVICE_VARIABLE
-from graceful.processes import process_start
+from graceful.processes import end_in_time, process_start
 
 if TYPE_CHECKING:
     from prefect.runner import Runner
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 30
 ZOMBIE_AFTER_S = 180
 SECONDS_BETWEEN_GLANCES = 60.0
+_SECONDS_TO_END = 9.0
 
 
 def serve_updates(root: str, host: str = "127.0.0.1", port: int = 4200) -> None:
@@ -62,7 +62,7 @@ def serve_updates(root: str, host: str = "127.0.0.1", port: int = 4200) -> None:
     config = load_workspace_config(root)
     os.environ.setdefault("PREFECT_RUNNER_POLL_FREQUENCY", "5")
     os.environ.setdefault("PREFECT_FLOWS_HEARTBEAT_FREQUENCY", str(HEARTBEAT_S))
-    with only_service(root), _terminated_as_interrupted():
+    with only_service(root):
         end_server_left_behind(root)
         prepare_environment(root, logs_to_terminal=True)
         left = end_orphan(root)
@@ -140,22 +140,36 @@ async def _tell_when_stuck(root: str, config: "PipelineConfig") -> None:
 
 
 async def _until_signalled(runner: "Runner") -> None:
-    """Carry out runs; at the first SIGINT or SIGTERM cancel those under way and return."""
+    """Carry out runs; at the first SIGINT or SIGTERM cancel those under way, and let the signal do its work."""
     loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+    received: list[int] = []
+    # start() installs a handler of its own, which leaves the runs' processes behind.
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
     running = asyncio.create_task(runner.start())
     while not runner.started and not running.done():
         await asyncio.sleep(0.05)
-    # After start(), which installs a handler of its own that leaves the runs' processes behind.
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(sign, stopped.set)
+
+    def stop(sign: int) -> None:
+        received.append(sign)
+        stopped.set()
+
+    for sign in before:
+        loop.add_signal_handler(sign, stop, sign)
     waiting = asyncio.create_task(stopped.wait())
     await asyncio.wait({running, waiting}, return_when=asyncio.FIRST_COMPLETED)
-    if stopped.is_set() and not running.done():
+    if received and not running.done():
+        # What is not cancelled by then is found as left behind by the next service.
+        end_in_time(_SECONDS_TO_END, 128 + received[0], with_descendants=True)
         print("Stopping: runs under way are cancelled; the next update goes on where they were.", flush=True)
         await runner.astop()
     waiting.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
+    for sign, handler in before.items():
+        loop.remove_signal_handler(sign)
+        signal.signal(sign, handler)
+    if received:
+        signal.raise_signal(received[0])
 
 
 def days_between(config: "PipelineConfig") -> float | None:
@@ -204,17 +218,3 @@ async def _crash_zombies(client: Any) -> None:
             ],
         )
     )
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM end this process as Ctrl-C does: through every `finally`."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,9 +1,11 @@
 """Which process of this machine holds something: a process id alone is used again, its start time is not."""
 
 import os
+import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -19,6 +21,27 @@ def process_start(pid: int) -> str:
         return ""
 
 
+def descendants(pid: int) -> list[int]:
+    """The living processes of this machine that a process started, and that these started; the nearest first."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, IndexError, ValueError):
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                children.setdefault(int(parent), []).append(int(folder.name))
+    found = [pid]
+    for known in found:
+        found += children.get(known, [])
+    return found[1:]
+
+
+def end_descendants() -> None:
+    """Kill all that this process started."""
+    for pid in descendants(os.getpid()):
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def process_space() -> str:
     """Where process ids mean the same as here: this host since it was started, and of containers this one."""
     try:
@@ -28,7 +51,7 @@ def process_space() -> str:
         return socket.gethostname()
 
 
-def end_in_time(seconds: float, code: int = 0) -> None:
+def end_in_time(seconds: float, code: int = 0, *, with_descendants: bool = False) -> None:
     """End this process so many seconds from now, wherever it is; for one that is about to end, and may not.
 
     A library's thread may wait for something that is gone: Prefect, for a server that is to take its last events.
@@ -36,6 +59,8 @@ def end_in_time(seconds: float, code: int = 0) -> None:
 
     def end() -> None:
         time.sleep(seconds)
+        if with_descendants:
+            end_descendants()
         os._exit(code)
 
     threading.Thread(target=end, daemon=True, name="end-in-time").start()

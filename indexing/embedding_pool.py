@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -38,7 +38,10 @@ POLL_S = 5.0
 
 
 class EmbeddingPool:
-    """At most `num_workers` actors, started when units come, each with `cpus_per_worker` and as many threads."""
+    """At most `num_workers` actors, started when units come, each with `cpus_per_worker` and as many threads.
+
+    `resources` and `labels` choose their nodes: custom resources that each takes, and Ray labels.
+    """
 
     def __init__(
         self,
@@ -46,6 +49,8 @@ class EmbeddingPool:
         *,
         cpus_per_worker: float = 1,
         gpus_per_worker: float = 0,
+        resources: Mapping[str, float] | None = None,
+        labels: Mapping[str, str] | None = None,
         filesystem: fs.FileSystem | None = None,
         max_attempts: int = 3,
     ) -> None:
@@ -57,6 +62,8 @@ class EmbeddingPool:
         self._actor_class: Any = ray.remote(_Worker).options(  # type: ignore[attr-defined]
             num_cpus=cpus_per_worker,
             num_gpus=gpus_per_worker,
+            resources=dict(resources or {}),
+            label_selector=dict(labels or {}),
             max_restarts=0,
             max_task_retries=0,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},

@@ -118,6 +118,11 @@ class SourceEncoder:
         return np.array(rows, dtype=np.int64), np.stack(images) if images else np.empty(0, np.uint8), failures
 
 
+def usable_gpus() -> int:
+    """Return how many GPUs PyTorch can use here."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def open_encoder(
     generation_uri: str, batch_size: int = 256, precision: Precision = "auto", device: str = "auto"
 ) -> SourceEncoder:

@@ -292,6 +292,7 @@ class TrainingJob(BaseModel):
     use_gpu: bool = Field(default=False, description="One GPU per worker.")
     cpus_per_worker: int = Field(default=1, ge=1, description="CPU cores per worker, also its threads.")
     resources: dict[str, float] = Field(default_factory=dict, description="Further Ray resources per worker.")
+    labels: dict[str, str] = Field(default_factory=dict, description="Ray labels of the nodes that workers run on.")
     max_failures: int = Field(default=2, ge=1, description="Worker failures that are recovered from.")
     keep_checkpoints: int = Field(default=2, ge=1, description="Checkpoints kept while training.")
     checkpoint_minutes: float = Field(

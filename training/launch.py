@@ -166,10 +166,11 @@ def _fit(job: TrainingJob, trail: TrailReporter, tail: Tail, deadline: float | N
     trainer = ray.train.torch.TorchTrainer(
         _train_on_ray,
         train_loop_config={"job": job.model_dump(mode="json"), "deadline": deadline},
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]
             num_workers=job.num_workers if job.min_workers is None else (job.min_workers, job.num_workers),  # type: ignore[arg-type]
             use_gpu=job.use_gpu,
             resources_per_worker={"CPU": job.cpus_per_worker, **({"GPU": 1} if job.use_gpu else {}), **job.resources},
+            label_selector=job.labels or None,
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
             name=f"{job.name}-{uuid.uuid4().hex[:8]}",

@@ -255,6 +255,7 @@ def _finish(
             "seed": config.seed,
             "seconds": round(course.seconds + time.perf_counter() - started, 2),
             "workers": run.world_size,
+            "batch_per_worker": -(-config.batch_size // run.world_size),
             **({"worker_changes": course.worker_changes} if course.worker_changes else {}),
             "compiled": is_compiled,
             "precision": str(dtype or torch.float32).removeprefix("torch."),

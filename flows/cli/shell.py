@@ -13,7 +13,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-FAILED, WRONG_USE, HELD, UNDECIDED, WAITING, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 5, 130, 143
+from graceful.flows.cli.signals import exit_code
+
+FAILED, WRONG_USE, HELD, UNDECIDED, WAITING = 1, 2, 3, 4, 5
 
 app = typer.Typer(
     name="graceful",
@@ -56,10 +58,6 @@ def _before_every_command(
     """Options that stand before a command."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: the command ends as after Ctrl-C."""
-
-
 @contextmanager
 def reported_errors(as_json: bool = False) -> Iterator[None]:
     """Turn what a user can mend into one line and an exit code; a bug keeps its traceback.
@@ -73,11 +71,9 @@ def reported_errors(as_json: bool = False) -> Iterator[None]:
         yield
     except (typer.Exit, typer.Abort):
         raise
-    except KeyboardInterrupt as interruption:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        code = TERMINATED if isinstance(interruption, Terminated) else INTERRUPTED
-        raise typer.Exit(code) from None
     except Exception as error:
+        if (interrupted := exit_code()) is not None:
+            raise typer.Exit(interrupted) from None  # a library has made an error of the signal
         if os.environ.get("GRACEFUL_DEBUG"):
             raise
         is_full = is_disk_full(error)
@@ -109,14 +105,24 @@ def flow_server_for(place: str, as_json: bool) -> Iterator[None]:
     from graceful.flows.runtime.environment import prepare_environment
     from graceful.flows.runtime.server import flow_server
 
-    console_for(as_json).print("Starting (PyTorch, Ray and a flow server take a while to load) ...", style="dim")
     prepare_environment(place)
+    console_for(as_json).print("Starting (PyTorch, Ray and a flow server take a while to load) ...", style="dim")
+    divert_libraries_of(place, as_json)
     if "prefect" in sys.modules:  # who has loaded Prefect has settled which server it talks to
         yield
         return
     loading = functools.partial(importlib.import_module, "graceful.flows.commands.updates")
     with flow_server(place, meanwhile=loading, until_exit=True):
         yield
+
+
+def divert_libraries_of(place: str, as_json: bool) -> None:
+    """Send what Ray and other libraries say of themselves to a log, and say where it is."""
+    from graceful.flows.runtime.environment import divert_libraries
+
+    if sys.stderr is sys.__stderr__:  # not where a test or a program has put something else in its place
+        line = f"What these libraries say goes to {divert_libraries(place)}"
+        console_for(as_json).print(line, style="dim", soft_wrap=True, highlight=False)
 
 
 @contextmanager

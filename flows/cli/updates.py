@@ -20,6 +20,7 @@ from graceful.flows.cli.shell import (
     app,
     console_for,
     counting,
+    divert_libraries_of,
     flow_server_for,
     output,
     place,
@@ -77,7 +78,18 @@ def init(
 
 
 @command()
-def check(root: RootOption = ".", as_json: JsonOption = False) -> None:
+def check(
+    root: RootOption = ".",
+    cluster: Annotated[
+        bool,
+        typer.Option(
+            "--cluster",
+            help="Also join the cluster at cluster.address and prove every node: that it runs this code, reads and "
+            "writes the workspace, and has the GPUs that it claims. Takes a minute or two.",
+        ),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Look for what would make an update fail: configuration, data, evaluation, network, cluster, disk.
 
     Takes seconds, starts nothing, changes nothing; 'graceful update' does it first. Exit code 2: there are errors.
@@ -86,6 +98,11 @@ def check(root: RootOption = ".", as_json: JsonOption = False) -> None:
         from graceful.flows.commands.check import check_workspace
 
         found = check_workspace(place(root))
+        if cluster:
+            from graceful.flows.commands.check_cluster import check_nodes
+
+            divert_libraries_of(place(root), as_json)
+            found += check_nodes(place(root))
         num_errors = sum(finding.level == "error" for finding in found)
         document = {"errors": num_errors, "findings": [asdict(finding) for finding in found]}
         output(as_json, document, lambda console: _print_findings(console, found))

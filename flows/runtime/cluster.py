@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -18,9 +19,11 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from ray._private import services
 
 from graceful import files
 from graceful.errors import GracefulError
+from graceful.flows.runtime.head import ClusterLostError, HeadWatch, require_head
 from graceful.flows.settings.config import ClusterConfig
 
 _PACKAGES = ("training", "indexing", "evaluation", "flows")
@@ -52,6 +55,7 @@ class RaySession:
     def __init__(self, config: ClusterConfig) -> None:
         self.config = config
         self._started = False
+        self._watch: HeadWatch | None = None
 
     @property
     def submits_jobs(self) -> bool:
@@ -66,10 +70,12 @@ class RaySession:
     ) -> None:
         if self._started:
             self._started = False
-            if kind is None or issubclass(kind, Exception):
+            if self._watch is not None:
+                self._watch.stop()
+            if kind is None:
                 ray.shutdown()
                 return
-            # Interrupted: the signal may have ended Ray's own processes, and then it waits for them for a minute.
+            # A signal may have ended Ray's own processes, or the head has gone: then it waits for them for a minute.
             ending = threading.Thread(target=ray.shutdown, daemon=True, name="ray-shutdown")
             ending.start()
             ending.join(_SECONDS_TO_END)
@@ -88,6 +94,7 @@ class RaySession:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
             self._start_local()
         else:
+            require_head(_head_of(self.config.address))
             # A Ray job has got this environment with its submission; naming the same variables again is refused.
             in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
             ray.init(
@@ -96,10 +103,13 @@ class RaySession:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
+        log_with_processes()
         self._started = True
         if threading.current_thread() is threading.main_thread():
             # Ray has put a handler of its own in place, below Python and in it: the one of before comes back.
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+            self._watch = HeadWatch(ray.get_runtime_context().gcs_address)
+            self._watch.start()
 
     def _start_local(self) -> None:
         """Start a cluster in this process. Ray gives its node 30 s, which a busy machine may not keep: try again."""
@@ -122,6 +132,24 @@ class RaySession:
                         f"starting a local Ray cluster: not up, attempt {attempt} ({str(error).splitlines()[0]}); "
                         'free some memory and processors, or join a running one with cluster.address = "auto"'
                     ) from error
+
+
+def log_with_processes() -> None:
+    """Let Ray's Python write where Ray's processes do, which a command sends to a log."""
+    for handler in logging.getLogger("ray").handlers:
+        if isinstance(handler, logging.StreamHandler) and sys.__stderr__ is not None:
+            handler.setStream(sys.__stderr__)
+
+
+def _head_of(address: str) -> str:
+    """The host:port of the head that Ray would join."""
+    try:
+        return str(services.canonicalize_bootstrap_address_or_die(address))
+    except (ConnectionError, ValueError) as error:
+        raise ClusterLostError(
+            f"joining the Ray cluster {address!r}: expected one, found none ({str(error).splitlines()[0]}); start it "
+            "('ray start --head') or correct cluster.address"
+        ) from None
 
 
 def runtime_environment() -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from graceful.files import join
 from graceful.flows.runtime.cluster import RaySession
-from graceful.flows.runtime.jobs import submit_embedding
+from graceful.flows.runtime.embedding_job import EmbeddingJob
 from graceful.indexing.embed import EmbeddedUnit, EmbedUnit, embed_units
 from graceful.indexing.embedding_pool import EmbeddingPool
 from graceful.indexing.reindex import EmbedFunction
@@ -20,12 +20,14 @@ class GenerationEncoders:
     encoders themselves took. Workers on Ray stay from one call to the next, until `release`.
     """
 
-    def __init__(self, root: str, session: RaySession) -> None:
+    def __init__(self, root: str, session: RaySession, say: Callable[[str], None]) -> None:
         self.root = root
+        self._say = say
         self.session = session
         self.rows_per_s: float | None = None
         self.busy_s = 0.0
         self._pool: EmbeddingPool | None = None
+        self._job: EmbeddingJob | None = None
         # One object per generation, by which a worker knows that it need not open its encoder again.
         self._opener = functools.cache(lambda uri: functools.partial(open_encoder, uri))
 
@@ -34,6 +36,9 @@ class GenerationEncoders:
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+        if self._job is not None:
+            self._job.close()
+            self._job = None
 
     def __call__(self, generation: str) -> EmbedFunction:
         return functools.partial(self._embed, join(self.root, "generations", generation))
@@ -47,13 +52,22 @@ class GenerationEncoders:
             done = embed_units(units, self._opener(uri), deadline_s=deadline_s, on_unit=on_unit)
         elif self.session.submits_jobs:
             num_workers = config.embed_workers
-            done = submit_embedding(config, join(self.root, "jobs"), uri, units)
-            for unit in done:
-                on_unit(unit)
+            if self._job is None:
+                self._job = EmbeddingJob(config, join(self.root, "jobs"), self._say)
+            try:
+                done = self._job.embed(units, uri, on_unit)
+            except BaseException:
+                self._job = None  # it has ended with the call
+                raise
         else:
             self.session.ensure()
             if self._pool is None:
-                self._pool = EmbeddingPool(config.embed_workers, gpus_per_worker=config.embed_gpus_per_worker)
+                self._pool = EmbeddingPool(
+                    config.embed_workers,
+                    gpus_per_worker=config.embed_gpus_per_worker,
+                    resources=config.embed_resources,
+                    labels=config.embed_labels,
+                )
             num_workers = min(config.embed_workers, len(units))
             done = self._pool.embed(units, self._opener(uri), deadline_s=deadline_s, on_unit=on_unit)
         seconds = sum(unit.seconds for unit in done)

@@ -3,9 +3,12 @@
 Everything is a default: what the caller has set stays. Call before the first import of prefect or ray.
 """
 
+import contextlib
 import json
 import os
 import socket
+import sys
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -13,6 +16,8 @@ from pathlib import Path
 from graceful.processes import process_start
 
 SERVER_FILE = "server.json"
+LIBRARIES_LOG = "libraries.log"
+_LARGEST_LOG = 16 * 2**20
 
 _DEFAULTS = {
     "DO_NOT_TRACK": "1",
@@ -58,3 +63,28 @@ def running_server(root: str) -> str | None:
             return str(state["api_url"])
     except (OSError, ValueError, KeyError, urllib.error.URLError):
         return None
+
+
+def append_to_log(log: Path) -> int:
+    """A descriptor to append to a log with; one that has grown large becomes `<name>.1` first."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if log.stat().st_size > _LARGEST_LOG:
+            log.replace(log.with_suffix(".log.1"))
+    return os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+
+def divert_libraries(root: str) -> str:
+    """Send what libraries write to this process's standard error past Python, and Ray's processes, to a log; its path.
+
+    What Python itself writes to `sys.stderr` goes where it went before. For a process that is a command.
+    """
+    log = Path(tempfile.gettempdir() if "://" in root else root, ".prefect", LIBRARIES_LOG)
+    descriptor = append_to_log(log)
+    sys.stderr.flush()
+    terminal = os.dup(sys.stderr.fileno())
+    os.set_inheritable(terminal, False)
+    os.dup2(descriptor, sys.stderr.fileno())
+    os.close(descriptor)
+    sys.stderr = os.fdopen(terminal, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    return str(log)

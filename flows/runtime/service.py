@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from graceful.errors import GracefulError
-from graceful.flows.runtime.environment import SERVER_FILE
+from graceful.flows.runtime.environment import SERVER_FILE, append_to_log
 from graceful.flows.runtime.notify import Notice
 from graceful.flows.store.claim import holder
 from graceful.processes import process_start
 
 RUNS_LOG = "runs.log"
-_LARGEST_LOG = 16 * 2**20
 _SECONDS_TO_END = 20.0
 
 
@@ -59,11 +58,7 @@ def log_runs(root: str) -> None:
 
     What a process writes to a service that was killed would end it.
     """
-    log = Path(root, ".prefect", RUNS_LOG)
-    with contextlib.suppress(FileNotFoundError):
-        if log.stat().st_size > _LARGEST_LOG:
-            log.replace(log.with_suffix(".log.1"))
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = append_to_log(Path(root, ".prefect", RUNS_LOG))
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(descriptor, stream.fileno())

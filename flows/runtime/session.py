@@ -41,7 +41,7 @@ def open_session(root: str, config: PipelineConfig, progress: Progress | None = 
     limit_threads()
     recorded = RecordedProgress(root, progress or SilentProgress())
     with RaySession(config.cluster) as cluster:
-        encoders = GenerationEncoders(root, cluster)
+        encoders = GenerationEncoders(root, cluster, recorded.say)
         try:
             yield Session(config, Workspace(root, encoders), cluster, encoders, recorded)
         finally:

@@ -101,8 +101,22 @@ class ClusterConfig(BaseModel):
     )
     cpus_per_worker: int = Field(default=1, ge=1, description="Cores, and threads, of a training worker.")
     gpus_per_worker: int = Field(default=0, ge=0, le=1, description="GPUs of a training worker.")
+    worker_resources: dict[str, float] = Field(
+        default_factory=dict,
+        description="Further Ray resources that a training worker takes of its node, such as { spot = 1 }.",
+    )
+    worker_labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="Ray labels of the nodes that training workers run on; '!value' is any other value.",
+    )
     embed_workers: int = Field(default=2, ge=0, description="Embedding workers; 0 embeds in this process.")
     embed_gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs of an embedding worker.")
+    embed_resources: dict[str, float] = Field(
+        default_factory=dict, description="Further Ray resources that an embedding worker takes of its node."
+    )
+    embed_labels: dict[str, str] = Field(
+        default_factory=dict, description="Ray labels of the nodes that embedding workers run on."
+    )
     in_process_below: int = Field(
         default=1_000, ge=0, description="Fewer images than this are embedded without starting Ray."
     )

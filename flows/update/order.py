@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from graceful.evaluation.decision import Decision
 from graceful.files import crash_point, join
 from graceful.flows.runtime.notify import Kind, Notice, tell
+from graceful.flows.runtime.preflight import require_nodes
 from graceful.flows.runtime.progress import Artifact
 from graceful.flows.runtime.session import Session
 from graceful.flows.settings.rollout import RolloutConfig
@@ -122,6 +123,8 @@ def update(
             return _result(inputs, known, evaluation, report, repeated=True)
         if known is None:
             foresee(inputs)
+            if session.config.cluster.num_workers or session.config.cluster.embed_workers:
+                require_nodes(session.cluster, session.workspace.root, session.progress.say)
         references = [
             do(f"extend cache of {name}", lambda name=name: extend_cache(inputs, name))  # type: ignore[misc]
             for name in inputs.frozen.predecessors

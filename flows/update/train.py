@@ -136,6 +136,8 @@ def train(
         use_gpu=config.gpus_per_worker > 0,
         cpus_per_worker=config.cpus_per_worker,
         min_workers=config.min_workers,
+        resources=config.worker_resources,
+        labels=config.worker_labels,
         max_failures=config.max_failures,
         checkpoint_minutes=config.checkpoint_minutes,
     )
@@ -155,10 +157,12 @@ def train(
             advance(0, epoch_text(line))
 
         try:
+            session.encoders.release()  # the trainers may need every processor that the embedding workers hold
             if session.cluster.submits_jobs and config.num_workers:
                 tail = Tail(TrailReporter(job.storage_uri, job.name), on_epoch, on_glance)
-                return submit_training(config, join(session.workspace.root, "jobs"), job, tail.advance)
-            session.encoders.release()  # the trainers may need every processor that the embedding workers hold
+                return submit_training(
+                    config, join(session.workspace.root, "jobs"), job, tail.advance, session.progress.say
+                )
             if config.num_workers:
                 session.cluster.ensure()
             return run_training(job, on_epoch, deadline_s=config.deadline_hours * 3600, on_glance=on_glance)

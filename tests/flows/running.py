@@ -1,10 +1,12 @@
 """Updates for tests: the real order in this process, and the real command in a process that can be killed."""
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -14,7 +16,7 @@ from prefect.exceptions import Pause
 from prefect.flow_engine import load_flow_run, run_flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from graceful.files import CRASH_VARIABLE
+from graceful.files import CRASH_VARIABLE, set_crash_hook
 from graceful.flows import cli
 from graceful.flows.commands import updates  # noqa: F401  imported before a child is forked: it starts in no time
 from graceful.flows.runtime.session import open_session
@@ -44,20 +46,40 @@ def ask_server(api: str, method: str, path: str, body: object = None) -> Any:
         time.sleep(0.2)
 
 
+def update_in_child(root: str, log: str, copies: str = "") -> None:
+    """Entry point of a child process: run an update to its end.
+
+    `copies`: a folder for a copy of the workspace at every crash point, by its name: what a kill there would leave.
+    """
+    _prepare_child(log)
+
+    def copy(point: str) -> None:
+        if not Path(copies, point).exists():
+            shutil.copytree(root, Path(copies, point))
+
+    if copies:
+        set_crash_hook(copy)
+    update(root)
+
+
+def _prepare_child(log: str) -> None:
+    # Whatever the fork server was started with: weights depend on how many threads train.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    if log:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+
+
 def command_in_child(
     arguments: list[str], crash_at: str = "", log: str = "", environment: Mapping[str, str] | None = None
 ) -> None:
     """Entry point of a child process: be `graceful ...`, and die at `crash_at`."""
     os.environ.update(environment or {})
-    # Whatever the fork server was started with: weights depend on how many threads train.
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+    _prepare_child(log)
     if crash_at:
         os.environ[CRASH_VARIABLE] = crash_at
-    if log:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
     sys.argv = ["graceful", *arguments]
     # Prefect was imported before the fork and has read the environment of then.
     with temporary_settings({PREFECT_API_URL: os.environ.get("PREFECT_API_URL", "")}):

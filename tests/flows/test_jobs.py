@@ -26,14 +26,15 @@ from ray.util import get_node_ip_address
 
 from graceful.flows.runtime import jobs
 from graceful.flows.runtime.cluster import runtime_environment
-from graceful.flows.runtime.jobs import JobFailedError, submit_embedding, submit_training
+from graceful.flows.runtime.embedding_job import EmbeddingJob
+from graceful.flows.runtime.jobs import JobFailedError, Jobs, submit_training
 from graceful.flows.settings.config import ClusterConfig
-from graceful.indexing.embed import EmbedUnit
+from graceful.indexing.embed import EmbeddedUnit, EmbeddingFailedError, EmbedUnit
 from graceful.indexing.embedding_files import read_embeddings
 from graceful.training.datasets import DatasetConfig, load_images
 from graceful.training.generation import BackboneSpec, Preprocessing
 from graceful.training.job import TrainingConfig, TrainingJob
-from graceful.training.launch import Tail
+from graceful.training.launch import Tail, run_training
 from graceful.training.manifest import LabelledImages, write_manifest
 from graceful.training.progress import TrailReporter
 
@@ -177,38 +178,84 @@ def training_job(shared: Path) -> TrainingJob:
     )
 
 
-def test_a_failed_job_tells_its_reason_and_the_same_order_trains_once_repaired_and_embeds(
+def test_a_failed_job_tells_its_reason_and_the_same_order_trains_once_repaired(
     head: Head, shared: Path, digits: LabelledImages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRACEFUL_SOMETHING", "travels with the job")
     config = ClusterConfig(address=head.job_server, num_workers=1, embed_workers=1, deadline_hours=0.1)
     job, folder = training_job(shared), str(shared / "jobs")
+    said: list[str] = []
     with pytest.raises(JobFailedError, match=r"manifest\.parquet"):
-        submit_training(config, folder, job, lambda: None)
+        submit_training(config, folder, job, lambda: None, said.append)
 
     write_manifest(job.manifest_uri, digits)
     epochs: list[int] = []
     tail = Tail(TrailReporter(job.storage_uri, job.name), lambda line: epochs.append(line["epoch"]), None)
-    card = submit_training(config, folder, job, tail.advance)  # the next attempt at the same order
+    card = submit_training(config, folder, job, tail.advance, said.append)  # the next attempt at the same order
     assert epochs == [0]
     assert card.ordinal == 1
-    assert card.training["workers"] == 1
+    assert (card.training["workers"], card.training["batch_per_worker"]) == (1, 64)
     assert (shared / "generations" / card.generation_id / "card.json").exists()
     nowhere = ClusterConfig(address="http://127.0.0.1:9", num_workers=1, deadline_hours=0.1)
-    assert submit_training(nowhere, folder, job, tail.advance) == card  # the result is found; no cluster is asked
+    # The result is found; no cluster is asked.
+    assert submit_training(nowhere, folder, job, tail.advance, said.append) == card
 
+    (log,) = (shared / "jobs").glob("train-*/job.log")
+    assert said[-1].endswith(f"its log: {log}")
+
+
+def test_an_update_embeds_with_one_job_and_what_it_had_done_stays_when_it_dies(
+    head: Head, digits: LabelledImages, tmp_path: Path
+) -> None:
+    config = ClusterConfig(address=head.job_server, num_workers=1, embed_workers=1, deadline_hours=0.2)
+    shared, folder = tmp_path, str(tmp_path / "jobs")
+    order = training_job(shared).model_copy(update={"num_workers": 0})
+    write_manifest(order.manifest_uri, digits)
+    uri = str(shared / "generations" / run_training(order).generation_id)
     sources, keys = tuple(digits.sources), {"item_id": list(digits.sources)}
     units = [
         EmbedUnit("mapping", sources[:50], {"item_id": keys["item_id"][:50]}, str(shared / "a.parquet")),
         EmbedUnit("table", (*sources[50:99], "/nowhere.png"), pa.table({"row": range(50)}), str(shared / "b.parquet")),
     ]
-    uri = str(shared / "generations" / card.generation_id)
-    first, second = submit_embedding(config, folder, uri, units)
-    assert (first.num_rows, second.num_rows, second.width) == (50, 49, 16)
-    assert [place for place, _ in second.failures] == [49]
-    _, vectors = read_embeddings([first.path])
-    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    assert submit_embedding(nowhere.model_copy(update={"embed_workers": 1}), folder, uri, units) == [first, second]
+    told: list[str] = []
+    handed: list[str] = []
+    job = EmbeddingJob(config, folder, told.append)
+    try:
+        first, second = job.embed(units, uri, lambda unit: handed.append(unit.unit_id))
+        assert (first.num_rows, second.num_rows, second.width) == (50, 49, 16)
+        assert [place for place, _ in second.failures] == [49]
+        assert sorted(handed) == ["mapping", "table"]
+        _, vectors = read_embeddings([first.path])
+        assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+        assert len(told) == 1
+
+        # The next order goes to the same job; it dies at the first unit, and what it had done stays.
+        handed.clear()
+
+        def kill_once(unit: EmbeddedUnit) -> None:
+            handed.append(unit.unit_id)
+            if len(handed) == 1:
+                os.kill(embedding_driver(shared), signal.SIGKILL)
+
+        many = [
+            EmbedUnit(f"unit-{n}", sources[n : n + 1], {"row": [n]}, str(shared / f"{n}.parquet")) for n in range(60)
+        ]
+        assert [unit.num_rows for unit in job.embed(many, uri, kill_once)] == [1] * 60
+        assert sorted(handed) == sorted(unit.unit_id for unit in many), "each unit is handed on once"
+        assert len(told) == 2, "one further attempt"
+        with pytest.raises(EmbeddingFailedError, match="opening the encoder"):
+            job.embed(units[:1], str(shared / "nothing"), lambda _unit: None)
+    finally:
+        job.close()
+    deadline = time.monotonic() + 60
+    while embedding_driver(shared) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not embedding_driver(shared)
+
+
+def embedding_driver(shared: Path) -> int:
+    """Process id of the driver of the embedding job, not of the shell around it; 0 where there is none."""
+    return next(iter(living(f"job_main\0embed\0{shared}")), 0)
 
 
 def test_the_runtime_environment_carries_the_four_packages_and_the_stores_credentials(
@@ -242,28 +289,36 @@ class Client:
         self.stopped.append(job_id)
 
 
+def jobs_of(client: Client) -> Jobs:
+    found = Jobs("http://127.0.0.1:9", lambda _line: None)
+    found._asked = client
+    return found
+
+
 def test_a_head_that_is_silent_for_a_while_is_asked_again_and_its_job_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(jobs, "_POLL_S", 0.0)
     client = Client(JobStatus.RUNNING, ConnectionError("refused"), RuntimeError("502"), JobStatus.SUCCEEDED)
-    assert jobs._wait(client, "job", 0.1, lambda: None) == JobStatus.SUCCEEDED
+    jobs._wait(jobs_of(client), "job", 0.1, lambda: None)
     assert client.stopped == []
 
 
-def test_a_head_that_stays_silent_and_a_cancelled_wait_end_and_stop_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_wait_stops_the_job_and_a_silent_head_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "_POLL_S", 0.0)
     monkeypatch.setattr(jobs, "_SILENCE_S", 0.05)
+    silent = Client(ConnectionError("refused"))
     with pytest.raises(JobFailedError, match="has not answered for"):
-        jobs._wait(Client(ConnectionError("refused")), "job", 0.1, lambda: None)
+        jobs._wait(jobs_of(silent), "job", 0.1, lambda: None)
+    assert silent.stopped == [], "the same command finds it again"
     late = Client(JobStatus.RUNNING)
     with pytest.raises(JobFailedError, match="not done after"):
-        jobs._wait(late, "job", 0.0, lambda: None)
+        jobs._wait(jobs_of(late), "job", 0.0, lambda: None)
     assert late.stopped == ["job"]
     cancelled = Client(JobStatus.RUNNING)
     monkeypatch.setattr(cancelled, "get_job_status", raise_interrupt)
     with pytest.raises(KeyboardInterrupt):
-        jobs._wait(cancelled, "job", 0.1, lambda: None)
+        jobs._wait(jobs_of(cancelled), "job", 0.1, lambda: None)
     assert cancelled.stopped == ["job"]
 
 
@@ -272,8 +327,11 @@ def raise_interrupt(job_id: str) -> JobStatus:
 
 
 JOIN = """
+import os, signal, sys, time
 import ray
+from graceful.flows.runtime import head
 from graceful.flows.runtime.cluster import RaySession
+from graceful.flows.runtime.preflight import code_digest, prove_nodes
 from graceful.flows.settings.config import ClusterConfig
 
 @ray.remote(num_cpus=1)
@@ -285,18 +343,59 @@ with RaySession(ClusterConfig(address="auto")) as session:
     session.ensure()
     session.ensure()
     print("worker has", ray.get(where.remote(), timeout=120))
-print("left", not ray.is_initialized())
+    print("proven", prove_nodes(sys.argv[1], code_digest()))
+    print("refused", prove_nodes(sys.argv[1], "another"))
+print("left", not ray.is_initialized(), flush=True)
+"""
+
+LOSE = """
+import os, signal, sys, time
+import ray
+from graceful.flows.runtime import head
+from graceful.flows.runtime.cluster import RaySession
+from graceful.flows.settings.config import ClusterConfig
+
+head.SECONDS_OF_SILENCE = 3.0
+
+@ray.remote(num_cpus=1)
+def work():
+    time.sleep(100)
+
+with RaySession(ClusterConfig(address="auto")) as session:
+    session.ensure()
+    answer = work.remote()
+    os.kill(int(sys.argv[1]), signal.SIGKILL)
+    while True:
+        ray.wait([answer], timeout=1)
 """
 
 
-def test_a_running_cluster_is_joined_and_left_running(head: Head) -> None:
+def joined(head: Head, script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "RAY_ADDRESS": head.gcs, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(CODE)}
     environment["RAY_TMPDIR"] = head.folder
-    joined = subprocess.run(
-        [sys.executable, "-c", JOIN], env=environment, cwd=head.folder, capture_output=True, text=True, timeout=300
-    )
-    assert joined.returncode == 0, joined.stderr[-3000:]
-    assert "left True" in joined.stdout
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=environment, cwd=head.folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_running_cluster_is_joined_proven_and_left_running(head: Head, tmp_path: Path) -> None:
+    ended = joined(head, JOIN, str(tmp_path))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "left True" in ended.stdout
     # The worker's copy of the code came through the runtime environment, not from this checkout.
-    assert "py_modules_files" in joined.stdout, joined.stdout
+    assert "py_modules_files" in ended.stdout, ended.stdout
+    lines = dict(line.split(" ", 1) for line in ended.stdout.splitlines())
+    assert "'problem': ''" in lines["proven"]
+    assert "expected this version of the code (another)" in lines["refused"]
     assert answers(f"{head.job_server}/api/version")
+
+
+def test_whoever_works_on_a_cluster_whose_head_goes_is_told_before_ray_ends_the_process(head: Head) -> None:
+    """The last test of this head."""
+    (gcs,) = [pid for pid in living(head.folder) if "gcs_server" in Path(f"/proc/{pid}/cmdline").read_text()]
+    started = time.monotonic()
+    ended = joined(head, LOSE, str(gcs))
+    assert ended.returncode == 1, ended.stderr[-3000:]
+    assert "ClusterLostError: working on the Ray cluster at" in ended.stderr.splitlines()[-1]
+    assert time.monotonic() - started < 100

@@ -208,8 +208,8 @@ def test_one_update_at_a_time_and_stopping_cancels_it_and_leaves_no_process(serv
     assert service.state(running) == "Running"
     started = time.monotonic()
     service.process.send_signal(signal.SIGTERM)
-    assert service.process.wait(100) == 0
-    assert time.monotonic() - started < 60
+    assert service.process.wait(60) == 143
+    assert time.monotonic() - started < 11
     assert "Stopping: runs under way are cancelled" in service.text()
     until(lambda: living(str(service.root)) == [], 20, lambda: "\n".join(living(str(service.root))))
     assert not (service.root / ".prefect" / "server.json").exists()
