@@ -34,9 +34,9 @@ from graceful.training.loop import (
     train_worker,
 )
 from graceful.training.manifest import DatasetNotFoundError
-from graceful.training.pixels import ChangedImagesError
 from graceful.training.predecessors import MisalignedCacheError
 from graceful.training.progress import TrailReporter
+from graceful.training.records import ChangedImagesError, ScratchFullError
 
 CONTROLLER_FAILURES = 3  # Ray's default is to retry for ever
 POLL_INTERVAL_S = 0.25
@@ -52,6 +52,7 @@ REFUSALS = (
     GenerationNotFoundError,
     IncompatibleParentError,
     MisalignedCacheError,
+    ScratchFullError,
     SingleImageClassError,
     TrainingDeadlineError,
     TrainingDivergedError,

@@ -17,7 +17,7 @@ from graceful.training.encoder import open_encoder
 from graceful.training.job import TrainingConfig, TrainingJob
 from graceful.training.launch import ClusterNotStartedError, run_training
 from graceful.training.manifest import LabelledImages
-from graceful.training.pixels import ChangedImagesError
+from graceful.training.records import ChangedImagesError
 from graceful.training.progress import TrailReporter
 
 MakeJob = Callable[..., TrainingJob]
