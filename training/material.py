@@ -113,10 +113,15 @@ def open_images(job: TrainingJob, manifest_uri: str, look: Look, device: torch.d
     if look.size_bytes(count_images(manifest_uri)) <= job.config.pixel_memory_mib * 2**20:
         return held(read_manifest(manifest_uri), look)
     folder = once_per_machine(partial(_written_records, manifest_uri, scratch))
-    cores = job.cpus_per_worker if job.num_workers else len(os.sched_getaffinity(0))
-    processes = job.decoding_processes or max(1, cores - 1)
     ahead = 2 * -(-job.config.batch_size // world_size())
+    processes = decoding_processes(job)
     return Streamed(Records(folder, manifest_uri), look, processes, ahead, pinned=device.type == "cuda")
+
+
+def decoding_processes(job: TrainingJob) -> int:
+    """Return how many processes of a worker decode images: what the job says, or its cores but one."""
+    cores = job.cpus_per_worker if job.num_workers else len(os.sched_getaffinity(0))
+    return job.decoding_processes or max(1, cores - 1)
 
 
 def _written_records(manifest_uri: str, scratch: Path) -> str:

@@ -5,7 +5,10 @@ portions for each process, whichever is more, in shared memory.
 """
 
 import math
+import os
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +33,7 @@ PORTION = 64
 """Images that a process decodes at a time."""
 STALL_S = 600.0
 """Seconds without a portion after which the processes count as stuck."""
+_LOOK_S = 5.0  # between two looks whether they live
 
 Draw = tuple[int, int]  # seed and epoch
 
@@ -110,8 +114,10 @@ class Streamed:
             multiprocessing_context=context,
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # a training's own generator is drawn from by the training alone
-            timeout=STALL_S,
+            timeout=_LOOK_S,
+            worker_init_fn=_end_with_parent,
         )
+        self._decoded: Any = None
         self._turn = 0
 
     def blocks(self, rows: Iterable[Tensor], draw: Draw | None = None) -> Iterator[Tensor]:
@@ -125,7 +131,7 @@ class Streamed:
         turn = self._turn
         self._asked.portions = ((part, draw) for block in blocks for part in _portions(block))
         with _without_main():
-            decoded = iter(self._loader)
+            decoded = self._decoded = iter(self._loader)
         for block in blocks:
             pixels = torch.empty((len(block), *self._shape), dtype=torch.uint8, pin_memory=self._pinned)
             end = 0
@@ -137,7 +143,9 @@ class Streamed:
 
     def close(self) -> None:
         """End the processes."""
-        self._loader = None
+        if self._decoded is not None:
+            self._decoded._shutdown_workers()  # left to the garbage collector this took ten seconds
+        self._loader = self._decoded = None
 
 
 def held(images: LabelledImages, look: Look) -> Held:
@@ -210,14 +218,19 @@ def _portions(rows: NDArray[np.int64]) -> Sequence[NDArray[np.int64]]:
 
 
 def _next(decoded: Iterator[Any]) -> Tensor:
-    try:
-        found = next(decoded)
-    except RuntimeError as error:  # torch's, for processes that died or did not answer in time
-        raise DecodingStoppedError(
-            f"decoding training images: expected pixels within {STALL_S:.0f} s, found {str(error).splitlines()[0]}; is "
-            "there room in memory and in /dev/shm? lower cluster.decoding_processes, then run it again to go on from "
-            "the last checkpoint"
-        ) from error
+    until = time.monotonic() + STALL_S
+    found: Any = None
+    while found is None:
+        try:
+            found = next(decoded)
+        except RuntimeError as error:  # torch's, for processes that died or did not answer in time
+            if "timed out" in str(error) and time.monotonic() < until:
+                continue
+            raise DecodingStoppedError(
+                f"decoding training images: expected pixels within {STALL_S:.0f} s, found "
+                f"{str(error).splitlines()[0]}; is there room in memory and in /dev/shm? lower "
+                "cluster.decoding_processes, then run it again to go on from the last checkpoint"
+            ) from error
     if isinstance(found, GracefulError):
         raise found
     assert isinstance(found, Tensor)
@@ -226,6 +239,18 @@ def _next(decoded: Iterator[Any]) -> Tensor:
 
 def _as_it_is(found: Any) -> Any:
     return found
+
+
+def _end_with_parent(_number: int) -> None:
+    """End this process when its training ends, however that was: the fork server between them stays while it runs."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="graceful-end-with-parent").start()
 
 
 @contextmanager

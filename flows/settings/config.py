@@ -98,6 +98,12 @@ class ClusterConfig(BaseModel):
         default=10.0, ge=0, description="Minutes between checkpoints within an epoch; there is one after every epoch."
     )
     cpus_per_worker: int = Field(default=1, ge=1, description="Cores, and threads, of a training worker.")
+    decoding_processes: int | None = Field(
+        default=None,
+        ge=1,
+        description="Processes of a training worker that decode images which do not fit in training.pixel_memory_mib; "
+        "by default its cores but one.",
+    )
     gpus_per_worker: int = Field(default=0, ge=0, le=1, description="GPUs of a training worker.")
     embed_workers: int = Field(default=2, ge=0, description="Embedding workers; 0 embeds in this process.")
     embed_gpus_per_worker: float = Field(default=0.0, ge=0, description="GPUs of an embedding worker.")

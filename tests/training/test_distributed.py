@@ -21,8 +21,8 @@ from graceful.training.launch import run_training
 from graceful.training.loop import train_worker
 from graceful.training.manifest import LabelledImages
 from graceful.training.material import Batch, Material
-from graceful.training.pixels import Held
 from graceful.training.objective import Objective
+from graceful.training.pixels import Held
 from graceful.training.predecessors import PredecessorGroup, Predecessors, class_means
 from graceful.training.progress import TrailReporter
 
