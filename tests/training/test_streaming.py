@@ -41,9 +41,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from batches import batches_of_rank, digest_of
 from ranks import on_ranks
 
-pytestmark = pytest.mark.timeout(
-    300
-)  # cold imports of torch take minutes on a busy machine
+pytestmark = pytest.mark.timeout(300)  # cold imports of torch take minutes on a busy machine
 
 MakeJob = Callable[..., TrainingJob]
 CPU = torch.device("cpu")
