@@ -3,6 +3,7 @@
 `python -m benchmarks.chains FOLDER` trains what is missing, chain by chain, on fixed subsets of Omniglot and CIFAR-100
 (GRACEFUL_DATA), each chain once for every seed; `python -m benchmarks.comparison FOLDER` measures them. A subset, so
 that a chain takes about a minute of one core; `--full` takes the sizes of examples/omniglot.toml and cifar100.toml.
+Omniglot is also cut into long chains, of ten generations and of thirty, one alphabet each.
 
 What a chain leaves: for every generation its unit vectors of the evaluation images, those of up to 3,000 training
 images by itself and by the one before it, its classifier rows, and the processor seconds of its training.
@@ -13,25 +14,25 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from graceful.indexing.embedding_files import read_rows, write_embedding_file
+from graceful.indexing.embedding_files import write_embedding_file
 from graceful.training.datasets import DatasetConfig, column_values, load_images
 from graceful.training.encoder import open_encoder, read_classifier
 from graceful.training.generation import PredecessorRef
-from graceful.training.job import TrainingConfig, TrainingJob
+from graceful.training.job import DevPart, TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
 from graceful.training.manifest import LabelledImages, read_manifest, write_manifest
-from graceful.training.mapping import blend
 
 SEEDS = (1, 2, 3)
 SAMPLE = 3_000
-DRAWN = 10.0  # weight of the squared distance to a mixture, beside the task
+MAX_NFR = 0.05  # the limit of examples/omniglot.toml and cifar100.toml
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Data:
     full: dict[str, Any]
     """What the recipe of the example has instead."""
     is_closed: bool = False
+    chains: tuple[str, ...] | None = None
+    """Those that are trained on it; None: all."""
 
     def training(self, count: int, full: bool) -> LabelledImages:
         """The images of one generation."""
@@ -62,6 +65,14 @@ class Data:
             load_images(DatasetConfig.model_validate({**base, "where": {"drawer": drawer}})) for drawer in drawers
         )
         return queries, gallery
+
+    def in_dev(self, images: LabelledImages) -> NDArray[np.bool_]:
+        """Which evaluation images choices are made on: those of half of the identities, or half of the images."""
+        if self.is_closed:
+            return np.array([int(digest[8:12], 16) % 2 == 0 for digest in images.content_sha256])
+        names = np.unique(images.labels)
+        chosen = set(np.random.default_rng(5).permutation(names)[: len(names) // 2].tolist())
+        return np.array([label in chosen for label in images.labels])
 
 
 OMNIGLOT = Data(
@@ -90,7 +101,10 @@ CIFAR = Data(
     {"batch_size": 256, "backbone": {"name": "small_cnn", "kwargs": {"block_widths": [32, 32, 64, 128]}}},
     is_closed=True,
 )  # fmt: skip
-DATA = {data.name: data for data in (OMNIGLOT, CIFAR)}
+LONG = ("ours, a = 0", "initialised", "ours, a = 0.4", "ours, a = 0.4, latest two", "ours, a = 0, b = 0.5")
+TEN = replace(OMNIGLOT, name="omniglot-10", counts=tuple(range(3, 31, 3)), chains=LONG)
+THIRTY = replace(OMNIGLOT, name="omniglot-30", counts=tuple(range(1, 31)), chains=LONG)
+DATA = {data.name: data for data in (OMNIGLOT, CIFAR, TEN, THIRTY)}
 
 
 @dataclass(frozen=True)
@@ -100,8 +114,8 @@ class Chain:
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
     without_parent: bool = False
-    distilled: float | None = None
-    """Share b of a mixture with the generation before, which a second, short training puts into one encoder."""
+    latest: int | None = None
+    """How many predecessors it is trained against, the others being retired; None: all."""
 
 
 def _only(*constraints: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -125,7 +139,10 @@ CHAINS = {
         Chain("hoc, fixed simplex", _only(HOC, interpolation=0.0, head=SIMPLEX, width=512)),
         Chain("oca, against the latest", _only(OCA, interpolation=0.0, head=ROTATED)),
         Chain("mixbct", _only({"name": "mixbct"}, interpolation=0.0)),
-        Chain("ours, a = 0, distilled mixture", {"interpolation": 0.0}, distilled=0.5),
+        Chain("ours, a = 0, b = 0.5", {"interpolation": 0.0, "mixture": 0.5}),
+        Chain("ours, a = 0, b = 0.5, weight 50", {"interpolation": 0.0, "mixture": 0.5, "mixture_weight": 50.0}),
+        Chain("initialised, b = 0.5", _only(interpolation=0.0, mixture=0.5)),
+        Chain("ours, a = 0, b on dev", {"interpolation": 0.0, "mixture": "dev"}),
         Chain("bct alone, a = 0", _only({"name": "bct"}, interpolation=0.0)),
         Chain("ract alone, a = 0", _only(RACT, interpolation=0.0)),
         Chain("l2", _only({"name": "l2"}, interpolation=0.0)),
@@ -133,6 +150,8 @@ CHAINS = {
         Chain("repulsion, a = 0", _only({"name": "repulsion"}, interpolation=0.0)),
         Chain("cross contrast alone, a = 0", _only(CROSS, interpolation=0.0)),
         Chain("ours, a = 0.2", {"interpolation": 0.2}),
+        Chain("ours, a on dev", {"interpolation": "dev"}),
+        Chain("ours, a = 0.4, latest two", {"interpolation": 0.4}, latest=2),
         Chain("ours, a = 0, twice the epochs", {"interpolation": 0.0, "epochs": 2.0}),
         Chain("initialised, twice the epochs", _only(interpolation=0.0, epochs=2.0)),
     )
@@ -162,14 +181,13 @@ def train_chain(folder: Path, data: Data, chain: Chain, seed: int, full: bool = 
         recipe = {**data.recipe, **(data.full if full else {}), **chain.changes, "seed": seed}
         if isinstance(recipe["epochs"], float):
             recipe["epochs"] = int(recipe["epochs"] * data.recipe["epochs"])
-        references = [_reference(folder, data, count, reference, images) for reference in predecessors]
+        known = predecessors[-chain.latest :] if chain.latest is not None else predecessors
+        references = [_reference(folder, data, f"{count}", reference, images) for reference in known]
         job = _job(folder / data.name, manifest, recipe, number, parent, references)
+        if job.config.needs_dev:
+            job = job.model_copy(update={"dev": _dev_part(folder, data, queries, gallery, known)})
         card = run_training(job)
         uri = f"{job.output_uri}/{card.generation_id}"
-        if chain.distilled is not None and references:
-            job = _distilling(folder / data.name, job, uri, chain.distilled, references[-1], images)
-            card = run_training(job)
-            uri = f"{job.output_uri}/{card.generation_id}"
         kept[f"seconds/{number}"] = time.process_time() - started
         encode = open_encoder(uri)
         for part, shown in (("queries", queries), ("gallery", gallery)):
@@ -220,7 +238,7 @@ def _job(
     references: list[PredecessorRef],
 ) -> TrainingJob:
     config = TrainingConfig.model_validate(
-        recipe if parent is not None else {**recipe, "start": "scratch", "interpolation": 0.0}
+        recipe if parent is not None else {**recipe, "start": "scratch", "interpolation": 0.0, "mixture": 0.0}
     )
     # The first generation is the same for every chain of one recipe: named by what goes into it, it is trained once.
     what = [
@@ -230,7 +248,7 @@ def _job(
         manifest.name,
     ]
     if number == 1:
-        shown = config.model_copy(update={"constraints": (), "rows_from_parent": True})
+        shown = config.model_copy(update={"constraints": (), "rows_from_parent": True, "mixture": 0.0})
         what[0] = shown.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     return TrainingJob(
@@ -239,26 +257,27 @@ def _job(
     )  # fmt: skip
 
 
-def _distilling(
-    folder: Path, job: TrainingJob, uri: str, share: float, before: PredecessorRef, images: LabelledImages
-) -> TrainingJob:
-    """The training that puts n((1 - b) f_t + b f_(t-1)) into one encoder: from f_t, drawn to the mixture's vectors."""
-    own = _vectors(open_encoder(uri), images.sources)
-    place = folder / "caches" / f"mixture-{job.name}-{share}.parquet"
-    stored = read_rows(str(before.embeddings_uri), np.arange(len(images)))
-    write_embedding_file(str(place), pa.table({"content_sha256": images.content_sha256}), blend(own, stored, share))
-    recipe = {**job.config.model_dump(mode="json"), "epochs": 2, "constraints": [{"name": "l2", "weight": DRAWN}]}
-    target = before.model_copy(update={"embeddings_uri": str(place)})
-    return job.model_copy(
-        update={
-            "config": TrainingConfig.model_validate(recipe), "name": f"{job.name}-distilled-{share}",
-            "parent_uri": uri, "predecessors": (target,),
-        }
-    )  # fmt: skip
+def _dev_part(
+    folder: Path,
+    data: Data,
+    queries: LabelledImages,
+    gallery: LabelledImages | None,
+    predecessors: list[PredecessorRef],
+) -> DevPart:
+    shown = [part.take(data.in_dev(part)) for part in (queries, gallery) if part is not None]
+    images = LabelledImages(
+        sources=[source for part in shown for source in part.sources],
+        labels=np.concatenate([part.labels for part in shown]),
+        content_sha256=[digest for part in shown for digest in part.content_sha256],
+    )
+    manifest = folder / data.name / "dev.parquet"
+    write_manifest(str(manifest), images)
+    references = tuple(_reference(folder, data, "dev", reference, images) for reference in predecessors)
+    return DevPart(manifest_uri=str(manifest), predecessors=references, max_flips=MAX_NFR)
 
 
-def _reference(folder: Path, data: Data, count: int, known: PredecessorRef, images: LabelledImages) -> PredecessorRef:
-    place = folder / data.name / "caches" / f"{known.generation_id}-{count}.parquet"
+def _reference(folder: Path, data: Data, name: str, known: PredecessorRef, images: LabelledImages) -> PredecessorRef:
+    place = folder / data.name / "caches" / f"{known.generation_id}-{name}.parquet"
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
         vectors = _vectors(open_encoder(known.generation_uri), images.sources)
@@ -284,6 +303,9 @@ def main() -> None:
     for name in wanted.chain or CHAINS:
         for seed in wanted.seed or SEEDS:
             for data in wanted.data or DATA:
+                chosen = DATA[data].chains
+                if name not in (chosen or CHAINS) or (chosen is None and CHAINS[name].latest is not None):
+                    continue
                 started = time.process_time()
                 train_chain(wanted.folder, DATA[data], CHAINS[name], seed, wanted.full)
                 print(f"{data}, {name}, seed {seed}: {time.process_time() - started:.0f} s of processor", flush=True)

@@ -1,7 +1,8 @@
 """Which way of updating a model serves best: constraints, maps between spaces, merged rankings, mixtures.
 
 `python -m benchmarks.comparison FOLDER` measures the chains that `python -m benchmarks.chains FOLDER` left, and writes
-benchmarks/results-comparison.json; `python -m benchmarks.tables` makes docs/comparison.md of it. Nothing is trained.
+benchmarks/results-comparison.json; rows of chains that are not in FOLDER stay as they are. `python -m
+benchmarks.tables` makes docs/comparison.md of it. Nothing is trained.
 
 Every step of a chain is an update: before it, everything that is served comes from the generation before. A way of
 updating says how queries are scored while a share of the gallery is re-embedded. Choices (a share of the mixture, a
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from benchmarks.chains import CHAINS, DATA, SEEDS, vectors_file
+from benchmarks.chains import CHAINS, DATA, MAX_NFR, SEEDS, Data, vectors_file
 from benchmarks.harness import processor
 from benchmarks.ways import (
     AlignedMixed,
@@ -44,7 +45,6 @@ from graceful.training.validation import SHARES
 
 FRACTIONS = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)
 FLIPS_AT = (0.0, 0.5, 1.0)
-MAX_NFR = 0.05  # the limit of examples/omniglot.toml and cifar100.toml
 LEAST_ROOM = 0.01  # below it nothing can be said about the share of it
 
 
@@ -114,8 +114,10 @@ CONSTRAINED = ("plain", "mixture, b = 0.3", "mixture, b = 0.5", "mixture, b on d
 UNCONSTRAINED = tuple(WAYS)
 
 
-def ways_of(chain: str) -> tuple[str, ...]:
-    """Ways that are measured of a chain."""
+def ways_of(data: Data, chain: str) -> tuple[str, ...]:
+    """Ways that are measured of a chain; of long ones the plain search alone."""
+    if data.chains is not None:
+        return ("plain",)
     return UNCONSTRAINED if chain in ("from scratch", "initialised") else CONSTRAINED
 
 
@@ -126,6 +128,7 @@ def measure(way: Way) -> dict[str, Any]:
     lost = [flips(way, t, FLIPS_AT) for t in range(2, last + 1)]
     found: dict[str, Any] = {
         "last": curves[-1][-1],
+        "self_tests": [float(part.right(way.scores(t, t)).mean()) for t in range(1, last + 1)],
         "backfill": float(np.mean(curves)),
         "backfill_last": float(np.mean(curves[-1])),
         "nfr": np.mean(lost, axis=0).tolist(),
@@ -191,31 +194,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", choices=sorted(DATA), action="append", help="Only these; the others stay.")
+    parser.add_argument("--chain", choices=sorted(CHAINS), action="append", help="Only these; the others stay.")
     wanted = parser.parse_args()
     folder, place = wanted.folder, Path(__file__).with_name("results-comparison.json")
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     results: dict[str, Any] = {
         "hardware": f"{os.cpu_count()} x {processor()}",
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "date": today,
         "rows": json.loads(place.read_text())["rows"] if place.exists() else {},
     }
     for name in wanted.data or DATA:
         data = DATA[name]
         queries, gallery = data.evaluation()
         split = parts(data, queries, gallery)
-        results["rows"][name] = []
-        for chain in CHAINS:
+        rows = results["rows"].setdefault(name, [])
+        for chain in wanted.chain or CHAINS:
             files = [vectors_file(folder, data, CHAINS[chain], seed) for seed in SEEDS]
             stored = [dict(np.load(file)) for file in files if file.exists()]
-            if len(stored) < len(SEEDS):
+            if len(stored) < (len(SEEDS) if data.chains is None else 1):
                 continue
-            for way in ways_of(chain):
-                rows = []
+            rows[:] = [row for row in rows if row["chain"] != chain]
+            for way in ways_of(data, chain):
+                measured = []
                 for found in stored:
                     dev, test = (Vectors(found, split[p], one_set=gallery is None) for p in ("dev", "test"))
-                    rows.append(measure(WAYS[way](test, dev)))
-                results["rows"][name].append({"chain": chain, "way": way, **summary(rows)})
-                print(f"{name}, {chain}, {way}: {len(rows)} seeds", flush=True)
-    place.write_text(json.dumps(results, indent=1) + "\n")
+                    measured.append(measure(WAYS[way](test, dev)))
+                rows.append({"chain": chain, "way": way, "measured": today, **summary(measured)})
+                print(f"{name}, {chain}, {way}: {len(measured)} seeds", flush=True)
+            place.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

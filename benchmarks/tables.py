@@ -202,14 +202,15 @@ def _controls(result: dict[str, Any], generations: Sequence[str]) -> list[str]:
     return lines
 
 
-def comparison(stored: dict[str, Any], data: str) -> str:
-    """Chains and ways of serving them, of one data set; means over seeds, the half width of their 95 % interval."""
+def comparison(stored: dict[str, Any], data: str, encoders: int) -> str:
+    """Chains and ways of serving them with as many encoder runs per query; means over seeds, half 95 % intervals."""
     lines = [
-        "| training | search | runs per query | last self-test | mean over the backfill | NFR at 0, 50, 100 % | AC "
-        "| smallest margin | ceiling attained | CPU s | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| training | search | last self-test | mean over the backfill | NFR at 0, 50, 100 % | AC | smallest margin "
+        "| ceiling attained | CPU s | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(stored["rows"][data], key=lambda row: -row["backfill"]["mean"]):
+    rows = [row for row in stored["rows"][data] if round(row["encoders"]["mean"]) == encoders]
+    for row in sorted(rows, key=lambda row: -row["backfill"]["mean"]):
         nfr = " ".join(f"{100 * value:.1f}" for value in row["nfr"]["mean"])
         ac, margin, attained = "", "", ""
         if "ac" in row:
@@ -217,11 +218,33 @@ def comparison(stored: dict[str, Any], data: str) -> str:
             margin = f"{100 * row['smallest_margin']['mean']:+.1f} (s.e. {100 * row['its_error']['mean']:.1f})"
             attained = f"{row['attained']['mean']:.2f}" if "attained" in row else ""
         lines.append(
-            f"| {row['chain']} | {row['way']} | {row['encoders']['mean']:.0f} | {_spread(row['last'])} "
-            f"| {_spread(row['backfill'])} | {nfr} | {ac} | {margin} | {attained} | {row['seconds']['mean']:.0f} "
-            f"| {row['seeds']} |"
+            f"| {row['chain']} | {row['way']} | {_spread(row['last'])} | {_spread(row['backfill'])} | {nfr} | {ac} "
+            f"| {margin} | {attained} | {row['seconds']['mean']:.0f} | {row['seeds']} |"
         )
-    return "\n".join([*lines, "", f"{stored['hardware']}, {stored['date']}."])
+    dates = sorted({row["measured"] for row in rows})
+    return "\n".join([*lines, "", f"{stored['hardware']}, {' and '.join(dates)}."])
+
+
+def long_chains(stored: dict[str, Any], data: str) -> str:
+    """Chains of many generations: self-tests on the way, and what the last one reads."""
+    rows = stored["rows"].get(data, [])
+    last = max((len(row["self_tests"]["mean"]) for row in rows), default=0)
+    shown = [t for t in range(1, last + 1) if t == 1 or t % max(last // 5, 1) == 0]
+    lines = [
+        f"| training | {' | '.join(f'self-test g{t:03d}' for t in shown)} | mean over the backfill | NFR at 100 % | AC "
+        "| smallest margin | CPU s | seeds |",
+        "|---" * (len(shown) + 7) + "|",
+    ]
+    for row in sorted(rows, key=lambda row: -row["last"]["mean"]):
+        tests = " | ".join(_percent(row["self_tests"]["mean"][t - 1]) for t in shown)
+        lines.append(
+            f"| {row['chain']} | {tests} | {_spread(row['backfill'])} | {100 * row['nfr']['mean'][-1]:.1f} "
+            f"| {row['ac']['mean']:.2f} ({row['above_error']['mean']:.2f}) "
+            f"| {100 * row['smallest_margin']['mean']:+.1f} (s.e. {100 * row['its_error']['mean']:.1f}) "
+            f"| {row['seconds']['mean']:.0f} | {row['seeds']} |"
+        )
+    dates = sorted({row["measured"] for row in rows})
+    return "\n".join([*lines, "", f"{stored['hardware']}, {' and '.join(dates)}."])
 
 
 def _spread(value: dict[str, Any]) -> str:
@@ -254,7 +277,9 @@ def with_tables(text: str) -> str:
     stored = json.loads((ROOT / "benchmarks" / "results-labels.json").read_text())
     tables |= {"labels": labels(stored), "estimators": estimators(stored)}
     compared = json.loads((ROOT / "benchmarks" / "results-comparison.json").read_text())
-    tables |= {f"comparison {data}": comparison(compared, data) for data in compared["rows"]}
+    for data in ("omniglot", "cifar100"):
+        tables |= {f"comparison {data} {count}": comparison(compared, data, count) for count in (1, 2)}
+    tables |= {f"long chains {data}": long_chains(compared, data) for data in ("omniglot-10", "omniglot-30")}
     for name, table in tables.items():
         opening, closing = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         block = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)

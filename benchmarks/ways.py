@@ -73,14 +73,10 @@ class Part:
 def parts(data: Data, queries: LabelledImages, gallery: LabelledImages | None) -> dict[str, Part]:
     """Dev and test."""
     rows = queries if gallery is None else gallery
-    if data.is_closed:
-        in_dev = np.array([int(digest[8:12], 16) % 2 == 0 for digest in queries.content_sha256])
-        gallery_in = {"dev": np.ones(len(rows), bool), "test": np.ones(len(rows), bool)}
-    else:
-        names = np.unique(queries.labels)
-        chosen = set(np.random.default_rng(5).permutation(names)[: len(names) // 2].tolist())
-        in_dev = np.array([label in chosen for label in queries.labels])
-        dev_rows = np.array([label in chosen for label in rows.labels])
+    in_dev = data.in_dev(queries)
+    gallery_in = {"dev": np.ones(len(rows), bool), "test": np.ones(len(rows), bool)}
+    if not data.is_closed:
+        dev_rows = data.in_dev(rows)
         gallery_in = {"dev": dev_rows, "test": ~dev_rows}
     found = {}
     for name, mask in (("dev", in_dev), ("test", ~in_dev)):

@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from graceful.evaluation.plots import STYLE, WIDTH, finish
+from graceful.evaluation.plots import STYLE, WIDTH, deferred, finish
 
 _NOT_DRAWN = (
     "epoch", "epochs", "step", "steps", "seconds", "images_per_s", "eta_s", "workers", "workers_before", "loss",
@@ -22,6 +22,7 @@ DEV = "dev"  # recall@1 on the dev part; "dev on g001-..." against a predecessor
 Lines = Sequence[Mapping[str, Any]]
 
 
+@deferred
 def learning_figure(lines: Lines) -> Figure:
     """Draw the loss and its terms against the epochs; the loss is the sum of its terms."""
     with matplotlib.rc_context(STYLE):
@@ -43,7 +44,7 @@ def learning_figure(lines: Lines) -> Figure:
 def _draw_dev(axes: Axes, lines: Lines) -> None:
     """Draw recall@1 on the dev part on an axis of its own: against its own vectors, and against predecessors'."""
     beside = axes.twinx()
-    names = dict.fromkeys(name for line in lines for name in line if _is_dev(name))
+    names = dict.fromkeys(name for line in lines for name in line if name == DEV or name.startswith(f"{DEV} on "))
     for name in names:
         shown = [(line["epoch"] + 1, 100 * line[name]) for line in lines if name in line]
         look: dict[str, Any] = {"color": "0.2", "linewidth": 2} if name == DEV else {"color": "0.6", "linewidth": 1}
@@ -71,8 +72,8 @@ def learning_caption(lines: Lines) -> str:
 def term_names(lines: Lines) -> list[str]:
     """Return the names of the loss's terms, in the order of their first appearance."""
     names = dict.fromkeys(name for line in lines for name, value in line.items() if isinstance(value, int | float))
-    return [name for name in names if name not in _NOT_DRAWN and not _is_dev(name)]
+    return [name for name in names if name not in _NOT_DRAWN and not _is_beside(name)]
 
 
-def _is_dev(name: str) -> bool:
-    return name == DEV or name.startswith(f"{DEV} on ")
+def _is_beside(name: str) -> bool:
+    return name == DEV or name.startswith((f"{DEV} on ", "weight of "))

@@ -6,9 +6,13 @@ cent; no curve and no band leaves 0 to 100 %.
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
@@ -40,6 +44,28 @@ STYLE: Any = {
 }
 
 
+P = ParamSpec("P")
+T = TypeVar("T", str, bytes)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure that is not drawn yet; `key` holds everything that it is drawn from."""
+
+    draw: Callable[[], Figure]
+    key: bytes
+
+
+def deferred(draw: Callable[P, Figure]) -> Callable[P, Plot]:
+    """Let a function that draws return what will draw: a page is rendered twice in an update, and its figures once."""
+
+    @functools.wraps(draw)
+    def plot(*values: P.args, **named: P.kwargs) -> Plot:
+        return Plot(functools.partial(draw, *values, **named), pickle.dumps((draw.__name__, values, named)))
+
+    return plot
+
+
 class ForestRow(NamedTuple):
     """One interval of a forest plot, in shares; a bound of None reaches the edge. A verdict of "" is not judged."""
 
@@ -50,12 +76,13 @@ class ForestRow(NamedTuple):
     verdict: Verdict | str = ""
 
 
-def matrix_figure(matrix: CompatibilityMatrix) -> Figure:
+def matrix_figure(matrix: CompatibilityMatrix) -> Plot:
     """Heat map of a compatibility matrix in per cent, the criterion marked."""
     names = matrix.generations
     return heatmap(matrix.values, names, names, "gallery of", "queries by", "Blues", criterion(matrix))
 
 
+@deferred
 def curve_figure(
     curves: Sequence[Curve], served: float, chosen: float | None, end: float | None, metric: str
 ) -> Figure:
@@ -93,6 +120,7 @@ def curve_figure(
     return figure
 
 
+@deferred
 def flips_figure(curves: Sequence[Curve], limit: float | None, chosen: float | None) -> Figure:
     """Negative flips against the share re-embedded with their bounds, the limit, and the repaired searches."""
     with matplotlib.rc_context(STYLE):
@@ -130,6 +158,7 @@ def flips_figure(curves: Sequence[Curve], limit: float | None, chosen: float | N
     return figure
 
 
+@deferred
 def forest_figure(rows: Sequence[ForestRow], limit: float | None, unit: str, *, good_side: str) -> Figure:
     """Intervals below each other against one limit; the far side of it is shaded. `good_side`: left or right."""
     with matplotlib.rc_context(STYLE):
@@ -159,6 +188,7 @@ def forest_figure(rows: Sequence[ForestRow], limit: float | None, unit: str, *, 
     return figure
 
 
+@deferred
 def cost_figure(costs: Sequence[OptionCost], curve: Curve, chosen: float | None, metric: str) -> Figure:
     """Quality against what each fraction costs: its price where that is known, else its hours."""
     priced = all(cost.total_price is not None for cost in costs)
@@ -191,6 +221,7 @@ def cost_figure(costs: Sequence[OptionCost], curve: Curve, chosen: float | None,
     return figure
 
 
+@deferred
 def heatmap(
     values: NDArray[np.float64],
     row_labels: Sequence[str],
@@ -234,21 +265,42 @@ def heatmap(
     return figure
 
 
-def svg(figure: Figure, label: str) -> str:
+def svg(plot: Plot, label: str) -> str:
     """Markup made here from numbers, with its letters drawn as paths: safe to insert as it is."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    text = buffer.getvalue()
-    safe = "".join(letter if letter not in '<>&"' else " " for letter in label)
-    return text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{safe}" ', 1)
+
+    def made() -> str:
+        buffer = io.StringIO()
+        with matplotlib.rc_context(STYLE):
+            plot.draw().savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+        text = buffer.getvalue()
+        safe = "".join(letter if letter not in '<>&"' else " " for letter in label)
+        return text[text.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{safe}" ', 1)
+
+    return _once((plot.key, "svg", label), made)
 
 
-def png(figure: Figure, dpi: int) -> bytes:
+def png(plot: Plot, dpi: int) -> bytes:
     """The figure as a picture."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
+
+    def made() -> bytes:
+        buffer = io.BytesIO()
+        plot.draw().savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+        return buffer.getvalue()
+
+    return _once((plot.key, "png", str(dpi)), made)
+
+
+_DRAWN: OrderedDict[tuple[bytes, str, str], Any] = OrderedDict()
+_KEPT = 64  # figures of about three updates
+
+
+def _once(key: tuple[bytes, str, str], make: Callable[[], T]) -> T:
+    if key not in _DRAWN:
+        _DRAWN[key] = make()
+        if len(_DRAWN) > _KEPT:
+            _DRAWN.popitem(last=False)
+    found: T = _DRAWN[key]
+    return found
 
 
 def finish(axes: Axes, *, legend: bool = True) -> None:

@@ -7,6 +7,7 @@ made from the numbers. Only this module imports jinja2.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from graceful.evaluation.captions import (
@@ -40,6 +40,7 @@ from graceful.evaluation.matrix import CompatibilityMatrix
 from graceful.evaluation.outcomes import SERVED, Outcomes, compare
 from graceful.evaluation.plots import (
     ForestRow,
+    Plot,
     cost_figure,
     curve_figure,
     flips_figure,
@@ -137,6 +138,38 @@ def render_report(
     what users win. `explorer` shows lost searches; `files` are names of files beside the page to link to. `sections`
     come after the slices, `appendix` after the generations, each in their order; `lineage` rows become a table.
     """
+    lived = lived_states(evidence, decision, policy)
+    measured = curves(evidence, outcomes, policy)
+    return (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            evidence=evidence,
+            decision=decision,
+            policy=policy.model_dump(mode="json"),
+            metric=metric_name(evidence),
+            head=headline(evidence, decision, policy, outcomes),
+            num_identities=max((state.num_clusters for state in evidence.states), default=None),
+            guards_=_guards(evidence, decision),
+            confidence={"quality": 1 - evidence.alpha, "flips": 1 - evidence.alpha / NFR_FAMILIES},
+            forests=_forests(evidence, lived, policy),
+            ways=_ways(evidence, decision, policy, measured, lived),
+            explorer=explorer,
+            cause_texts=CAUSE_TEXTS,
+            files=files,
+            worst_when=None if lived.worst is None else moment(lived.worst.fraction),
+            slices=_slices(evidence, policy, outcomes, lived),
+            cost=_cost(evidence, decision, measured),
+            matrices=_matrices(matrix, nfr, metric_name(evidence)),
+            sections=[_shown(section) for section in sections],
+            appendix=[_shown(section) for section in appendix],
+            lineage=_table(lineage),
+        )
+    )
+
+
+@functools.cache
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, undefined=StrictUndefined
     )
@@ -144,30 +177,7 @@ def render_report(
         "points": points, "percent": percent, "number": number, "duration": duration, "share": share_text,
         "tail": lambda name: name.rpartition("/")[2],
     }  # fmt: skip
-    lived = lived_states(evidence, decision, policy)
-    measured = curves(evidence, outcomes, policy)
-    return environment.get_template(TEMPLATE).render(
-        evidence=evidence,
-        decision=decision,
-        policy=policy.model_dump(mode="json"),
-        metric=metric_name(evidence),
-        head=headline(evidence, decision, policy, outcomes),
-        num_identities=max((state.num_clusters for state in evidence.states), default=None),
-        guards_=_guards(evidence, decision),
-        confidence={"quality": 1 - evidence.alpha, "flips": 1 - evidence.alpha / NFR_FAMILIES},
-        forests=_forests(evidence, lived, policy),
-        ways=_ways(evidence, decision, policy, measured, lived),
-        explorer=explorer,
-        cause_texts=CAUSE_TEXTS,
-        files=files,
-        worst_when=None if lived.worst is None else moment(lived.worst.fraction),
-        slices=_slices(evidence, policy, outcomes, lived),
-        cost=_cost(evidence, decision, measured),
-        matrices=_matrices(matrix, nfr, metric_name(evidence)),
-        sections=[_shown(section) for section in sections],
-        appendix=[_shown(section) for section in appendix],
-        lineage=_table(lineage),
-    )
+    return environment
 
 
 def report_document(
@@ -262,7 +272,7 @@ class _Drawn:
     """A figure with its title and what to conclude from it."""
 
     title: str
-    figure: Figure
+    figure: Plot
     caption: str
 
     @property

@@ -24,6 +24,8 @@ def check_combination(
     _check_widths(name, config, parent, constrained)
     if parent is not None and config.start == "parent":
         _check_weights(name, config, parent)
+    if parent is not None and config.mixture != 0:
+        _check_mixture(name, config, parent, predecessors)
     if config.head.name == "simplex":
         _check_simplex(name, config, [*([parent] if parent is not None else []), *constrained])
 
@@ -62,6 +64,21 @@ def _check_weights(name: str, config: TrainingConfig, parent: GenerationCard) ->
         f"weights, found {parent.backbone.name} for {config.backbone.name} ({parent.generation_id}); set "
         "start = 'scratch' and interpolation = 0: the constraints hold across architectures"
     )
+
+
+def _check_mixture(
+    name: str, config: TrainingConfig, parent: GenerationCard, predecessors: Sequence[GenerationCard]
+) -> None:
+    if parent.generation_id not in {card.generation_id for card in predecessors}:
+        raise IncompatibleParentError(
+            f"training {name}: expected the parent {parent.generation_id} among the predecessors, because the mixture "
+            "takes its stored vectors, found it missing; add it, or set mixture = 0"
+        )
+    if config.start == "scratch" and not config.constraints:
+        raise IncompatibleParentError(
+            f"training {name}: expected a network in the space of {parent.generation_id} for a mixture with its "
+            "vectors, found one from scratch without constraints; set mixture = 0, or take constraints"
+        )
 
 
 def _check_simplex(name: str, config: TrainingConfig, earlier: Sequence[GenerationCard]) -> None:

@@ -191,6 +191,11 @@ class TrainingConfig(BaseModel):
         default_factory=recipe_constraints,
         description="Compatibility constraints; [] for a control, with interpolation = 0.",
     )
+    predecessor_weights: Literal["equal", "share", "dual"] = Field(
+        default="equal",
+        description="Of the predecessors in the constraints: equal; share: by the gallery rows that the champion reads "
+        "of each; dual: after every epoch more for those that are read badly on evaluation.dev, less for the others.",
+    )
     start: Literal["parent", "scratch"] = Field(default="parent", description="Initial weights where a parent exists.")
     rows_from_parent: bool = Field(
         default=True, description="Start classifier rows at 1.1 x the parent's class means instead of at random."
@@ -198,6 +203,17 @@ class TrainingConfig(BaseModel):
     interpolation: Annotated[float, Field(ge=0, lt=1)] | Literal["dev"] = Field(
         default=0.4,
         description="Share a of the parent's weights in the final ones; 0 for none; dev: chosen on evaluation.dev.",
+    )
+    mixture: Annotated[float, Field(ge=0, lt=1)] | Literal["dev"] = Field(
+        default=0.0,
+        description="Share b of the parent's vectors in the mixture that the last epochs put into the network, against "
+        "flips; 0 for none; dev: chosen on evaluation.dev.",
+    )
+    mixture_epochs: int = Field(default=2, ge=1, description="With a mixture: further epochs, for it.")
+    mixture_weight: float = Field(
+        default=10.0,
+        gt=0,
+        description="With a mixture: factor of the squared distance to it, beside task and constraints.",
     )
     epochs: int = Field(default=6, ge=1, description="Passes over the training images.")
     patience: int | None = Field(
@@ -244,6 +260,11 @@ class TrainingConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":
+        if not self.constraints and self.mixture != 0 and "mixture" not in self.model_fields_set:
+            raise UsageError(
+                "training config: expected mixture to be said with constraints = [], because its default "
+                f"{self.mixture} ties a generation to its parent too; set mixture = 0 for a control without any tie"
+            )
         if self.start == "scratch" and self.interpolation != 0:
             raise UsageError(
                 "training config: interpolation needs weights that started at the parent's; set interpolation = 0 with "
@@ -269,13 +290,16 @@ class TrainingConfig(BaseModel):
     @property
     def needs_dev(self) -> bool:
         """Whether something of the recipe is chosen on a dev part."""
-        return self.interpolation == "dev" or self.patience is not None
+        chosen = "dev" in (self.interpolation, self.mixture) or self.predecessor_weights == "dual"
+        return chosen or self.patience is not None
 
     def without_constraints(self) -> "TrainingConfig":
-        """Return the paragon's recipe: the same training, tied to no predecessor."""
+        """Return the paragon's recipe: the same training for as many epochs, tied to no predecessor."""
         name = "cosine_softmax" if self.head.name == "simplex" else self.head.name
         head = self.head.model_copy(update={"name": name, "new_class_margin": 0.0})
-        return self.model_copy(update={"constraints": (), "interpolation": 0.0, "head": head})
+        epochs = self.epochs + (self.mixture_epochs if self.mixture != 0 else 0)
+        free = {"constraints": (), "interpolation": 0.0, "mixture": 0.0}
+        return self.model_copy(update={**free, "epochs": epochs, "head": head})
 
 
 def check_shares(config: TrainingConfig, num_workers: int) -> None:
@@ -336,6 +360,19 @@ class TrainingJob(BaseModel):
         default=10.0, ge=0, description="Minutes between checkpoints within an epoch; there is one after every epoch."
     )
 
+    @property
+    def planned_epochs(self) -> int:
+        """Epochs that are made, unless the training stops early."""
+        mixing = self.parent_uri is not None and self.config.mixture != 0
+        return self.config.epochs + (self.config.mixture_epochs if mixing else 0)
+
+    @property
+    def taking_part(self) -> tuple[PredecessorRef, ...]:
+        """Predecessors that the training looks at: all under constraints, the parent for a mixture without."""
+        if self.config.constraints:
+            return self.predecessors
+        return tuple(p for p in self.predecessors if self.config.mixture != 0 and p.generation_uri == self.parent_uri)
+
     @field_validator("manifest_uri", "output_uri", "storage_uri", "parent_uri")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
@@ -351,16 +388,21 @@ class TrainingJob(BaseModel):
         if self.config.needs_dev and self.dev is None:
             raise UsageError(
                 f"training job {self.name}: expected a dev part to choose on (interpolation = "
-                f"{self.config.interpolation!r}, patience = {self.config.patience}), found none; give "
-                "evaluation.dev, or a number for interpolation and no patience"
+                f"{self.config.interpolation!r}, mixture = {self.config.mixture!r}, predecessor_weights = "
+                f"{self.config.predecessor_weights!r}, patience = {self.config.patience}), found none; give "
+                "evaluation.dev, or numbers, equal weights and no patience"
             )
-        if self.config.interpolation == "dev" and self.parent_uri is not None and self.dev is not None:
+        if (
+            "dev" in (self.config.interpolation, self.config.mixture)
+            and self.parent_uri is not None
+            and self.dev is not None
+        ):
             known = [reference.generation_id for reference in self.dev.predecessors]
             parent = self.parent_uri.rstrip("/").rpartition("/")[2]
             if parent not in known:
                 raise UsageError(
                     f"training job {self.name}: expected the parent {parent} among the dev part's predecessors "
-                    f"(interpolation is chosen by its flips), found {known}; embed the dev images with it"
+                    f"(a share of it is chosen by its flips), found {known}; embed the dev images with it"
                 )
         check_shares(self.config, self.num_workers)
         if self.min_workers is not None and self.min_workers > max(self.num_workers, 1):

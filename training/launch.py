@@ -27,16 +27,12 @@ from graceful.training.encoder import CorruptedWeightsError
 from graceful.training.generation import GenerationCard, GenerationNotFoundError
 from graceful.training.images import UnreadableImageError
 from graceful.training.job import TrainingJob
-from graceful.training.loop import (
-    ChangedTrainingError,
-    TrainingDeadlineError,
-    TrainingDivergedError,
-    train_worker,
-)
+from graceful.training.loop import TrainingDeadlineError, TrainingDivergedError, train_worker
 from graceful.training.manifest import DatasetNotFoundError
 from graceful.training.predecessors import MisalignedCacheError
 from graceful.training.progress import TrailReporter
 from graceful.training.records import ChangedImagesError, ScratchFullError
+from graceful.training.resuming import ChangedTrainingError
 
 CONTROLLER_FAILURES = 3  # Ray's default is to retry for ever
 POLL_INTERVAL_S = 0.25

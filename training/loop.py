@@ -7,7 +7,6 @@ was not (on the same hardware with the same number of workers). Losses and batch
 """
 
 import contextlib
-import logging
 import math
 import tempfile
 import time
@@ -28,14 +27,14 @@ from graceful.training.finishing import calibrate, interpolate, interpolate_rows
 from graceful.training.generation import GenerationCard
 from graceful.training.job import TrainingJob
 from graceful.training.material import load_material
+from graceful.training.mixing import Mixture
 from graceful.training.objective import term_names
 from graceful.training.pace import Course, Meetings
 from graceful.training.progress import Reporter
+from graceful.training.resuming import checkpoint, latest_checkpoint, resume
 from graceful.training.starting import Parent, Trainee, build_trainee, check_start, load_parent
 from graceful.training.step import Run, Stepper, steps_per_epoch
 from graceful.training.validation import Validation, best_epoch, has_stalled, load_dev
-
-logger = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(GracefulError):
@@ -44,10 +43,6 @@ class TrainingDivergedError(GracefulError):
 
 class TrainingDeadlineError(GracefulError):
     """The training did not end in time; the same job goes on from its last checkpoint."""
-
-
-class ChangedTrainingError(GracefulError):
-    """A checkpoint of the same name is that of another training."""
 
 
 def train_worker(
@@ -84,35 +79,69 @@ def train_worker(
         if dev is not None:
             opened.callback(dev.images.close)
         validation = Validation(run, dev, trainee)
-        with prepared(run, trainee, parent is not None, steps) as (stepper, is_compiled):
-            course = _run_epochs(run, stepper, validation, steps, deadline)
-        validation.take_best()
-        return _finish(run, trainee, parent, validation, course, is_compiled)
+        saved = latest_checkpoint(run, steps)
+        course = Course.of(saved, world_size)
+        from_parent = parent is not None
+        if course.mixing_from is None:
+            with prepared(run, trainee, from_parent, steps * config.epochs) as (stepper, is_compiled):
+                resume(run, stepper, validation, course, saved)
+                _run_epochs(run, stepper, validation, course, steps, deadline)
+            validation.take_best()
+        mixture = None
+        if parent is not None and config.mixture != 0:
+            mixture = _mixture(run, trainee, parent.card.generation_id, validation, course, saved)
+            with prepared(run, trainee, from_parent, steps * config.mixture_epochs, mixture) as (stepper, is_compiled):
+                if course.mixing_from is not None:
+                    resume(run, stepper, validation, course, saved)
+                course.mixing_from = course.epoch if course.mixing_from is None else course.mixing_from
+                _run_epochs(run, stepper, validation, course, steps, deadline, mixture)
+        return _finish(run, trainee, parent, validation, course, is_compiled, mixture)
 
 
 @contextlib.contextmanager
-def prepared(run: Run, trainee: Trainee, from_parent: bool, steps: int) -> Iterator[tuple[Stepper, bool]]:
+def prepared(
+    run: Run, trainee: Trainee, from_parent: bool, total_steps: int, mixture: Mixture | None = None
+) -> Iterator[tuple[Stepper, bool]]:
     """Yield what moves the trainee while it trains, on all ranks as on one, and whether its network runs compiled."""
     config = run.job.config
     max_lr = config.max_lr if from_parent and config.start == "parent" else config.first_max_lr
     with synchronised_batch_norm(trainee):
-        stepper = Stepper(run, trainee, max_lr, total_steps=steps * config.epochs)
+        stepper = Stepper(run, trainee, max_lr, total_steps, mixture)
 
         def rehearse() -> None:
-            stepper.rehearse(next(run.material.batches(config.seed, 0, steps, run.rank, run.world_size)))
+            stepper.rehearse(next(run.material.batches(config.seed, 0, steps_per_epoch(run), run.rank, run.world_size)))
 
-        with compiled(trainee.network, config.compile, run.device, steps * config.epochs, rehearse) as is_compiled:
+        with compiled(trainee.network, config.compile, run.device, total_steps, rehearse) as is_compiled:
             stepper.distribute()
             yield stepper, is_compiled
 
 
-def _run_epochs(run: Run, stepper: Stepper, validation: Validation, steps: int, deadline: float | None) -> Course:
-    """Take all steps that the latest checkpoint has not seen; return how the training went."""
+def _mixture(
+    run: Run, trainee: Trainee, parent_id: str, validation: Validation, course: Course, saved: dict[str, Any] | None
+) -> Mixture:
+    """Return what the last epochs draw the network to: as it was when they began."""
+    if course.mixing_from is not None and saved is not None:
+        return Mixture.of(run, trainee, parent_id, saved["mixture"])
+    if run.job.config.mixture == "dev":
+        return Mixture(run, trainee, parent_id, *validation.choose_mixture(parent_id))
+    return Mixture(run, trainee, parent_id, float(run.job.config.mixture))
+
+
+def _run_epochs(
+    run: Run,
+    stepper: Stepper,
+    validation: Validation,
+    course: Course,
+    steps: int,
+    deadline: float | None,
+    mixture: Mixture | None = None,
+) -> None:
+    """Take all steps that the course has not seen: of the training, or of the mixture's epochs after it."""
     config = run.job.config
-    course = _resumed(run, stepper, validation, steps)
+    last = config.epochs if course.mixing_from is None else course.mixing_from + config.mixture_epochs
     meetings = Meetings(run.device, run.world_size)
     saved_at = time.monotonic()
-    while course.epoch < config.epochs and not has_stalled(course.dev, config):
+    while course.epoch < last and not (mixture is None and has_stalled(course.dev, config)):
         recent: dict[str, Tensor] = {}
         since = 0
         batches = run.material.batches(
@@ -132,25 +161,25 @@ def _run_epochs(run: Run, stepper: Stepper, validation: Validation, steps: int, 
             course.add(seconds)
             course.sums = {name: course.sums.get(name, 0.0) + value for name, value in sums.items()}
             line = _progress_line(run, course, steps)
-            any_late = any_late and not (is_end and course.epoch + 1 == config.epochs)
+            any_late = any_late and not (is_end and course.epoch + 1 == line["epochs"])
             if is_end:
-                line |= validation.look(course.dev)
-                state = _checkpoint(run, stepper, validation, course, steps) if run.rank == 0 else None
+                line |= validation.look(course)
+                state = checkpoint(run, stepper, validation, course, steps, mixture) if run.rank == 0 else None
                 run.report.report(line, state)
                 saved_at = time.monotonic()
             elif run.rank == 0:
                 is_due = any_late or time.monotonic() - saved_at >= 60 * run.job.checkpoint_minutes
-                run.report.glance(line, _checkpoint(run, stepper, validation, course, steps) if is_due else None)
+                state = checkpoint(run, stepper, validation, course, steps, mixture) if is_due else None
+                run.report.glance(line, state)
                 saved_at = time.monotonic() if is_due else saved_at
             if any_late:
                 raise TrainingDeadlineError(
                     f"training {run.job.name}: expected to end before its deadline, found it at epoch "
-                    f"{course.epoch + 1} of {config.epochs}, step {course.step} of {steps}; run the same job again to "
+                    f"{course.epoch + 1} of {line['epochs']}, step {course.step} of {steps}; run the same job again to "
                     "go on from there"
                 )
             meetings.restart_clock()
         course.begin_epoch()
-    return course
 
 
 def _progress_line(run: Run, course: Course, steps: int) -> dict[str, Any]:
@@ -166,52 +195,17 @@ def _progress_line(run: Run, course: Course, steps: int) -> dict[str, Any]:
             "use float32"
         )
     done = course.epoch * steps + course.step
-    line = {"epoch": course.epoch, "epochs": config.epochs, "step": course.step, "steps": steps, **means}
+    epochs = run.job.planned_epochs
+    if course.mixing_from is not None:
+        epochs = course.mixing_from + config.mixture_epochs
+    line = {"epoch": course.epoch, "epochs": epochs, "step": course.step, "steps": steps, **means}
     line["seconds"] = round(course.epoch_seconds, 3)
     line["images_per_s"] = round(len(run.material) * course.step / steps / max(course.epoch_seconds, 1e-9), 1)
-    line["eta_s"] = round(course.seconds / done * (steps * config.epochs - done), 1)
+    line["eta_s"] = round(course.seconds / done * (steps * epochs - done), 1)
     line["workers"] = run.world_size
     if course.worker_changes and course.worker_changes[-1][0] == course.epoch:
         line["workers_before"] = course.worker_changes[-1][2]
     return line
-
-
-def _checkpoint(run: Run, stepper: Stepper, validation: Validation, course: Course, steps: int) -> dict[str, Any]:
-    recipe = run.job.config.model_dump(mode="json")
-    parts = {**stepper.state_dict(), **validation.state_dict(), **course.state_dict()}
-    return {**parts, "recipe": recipe, "steps": steps}
-
-
-def _resumed(run: Run, stepper: Stepper, validation: Validation, steps: int) -> Course:
-    """Load the latest checkpoint into the stepper; return where it stands, or the beginning.
-
-    Raises: ChangedTrainingError.
-    """
-    saved = run.report.latest()
-    if saved is None:
-        return Course(workers=run.world_size)
-    now, before = run.job.config.model_dump(mode="json"), saved["recipe"]
-    changed = [f"{name} = {before.get(name)!r}" for name in now if now[name] != before.get(name)]
-    if saved["steps"] != steps:
-        changed.append(f"{saved['steps']} steps per epoch instead of {steps}")
-    if changed:
-        raise ChangedTrainingError(
-            f"resuming training {run.job.name}: expected the checkpoint of this recipe and these images, found one "
-            f"with {', '.join(changed)}; give the changed training a name of its own, or undo the change to go on"
-        )
-    stepper.load_state_dict(saved)
-    validation.load_state_dict(saved)
-    course = Course(**{name: saved[name] for name in vars(Course())})
-    if course.step == steps:
-        course.begin_epoch()
-    if course.workers != run.world_size:
-        logger.warning(
-            "training %s goes on with %d workers instead of %d, from epoch %d, step %d",
-            run.job.name, run.world_size, course.workers, course.epoch, course.step,
-        )  # fmt: skip
-        course.worker_changes.append([course.epoch, course.step, course.workers, run.world_size])
-        course.workers = run.world_size
-    return course
 
 
 def _finish(
@@ -221,6 +215,7 @@ def _finish(
     validation: Validation,
     course: Course,
     is_compiled: bool,
+    mixture: Mixture | None,
 ) -> GenerationCard | None:
     """Interpolate with the parent, calibrate, compute class means, store: every rank computes, rank 0 writes."""
     started = time.perf_counter()
@@ -270,6 +265,8 @@ def _finish(
             "precision": str(dtype or torch.float32).removeprefix("torch."),
             "interpolation": share,
             **({"interpolation_on_dev": chosen} if chosen is not None else {}),
+            **({} if mixture is None else {"mixture": mixture.share, "mixture_epochs": config.mixture_epochs}),
+            **({"mixture_on_dev": mixture.chosen} if mixture is not None and mixture.chosen is not None else {}),
             **({"best_epoch": best_epoch(course.dev) + 1} if config.patience is not None else {}),
             "constraints": term_names(config.constraints) if len(material.predecessors) else [],
             **({CORNERS: parent.corners if parent is not None else material.classes} if trainee.head.is_fixed else {}),

@@ -97,9 +97,8 @@ def load_material(job: TrainingJob, device: torch.device, scratch: Path) -> Mate
     """
     classes, labels = read_classes(job.manifest_uri)
     check_classes(classes, np.bincount(labels, minlength=len(classes)))
-    constrained = job.predecessors if job.config.constraints else ()
     limit = job.config.pixel_memory_mib
-    predecessors = load_predecessors(constrained, labels, classes, device, scratch, limit)
+    predecessors = load_predecessors(job.taking_part, labels, classes, device, scratch, limit)
     look = Look.of(job.config.preprocessing, job.config.augmentation)
     images = open_images(job, job.manifest_uri, look, device, scratch)
     return Material(classes, torch.from_numpy(labels), images, predecessors)

@@ -1,6 +1,7 @@
 """Where a training is, and when its workers meet on the way."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +22,14 @@ class Course:
     epoch_seconds: float = 0.0  # spent in this epoch's steps
     sums: dict[str, float] = field(default_factory=dict)  # of this epoch's losses; the mean over the ranks
     dev: list[float] = field(default_factory=list)  # self-test on the dev part after every epoch
+    mixing_from: int | None = None  # epoch at which the mixture's epochs begin, once the others are made
     workers: int = 1
     worker_changes: list[list[int]] = field(default_factory=list)  # epoch, step, workers before, workers from there on
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any] | None, workers: int) -> "Course":
+        """Return where a checkpoint stands, or the beginning."""
+        return cls(workers=workers) if saved is None else cls(**{name: saved[name] for name in vars(cls())})
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values."""

@@ -101,6 +101,12 @@ class Predecessors:
         """Return the cached embeddings of the given training images (B,), (K, B, d) per group."""
         return [self._gather(group, images) for group in self.groups]
 
+    def vectors_of(self, generation_id: str, images: Tensor) -> Tensor:
+        """Return one predecessor's cached embeddings of the given training images (B,): (B, d)."""
+        group = next(group for group in self.groups if generation_id in group.generation_ids)
+        place = group.generation_ids.index(generation_id)
+        return group.embeddings[images, place].to(self._device, torch.float32)
+
     def class_means_of(self, generation_id: str) -> Tensor | None:
         """Return a predecessor's class means (C, d), or None for one that is not here."""
         for group in self.groups:

@@ -63,7 +63,7 @@ def rehearse(job: TrainingJob, least_steps: int = 3, least_s: float = 2.0) -> Re
         trainee = build_trainee(config, len(material.classes), parent)
         trainee.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         seconds: list[float] = []
-        with prepared(run, trainee, parent is not None, steps) as (stepper, is_compiled):
+        with prepared(run, trainee, parent is not None, steps * config.epochs) as (stepper, is_compiled):
             batch = next(material.batches(config.seed, 0, steps, 0, 1))
             most = min(_MOST_STEPS, steps * config.epochs)  # the schedule has no more
             while len(seconds) < most and (len(seconds) <= least_steps or sum(seconds) < least_s):

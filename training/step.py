@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +50,21 @@ def steps_per_epoch(run: Run) -> int:
     return steps
 
 
+class FurtherTerm(Protocol):
+    """A term of the loss beside task and constraints."""
+
+    def term(self, images: Tensor, embeddings: Tensor, rows: Tensor) -> Tensor:
+        """Return the weighted mean over B images: as the network sees them, their embeddings (B, d), their rows."""
+
+
 class Stepper:
     """Network, head, constraints and optimiser of one training, moved one step at a time."""
 
-    def __init__(self, run: Run, trainee: Trainee, max_lr: float, total_steps: int) -> None:
+    def __init__(
+        self, run: Run, trainee: Trainee, max_lr: float, total_steps: int, further: FurtherTerm | None = None
+    ) -> None:
         config = run.job.config
-        self._run = run
+        self._run, self._further = run, further
         self.trainee = trainee
         self._objective = Objective(config, run.material, run.device)
         self._optimizer = torch.optim.AdamW(_parameter_groups(trainee, config.weight_decay), lr=max_lr, fused=True)
@@ -134,6 +143,9 @@ class Stepper:
         embeddings, task = self._model(images, labels, run.dtype, draw)
         terms = {"task": task * share_weight(len(labels), part.total)}
         terms |= self._objective.terms(embeddings, labels, part, shared, draw)
+        if self._further is not None:
+            found = self._further.term(images, embeddings, part.rows)
+            terms["mixture"] = found * share_weight(len(labels), part.total)
         return terms if share == 1.0 else {name: value * share for name, value in terms.items()}
 
 

@@ -24,13 +24,15 @@ from graceful.training.finishing import calibrate, interpolate
 from graceful.training.job import TrainingConfig, TrainingJob
 from graceful.training.manifest import read_classes
 from graceful.training.material import open_images
+from graceful.training.pace import Course
 from graceful.training.pixels import Images, Look
 from graceful.training.predecessors import load_predecessors
 from graceful.training.starting import Parent, Trainee
 from graceful.training.step import Run, buffers_put_back
+from graceful.training.weighing import DualWeights
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-"""Shares of interpolation that are tried."""
+"""Shares of the parent that are tried, in weights and in vectors."""
 CALIBRATED_AT_EPOCHS = 1024
 """Images that batch norm is calibrated on at the end of an epoch, at most; the final network gets all of them."""
 SELF = "dev"
@@ -133,12 +135,17 @@ class Validation:
         self.dev = dev
         self._trainee = trainee
         self._best: dict[str, Tensor] | None = None
+        self._weights: DualWeights | None = None
+        if dev is not None and run.job.config.predecessor_weights == "dual":
+            own = {name: float(dev.right(of, of).double().mean()) for name, of in dev.references.items()}
+            self._weights = DualWeights(run.material.predecessors, own)
 
-    def look(self, curve: list[float]) -> dict[str, float]:
+    def look(self, course: Course) -> dict[str, float]:
         """Return recall@1 on the dev part: of the network, and of its queries on every predecessor's vectors.
 
-        Appends the first to `curve`. Batch norm is calibrated for the look and put back: the training goes on as if
-        nobody had looked. The same on every rank, and all ranks call it. Empty without a dev part.
+        Appends the first to the course's curve, by which a training may stop and take its best epoch; the mixture's
+        epochs after it are made in any case. Batch norm is calibrated for the look and put back: the training goes on
+        as if nobody had looked. The same on every rank, and all ranks call it. Empty without a dev part.
         """
         run, network = self._run, self._trainee.network
         if self.dev is None:
@@ -150,6 +157,12 @@ class Validation:
         if run.world_size > 1:
             dist.broadcast(values, 0)
         found = dict(zip(galleries, values.tolist(), strict=True))
+        if self._weights is not None:
+            moved = self._weights.ascend({name: found[f"{SELF} on {name}"] for name in self.dev.references})
+            found |= {f"weight of {name}": weight for name, weight in moved.items()}
+        if course.mixing_from is not None:
+            return found
+        curve = course.dev
         curve.append(found[SELF])
         if run.job.config.patience is not None and best_epoch(curve) == len(curve) - 1:
             self._best = {name: tensor.detach().clone() for name, tensor in self._trainee.state_dict().items()}
@@ -175,6 +188,23 @@ class Validation:
             vectors = self._calibrated_vectors(network, run.job.config.calibration_images)
             options.append(self.dev.option(share, vectors, parent.card.generation_id))
         network.load_state_dict(trained)
+        return self._chosen(options)
+
+    def choose_mixture(self, parent_id: str) -> tuple[float, dict[str, Any]]:
+        """Return the share of the parent's vectors that the rule takes, and what was looked at, for the card."""
+        assert self.dev is not None, "refused by TrainingJob"
+        run, network = self._run, self._trainee.network
+        with buffers_put_back(network):
+            own = self._calibrated_vectors(network, run.job.config.calibration_images)
+        theirs = self.dev.references[parent_id]
+        theirs = functional.pad(theirs, (0, own.shape[1] - theirs.shape[1]))
+        mixed = [(share, functional.normalize(torch.lerp(own, theirs, share), dim=1)) for share in SHARES]
+        return self._chosen([self.dev.option(share, vectors, parent_id) for share, vectors in mixed])
+
+    def _chosen(self, options: Sequence[Option]) -> tuple[float, dict[str, Any]]:
+        """Return the value that the rule takes, rank 0's on every rank, and what is told of it."""
+        assert self.dev is not None
+        run = self._run
         chosen = torch.tensor(choose(options, self.dev.max_flips).value, dtype=torch.float64, device=run.device)
         if run.world_size > 1:
             dist.broadcast(chosen, 0)
@@ -188,11 +218,14 @@ class Validation:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold beside the course."""
-        return {} if self._best is None else {"best": self._best}
+        weights = {} if self._weights is None else self._weights.state_dict()
+        return {**({} if self._best is None else {"best": self._best}), **weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._best = state.get("best")
+        if self._weights is not None:
+            self._weights.load_state_dict(state)
 
     def _calibrated_vectors(self, network: nn.Module, num_images: int) -> Tensor:
         assert self.dev is not None

@@ -49,6 +49,24 @@ def history(root: RootOption = ".", as_json: JsonOption = False) -> None:
 
 
 @command()
+def debt(
+    root: RootOption = ".",
+    generations: Annotated[int, typer.Option(min=1, max=100, help="How many generations to forecast.")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Forecast what staying compatible will cost: step, caches and tax of the next generations, by what was measured.
+
+    Says for every predecessor what retiring it would save.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.debt import compatibility_debt
+        from graceful.flows.terminal_debt import print_debt
+
+        found = compatibility_debt(place(root), generations)
+        output(as_json, found.model_dump(mode="json"), lambda console: print_debt(console, found))
+
+
+@command()
 def flips(
     generation: Annotated[str | None, typer.Argument(help="Candidate; by default that of the newest decision.")] = None,
     root: RootOption = ".",

@@ -17,7 +17,7 @@ from graceful.flows.runtime.session import Session, open_session
 from graceful.flows.settings.config import load_workspace_config
 from graceful.flows.store.evaluation_set import load_evaluation_set, separate, with_dev
 from graceful.flows.store.workspace import require_workspace
-from graceful.flows.update.freeze import predecessors_of
+from graceful.flows.update.predecessors import predecessors_of
 from graceful.indexing.embedding_files import write_embedding_file
 from graceful.training.datasets import check_trainable, load_images
 from graceful.training.encoder import open_encoder
@@ -84,9 +84,10 @@ def dry_run(root: str, say: Callable[[str], None] = lambda text: None) -> DryRun
         check_trainable(images)
         workers = max(config.cluster.num_workers, 1)
         share = math.ceil(config.training.batch_size / workers)
-        recipe = config.training.model_copy(update={"batch_size": share, "interpolation": 0.0, "patience": None})
+        plain = {"interpolation": 0.0, "mixture": 0.0, "patience": None}
+        recipe = config.training.model_copy(update={"batch_size": share, **plain})
         sample = _sample(images, _BATCHES * recipe.batch_size, recipe.seed)
-        names = predecessors_of(session)
+        names = predecessors_of(session.workspace, config)
         if names:
             say(f"embedding {len(sample):,} of {len(images):,} images with {len(names)} predecessors")
         references, rate = _embed(session, sample, names, Path(folder))

@@ -123,11 +123,11 @@ class FlowProgress:
         if run is not None and run.flow_run is not None:
             self._describe(tags=sorted({*run.flow_run.tags, *tags}))
 
-    def show(self, artifacts: Sequence[Artifact]) -> None:
+    def show(self, make: Callable[[], Sequence[Artifact]]) -> None:
         """Leave artifacts, under keys that are the same from update to update."""
         if not _in_run():
             return
-        for found in artifacts:
+        for found in make():
             self._aside.do(lambda found=found: _leave(found))  # type: ignore[misc]
 
     @contextmanager

@@ -45,8 +45,8 @@ class Progress(Protocol):
     def entitle(self, title: str) -> None:
         """Say in a few words what this run is, for lists of many."""
 
-    def show(self, artifacts: Sequence[Artifact]) -> None:
-        """Show results where results can be shown."""
+    def show(self, make: Callable[[], Sequence[Artifact]]) -> None:
+        """Show results where results can be shown; `make` is called there alone, because pictures take time."""
 
     def track(self, label: str, total: int) -> AbstractContextManager[Advance]:
         """Follow `total` pieces of work; gives the function that counts them."""
@@ -64,7 +64,7 @@ class SilentProgress:
     def entitle(self, title: str) -> None:
         """Report nothing."""
 
-    def show(self, artifacts: Sequence[Artifact]) -> None:
+    def show(self, make: Callable[[], Sequence[Artifact]]) -> None:
         """Show nothing."""
 
     @contextmanager
@@ -94,7 +94,7 @@ class TerminalProgress:
     def entitle(self, title: str) -> None:
         """Show nothing: a terminal shows one run."""
 
-    def show(self, artifacts: Sequence[Artifact]) -> None:
+    def show(self, make: Callable[[], Sequence[Artifact]]) -> None:
         """Show nothing: a terminal prints the result at the end."""
 
     @contextmanager

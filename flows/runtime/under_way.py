@@ -7,7 +7,7 @@ recognised by its start time and removed by the next one.
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -48,9 +48,9 @@ class RecordedProgress:
         self._write()
         self.beside.entitle(title)
 
-    def show(self, artifacts: Sequence[Artifact]) -> None:
+    def show(self, make: Callable[[], Sequence[Artifact]]) -> None:
         """Hand on."""
-        self.beside.show(artifacts)
+        self.beside.show(make)
 
     @contextmanager
     def track(self, label: str, total: int) -> Iterator[Advance]:

@@ -219,7 +219,10 @@ class PipelineConfig(BaseModel):
     def _choices_have_a_dev_part(cls, training: TrainingConfig, info: ValidationInfo) -> TrainingConfig:
         evaluation = info.data.get("evaluation")
         if training.needs_dev and evaluation is not None and evaluation.dev is None:
-            raise ValueError("interpolation = 'dev' and patience need evaluation.dev, such as dev = { share = 0.1 }")
+            raise ValueError(
+                "interpolation = 'dev', mixture = 'dev', predecessor_weights = 'dual' and patience need "
+                "evaluation.dev, such as dev = { share = 0.1 }"
+            )
         return training
 
     @field_validator("policy")

@@ -53,7 +53,7 @@ class EvaluationConfig(BaseModel):
     dev: DevConfig | None = Field(
         default=None,
         description="Images that choices are made on: neither trained on nor reported. training.patience and "
-        'training.interpolation = "dev" need it.',
+        'training.interpolation = "dev" or mixture = "dev" need it.',
     )
     protocol: Literal["open_set", "closed_set"] = Field(
         description="open_set: no identity of it may be in the training set; closed_set: no image of it may be."

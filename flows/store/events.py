@@ -28,6 +28,7 @@ class UpdateStarted(_Happened):
     ordinal: int
     champion: str | None
     predecessors: tuple[str, ...]
+    weights: tuple[float, ...] = ()
     generations: tuple[str, ...]
     num_training_images: int
     num_classes: int

@@ -12,6 +12,7 @@ from graceful.flows.update.serving import release_previous
 
 if TYPE_CHECKING:
     from graceful.flows.runtime.session import Session
+    from graceful.flows.store.registry import Registry
     from graceful.flows.update.freeze import Inputs
 
 
@@ -37,10 +38,22 @@ def conclude(
         rows = workspace.gallery.view(readable).rows_by_generation()
         owners |= {name for name, count in rows.items() if count}
     for name in registry.served_generations():
-        if name not in owners:
+        if name not in owners and not _is_retired(registry, name):
             registry.record(Retired(), update_key=update_key, generation=name)
     completed = UpdateCompleted(compute_s=round(compute_s, 3))
     registry.record(completed, update_key=update_key, generation=decision.candidate)
+
+
+def _is_retired(registry: "Registry", name: str) -> bool:
+    """Whether the lineage says so already, and the generation has not served since."""
+    found = False
+    for event in registry.history():
+        moved = isinstance(event.payload, Promoted | Forwarded) and event.generation == name
+        if moved or (isinstance(event.payload, RolledBack) and event.payload.to == name):
+            found = False
+        elif isinstance(event.payload, Retired) and event.generation == name:
+            found = True
+    return found
 
 
 def completed(inputs: "Inputs") -> bool:

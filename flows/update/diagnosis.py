@@ -27,6 +27,7 @@ from graceful.flows.store.events import (
     Held,
     Pending,
     PreviousReleased,
+    Retired,
     Trained,
     UpdateCompleted,
     UpdateStarted,
@@ -120,6 +121,8 @@ def lineage_rows(registry: Registry) -> list[dict[str, str]]:
 def told(happened: object) -> str:
     """What an event says beside its kind, in a few words: the outcome, the reason, who said so."""
     words = [str(getattr(happened, name, "")) for name in ("outcome", "ordered", "reason", "by")]
+    if isinstance(happened, Retired) and not happened.reason:
+        words = ["owns no readable row, has no supported client"]
     return ", ".join(word for word in words if word)
 
 

@@ -27,6 +27,7 @@ from graceful.flows.store.leaks import refuse_trained_on, refuse_trained_on_dev
 from graceful.flows.store.registry import Registry
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.gate import MoveRefusedError
+from graceful.flows.update.predecessors import predecessors_of, weights_by_share
 from graceful.flows.update.query_log import check_log
 from graceful.flows.update.serving import refuse_retired
 from graceful.training.datasets import check_trainable, load_images
@@ -71,7 +72,8 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     images, num_dropped = separate(config.evaluation, load_images(config.training_data, known), evaluation_set)
     images, dev = with_dev(config.evaluation, images, evaluation_set, known)
     check_trainable(images)
-    data = _digest_of_data(images, dev, config.policy.nfr_limit if config.training.interpolation == "dev" else None)
+    is_chosen = "dev" in (config.training.interpolation, config.training.mixture)
+    data = _digest_of_data(images, dev, config.policy.nfr_limit if is_chosen else None)
     versions = [TRAINING_VERSION, JUDGING_VERSION]
     refuse_trained_on(session.workspace, evaluation_set)
     if dev is not None:
@@ -93,8 +95,11 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
         if adopted == champion:
             raise MoveRefusedError(f"judging {adopted}: expected an encoder that does not serve, found that it does")
     update_key = base if not attempts else f"{base}-{len(attempts) + 1}"
-    predecessors = tuple(predecessors_of(session))
-    training_key = adopted or digest([material_key, champion, predecessors])[:16]
+    predecessors = tuple(predecessors_of(session.workspace, config))
+    weights: tuple[float, ...] = ()
+    if config.training.predecessor_weights == "share":
+        weights = weights_by_share(session.workspace, predecessors)
+    training_key = adopted or digest([material_key, champion, predecessors, *([weights] if weights else [])])[:16]
     made = adopted or trained_before(registry, training_key)
     left_out = ({*registry.retired(), *_adopted_in_vain(registry)} - {champion}) | {made}
     generations = [name for name in registry.generations() if name not in left_out]
@@ -112,6 +117,7 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
         ordinal=newest + 1 if made is None else ordinal_of(made),
         champion=champion,
         predecessors=predecessors,
+        weights=weights,
         generations=tuple(generations),
         num_training_images=len(images),
         num_classes=len(set(images.labels.tolist())),
@@ -159,19 +165,3 @@ def _adopted_in_vain(registry: Registry) -> set[str]:
     """Adopted encoders that no update could judge to its end: they break no other update."""
     judged = {event.generation for event in registry.events(Decided)}
     return {event.generation for event in registry.events(Adopted)} - judged
-
-
-def predecessors_of(session: Session) -> list[str]:
-    """Generations to constrain against: all that ever served, or those of them that still serve somebody.
-
-    Those that the champion reads rows of, and those whose clients are supported.
-    """
-    workspace = session.workspace
-    retired = workspace.registry.retired()
-    champion = workspace.registry.serving().champion
-    served = [name for name in workspace.registry.served_generations() if name == champion or name not in retired]
-    if session.config.predecessors == "all" or champion is None:
-        return served
-    owners = workspace.view(champion).rows_by_generation()
-    clients = session.config.gallery.supported_query_generations
-    return [name for name in served if name == champion or owners.get(name) or name in clients]

@@ -40,10 +40,12 @@ class LearningCurve:
         """Show the curve, if there is anything that has not been shown."""
         if len(self._lines) > self._num_shown:
             self._num_shown, self._shown_at = len(self._lines), time.monotonic()
-            picture = base64.b64encode(png(learning_figure(self._lines), 90)).decode()
-            text = f"{learning_caption(self._lines)}\n\n![learning curve](data:image/png;base64,{picture})"
-            shown = Artifact(key=self._key, description=f"Loss of the {self._role} by epoch", markdown=text)
-            self._progress.show([shown])
+            self._progress.show(self._artifact)
+
+    def _artifact(self) -> list[Artifact]:
+        picture = base64.b64encode(png(learning_figure(self._lines), 90)).decode()
+        text = f"{learning_caption(self._lines)}\n\n![learning curve](data:image/png;base64,{picture})"
+        return [Artifact(key=self._key, description=f"Loss of the {self._role} by epoch", markdown=text)]
 
 
 def epoch_text(line: Mapping[str, Any]) -> str:

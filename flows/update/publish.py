@@ -78,7 +78,7 @@ def publish(
     if evaluation.decision.outcome == "INCONCLUSIVE" and evaluation.outcomes.log is not None:
         write_label_list(workspace, decided.evaluation, evaluation)
     if progress is not None:
-        progress.show(_artifacts(name, evaluation, matrix, report))
+        progress.show(lambda: _artifacts(name, evaluation, matrix, report))
     return report
 
 

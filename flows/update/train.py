@@ -15,12 +15,12 @@ from graceful.errors import GracefulError
 from graceful.files import exists, join, write_json
 from graceful.flows.runtime.jobs import submit_training
 from graceful.flows.runtime.session import Session
-from graceful.flows.store.events import Trained, UpdateStarted
+from graceful.flows.store.events import Decided, Trained, UpdateStarted
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.freeze import Inputs, trained_before
 from graceful.flows.update.learning import LearningCurve, epoch_text
 from graceful.indexing.embedding_files import write_embedding_file
-from graceful.training.generation import GenerationCard, PredecessorRef
+from graceful.training.generation import CARD_FILE, GenerationCard, PredecessorRef
 from graceful.training.job import DevPart, TrainingConfig, TrainingJob
 from graceful.training.launch import Tail, run_training
 from graceful.training.manifest import count_images
@@ -76,7 +76,9 @@ def extend_cache(inputs: Inputs, predecessor: str) -> PredecessorRef:
         for number, (place, vectors) in enumerate(zip(places, blocks, strict=True)):
             start = number * _LAID_ROWS
             write_embedding_file(place, pa.table({"content_sha256": hashes[start : start + len(vectors)]}), vectors)
+    weights = dict(zip(inputs.frozen.predecessors, inputs.frozen.weights, strict=False))  # none: all weigh 1
     return PredecessorRef(
+        weight=weights.get(predecessor, 1.0),
         generation_id=predecessor,
         generation_uri=workspace.generation_uri(predecessor),
         embeddings_uri=laid[0][1],
@@ -103,9 +105,13 @@ def train_candidate(inputs: Inputs, predecessors: Sequence[PredecessorRef]) -> s
 
 
 def train_paragon(inputs: Inputs) -> str:
-    """Train the same recipe without constraint and without interpolation: the reference for gain and tax."""
+    """Train the same recipe tied to no predecessor's space, for as many epochs: the reference for gain and tax.
+
+    It starts from the champion's paragon, so that a tax is what has accumulated over the chain; from the champion where
+    that has none.
+    """
     recipe = inputs.session.config.training.without_constraints()
-    card = train(inputs.session, inputs.frozen, recipe, "paragon", _parent(inputs), ())
+    card = train(inputs.session, inputs.frozen, recipe, "paragon", _paragon_before(inputs) or _parent(inputs), ())
     inputs.session.compute_s += _training_seconds(card)
     return card.generation_id
 
@@ -143,7 +149,7 @@ def train(
     label = f"training g{frozen.ordinal:03d} ({role})"
     with (
         open_trackers(session.config.trackers, name, recipe.model_dump(mode="json")) as write,
-        session.progress.track(label, recipe.epochs) as advance,
+        session.progress.track(label, job.planned_epochs) as advance,
     ):
         learning = LearningCurve(session.progress, f"{session.config.name}-learning-curve", role)
 
@@ -210,6 +216,14 @@ def _vectors_uris(
 def _parent(inputs: Inputs) -> str | None:
     champion = inputs.frozen.champion
     return None if champion is None else inputs.workspace.generation_uri(champion)
+
+
+def _paragon_before(inputs: Inputs) -> str | None:
+    """The paragon that was trained beside the champion, if there is one."""
+    decided = [event for event in inputs.registry.events(Decided) if event.generation == inputs.frozen.champion]
+    names = [event.payload.paragon for event in decided if event.payload.paragon]
+    uris = [inputs.workspace.generation_uri(name) for name in names[-1:]]
+    return uris[0] if uris and exists(join(uris[0], CARD_FILE)) else None
 
 
 def _training_seconds(card: GenerationCard) -> float:

@@ -107,6 +107,25 @@ def test_second_update_serves_compatibly_and_reindexes_only_the_decided_part(his
     assert status["unreadable"] == 0
 
 
+def test_debt_tells_the_measured_tax_and_what_each_predecessor_costs(history):
+    found, first, second = command("debt", "--root", history["root"]), history["first"], history["second"]
+    assert [name for name, _ in found["taxes"]] == [second["candidate"]]
+    assert [row["ordinal"] for row in found["forecast"]] == [3, 4, 5, 6, 7]
+    assert [row["num_predecessors"] for row in found["forecast"]] == [2, 3, 4, 5, 6]
+    assert [row["num_images"] for row in found["forecast"]] == [210, 270, 330, 390, 450]  # 90 and 150 so far
+    assert all(row["step_ratio"] >= 1 and row["tax_points"] is None for row in found["forecast"])
+    carried = {row["generation"]: row for row in found["predecessors"]}
+    assert list(carried) == [first["candidate"], second["candidate"]]
+    rows = command("status", "--root", history["root"])["rows_by_generation"]
+    assert {name: row["readable_rows"] for name, row in carried.items()} == {
+        name: rows.get(name, 0) for name in carried
+    }
+    assert all(row["takes_part"] and row["cache_bytes"] > 0 for row in carried.values())
+    printed = CliRunner().invoke(app, ["debt", "--root", str(history["root"]), "--generations", "2"])
+    assert "g004" in printed.output
+    assert "g005" not in printed.output
+
+
 def test_lineage_tells_the_whole_story_in_order(history):
     from graceful.flows.store.workspace import Workspace
 

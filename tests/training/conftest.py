@@ -99,7 +99,7 @@ def ray_environment() -> dict[str, str]:
     return RAY_ENVIRONMENT
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_cluster() -> Iterator[None]:
     import ray
 

@@ -138,7 +138,7 @@ def test_a_compiled_network_trains_and_is_stored_as_the_plain_one(
     torch.manual_seed(0)
     trainee = build_trainee(run.job.config, len(run.material.classes), None)
     names = list(trainee.state_dict())
-    with prepared(run, trainee, False, steps_per_epoch(run)) as (stepper, is_compiled):
+    with prepared(run, trainee, False, steps_per_epoch(run) * run.job.config.epochs) as (stepper, is_compiled):
         assert is_compiled
         assert trainee.network._compiled_call_impl is not None
         compiled_loss = stepper.take(first_batch(run), 0, 0)["loss"]
