@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,12 @@ def train_224() -> Ratio:
 
 def stream_memory() -> list[Ratio]:
     """Peak memory of a rank with its decoding processes / of a bare loop's, and of each size / of the smallest."""
-    found = []
-    smallest = 0.0
-    for size in _MEMORY_SIZES:
-        with tempfile.TemporaryDirectory() as folder:
-            _child("shards", folder, size)
-            ours, bare = (float(json.loads(_child(side, folder, size))["peak_mib"]) for side in ("ours", "bare"))
-        smallest = smallest or ours
+    with ThreadPoolExecutor(len(_MEMORY_SIZES)) as pool:
+        peaks = list(pool.map(_peaks, _MEMORY_SIZES))
+    smallest, found = peaks[0][0], []
+    for size, (ours, bare) in zip(_MEMORY_SIZES, peaks, strict=True):
         note = (
-            f"{ours:,.0f} MiB against {bare:,.0f}: peak of the proportional set size of all processes; {size:,} "
+            f"{ours:,.0f} MiB against {bare:,.0f}, libraries and mapped files not counted, all processes; {size:,} "
             f"pictures of 8 px in Parquet shards, copied and opened, then the first {_MEMORY_STEPS} batches of 256, "
             f"{_PROCESSES} decoding process from a fork server on both sides, a linear network; the bare loop finds "
             "the copy made, and holds offsets and labels alone"
@@ -97,6 +95,12 @@ def stream_memory() -> list[Ratio]:
             grown = f"{ours:,.0f} MiB at {size:,} pictures, {smallest:,.0f} at {_MEMORY_SIZES[0]:,}; the same runs"
             found.append(_of_memory(f"stream_memory_growth_{size}", ours / smallest, 1.25, grown))
     return found
+
+
+def _peaks(size: int) -> tuple[float, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        _shards(folder, size)
+        return _peak_of("ours", folder), _peak_of("bare", folder)
 
 
 def _of_memory(name: str, ratio: float, at_most: float, note: str) -> Ratio:
@@ -218,19 +222,19 @@ def _sha256(content: bytes) -> str:
 # Memory, in processes of their own
 
 
-def _child(what: str, folder: str, size: int) -> str:
+def _peak_of(side: str, folder: str) -> float:
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.streaming", what, folder, str(size)],
+        [sys.executable, "-m", "benchmarks.streaming", side, folder],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    return done.stdout
+    return float(json.loads(done.stdout)["peak_mib"])
 
 
-def _proportional_mib() -> float:
-    """MiB of this process and all below it; what they share counts once."""
+def _held_mib() -> float:
+    """MiB that this process and all below it hold, and do not only map; what they share counts once."""
     below: dict[int, list[int]] = {}
     for place in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -246,7 +250,7 @@ def _proportional_mib() -> float:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
         except OSError:
             continue
-        total += next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+        total += sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
     return total / 1024
 
 
@@ -303,21 +307,18 @@ def _iterate(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], look: Callabl
             return
 
 
-def main(what: str, folder: str, size: int) -> None:
-    """Write the shards of one size, or print the peak of one side on them."""
-    if what == "shards":
-        _shards(folder, size)
-        return
+def main(side: str, folder: str) -> None:
+    """Print the peak of one side on the shards in a folder."""
     torch.set_num_threads(1)
     peak = 0.0
 
     def look() -> None:
         nonlocal peak
-        peak = max(peak, _proportional_mib())
+        peak = max(peak, _held_mib())
 
-    (_ours if what == "ours" else _bare)(folder, str(Path(folder, "manifest.parquet")), look)
+    (_ours if side == "ours" else _bare)(folder, str(Path(folder, "manifest.parquet")), look)
     print(json.dumps({"peak_mib": peak}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2])

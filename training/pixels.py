@@ -33,6 +33,8 @@ PORTION = 64
 """Images that a process decodes at a time."""
 STALL_S = 600.0
 """Seconds without a portion after which the processes count as stuck."""
+OF_ONE_RANK = "of_one_rank"
+"""Attribute of a refusal that one rank has met while it trained, and the others know nothing of."""
 _LOOK_S = 5.0  # between two looks whether they live
 
 Draw = tuple[int, int]  # seed and epoch
@@ -232,6 +234,7 @@ def _next(decoded: Iterator[Any]) -> Tensor:
                 "cluster.decoding_processes, then run it again to go on from the last checkpoint"
             ) from error
     if isinstance(found, GracefulError):
+        setattr(found, OF_ONE_RANK, True)
         raise found
     assert isinstance(found, Tensor)
     return found

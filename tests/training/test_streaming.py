@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from PIL import Image
 from graceful.errors import GracefulError
 from graceful.files import join
 from graceful.processes import process_start
+from graceful.training import launch
 from graceful.training import pixels as pixels_module
 from graceful.training.encoder import open_encoder
 from graceful.training.generation import PredecessorRef, Preprocessing
@@ -32,7 +34,7 @@ from graceful.training.loop import train_worker
 from graceful.training.manifest import LabelledImages, write_manifest
 from graceful.training.material import Material, load_material, open_images
 from graceful.training.pace import Meetings
-from graceful.training.pixels import DecodingStoppedError, Held, Look, Streamed
+from graceful.training.pixels import OF_ONE_RANK, DecodingStoppedError, Held, Look, Streamed
 from graceful.training.progress import TrailReporter
 from graceful.training.records import ChangedImagesError, Records, ScratchFullError, write_records
 
@@ -207,7 +209,33 @@ def test_a_damaged_image_is_refused_in_the_words_of_memory(
     live = refusal_of_a_pass(make_job(images=broken, config=streamed(config)), tmp_path, "live")
     assert type(live) is type(held) is (ChangedImagesError if what == "changed" else UnreadableImageError)
     assert str(live) == str(held)
+    assert hasattr(live, OF_ONE_RANK) == (
+        where == "files" or what == "damaged"
+    )  # the rest is met before the first step
+    assert not hasattr(held, OF_ONE_RANK)
     assert sources[77] in str(live)
+
+
+@pytest.mark.parametrize(("num_workers", "is_raised"), [(1, False), (2, True)])
+def test_a_refusal_of_one_rank_fails_the_group_and_does_not_leave_the_others_waiting(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, num_workers: int, is_raised: bool
+) -> None:
+    refusal = ChangedImagesError("one image")
+    setattr(refusal, OF_ONE_RANK, True)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise refusal
+
+    place = types.SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: num_workers)
+    monkeypatch.setattr(launch.ray.train, "get_context", lambda: place)
+    monkeypatch.setattr(launch.ray.train.torch, "get_device", lambda: CPU)
+    monkeypatch.setattr(launch, "train_worker", refuse)
+    config = {"job": make_job(num_workers=num_workers).model_dump(mode="json"), "deadline": None}
+    if not is_raised:
+        assert launch._train_on_ray(config) is refusal
+        return
+    with pytest.raises(ChangedImagesError):
+        launch._train_on_ray(config)
 
 
 def test_a_scratch_folder_without_room_is_refused_with_what_to_do(
