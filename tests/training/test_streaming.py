@@ -209,9 +209,8 @@ def test_a_damaged_image_is_refused_in_the_words_of_memory(
     live = refusal_of_a_pass(make_job(images=broken, config=streamed(config)), tmp_path, "live")
     assert type(live) is type(held) is (ChangedImagesError if what == "changed" else UnreadableImageError)
     assert str(live) == str(held)
-    assert hasattr(live, OF_ONE_RANK) == (
-        where == "files" or what == "damaged"
-    )  # the rest is met before the first step
+    is_copied = where == "parquet" and what == "changed"  # and met before the first step
+    assert hasattr(live, OF_ONE_RANK) == (not is_copied)
     assert not hasattr(held, OF_ONE_RANK)
     assert sources[77] in str(live)
 
