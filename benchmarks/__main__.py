@@ -17,6 +17,7 @@ from benchmarks.orchestration import orchestration
 from benchmarks.search_cost import change_visible, open_gallery, search_approximate, search_changed, search_mixed
 from benchmarks.search_load import search_load
 from benchmarks.search_service import search_service
+from benchmarks.streaming import stream_memory, train_224
 from benchmarks.training_cost import loop_overhead, step_cost_predecessors, train_overhead
 from benchmarks.update_cost import update_predecessors
 
@@ -33,6 +34,8 @@ BENCHMARKS = {
     "step_cost_classes": step_cost_classes,
     "train_overhead": train_overhead,
     "loop_overhead": loop_overhead,
+    "train_224": train_224,
+    "stream_memory": stream_memory,
     "update_predecessors_2160": partial(update_predecessors, 5),
     "update_predecessors_4320": partial(update_predecessors, 10),
     "update_predecessors_6480": partial(update_predecessors, 15),

@@ -12,6 +12,7 @@ from benchmarks.harness import Ratio, paired
 from graceful.training.generation import Preprocessing
 from graceful.training.job import AugmentationConfig, TrainingConfig, TrainingJob
 from graceful.training.material import Material
+from graceful.training.pixels import Held
 from graceful.training.predecessors import PredecessorGroup, Predecessors
 from graceful.training.progress import TrailReporter
 from graceful.training.starting import build_trainee
@@ -65,7 +66,7 @@ def _stepper(folder: str, recipe: TrainingConfig, num_classes: int, num_predeces
         names = tuple(f"g{number:03d}-{number:06x}" for number in range(1, num_predecessors + 1))
         groups = [PredecessorGroup(names, torch.ones(num_predecessors), vectors, unused, unused)]
     predecessors = Predecessors(groups, labels.numpy().astype(np.int64), _CPU)
-    material = Material([f"{c:06d}" for c in range(num_classes)], labels, pixels, predecessors)
+    material = Material([f"{c:06d}" for c in range(num_classes)], labels, Held(pixels), predecessors)
     job = TrainingJob(
         config=recipe,
         name=f"classes-{num_classes}-{num_predecessors}",

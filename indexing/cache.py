@@ -5,7 +5,7 @@ One versioned table per generation. Training reads the predecessors' rows of it,
 
 import hashlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +13,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from graceful.files import join
+from graceful.indexing.checked_files import CheckedFile
 from graceful.indexing.embed import EmbeddedUnit, EmbedUnit
-from graceful.indexing.embedding_files import read_embeddings
+from graceful.indexing.embedding_files import read_embeddings, read_rows
 from graceful.indexing.reindex import EmbedFunction
-from graceful.indexing.tables import ORPHAN_AGE_S, STAGING, TableConflictError, VersionedTable
+from graceful.indexing.tables import ORPHAN_AGE_S, STAGING, TableConflictError, TableSnapshot, VersionedTable
 
 CACHE_SCHEMA = pa.schema([("content_sha256", pa.string()), ("embedding", pa.binary())])
 
@@ -84,17 +85,41 @@ class EmbeddingCache:
 
     def read(self, hashes: Sequence[str]) -> NDArray[np.float32]:
         """Embeddings (n, d) float32 of images in the order asked; rows of images that could not be embedded are NaN."""
+        snapshot = self._filled()
+        keys, vectors = read_embeddings([snapshot.location(file) for file in snapshot.files])
+        found = _places(hashes, keys)
+        result = vectors[found]
+        result[found < 0] = np.nan
+        return result
+
+    def read_blocks(self, hashes: Sequence[str], block_rows: int) -> Iterator[NDArray[np.float32]]:
+        """As `read`, in blocks of rows, for more images than vectors fit in memory: only the keys are held."""
+        snapshot = self._filled()
+        files = [snapshot.location(file) for file in snapshot.files]
+        keys = [CheckedFile(file).read(["content_sha256"]) for file in files]
+        starts = np.cumsum([0, *(len(table) for table in keys)])
+        places = _places(hashes, pa.concat_tables(keys))
+        for start in range(0, len(places), block_rows):
+            block = places[start : start + block_rows]
+            of_file = np.searchsorted(starts, block, side="right") - 1
+            result: NDArray[np.float32] | None = None
+            for file in np.unique(of_file[block >= 0]).tolist():
+                chosen = np.flatnonzero((of_file == file) & (block >= 0))
+                vectors = read_rows(files[file], block[chosen] - starts[file])
+                if result is None:
+                    result = np.full((len(block), vectors.shape[1]), np.nan, np.float32)
+                result[chosen] = vectors
+            if result is None:
+                raise KeyError(f"reading embeddings: expected {len(block)} rows in {self._table.uri}, found none")
+            yield result
+
+    def _filled(self) -> TableSnapshot:
         snapshot = self._table.snapshot()
         if not snapshot.files:
             raise KeyError(
                 f"reading embeddings: expected rows in {self._table.uri}, found none; extend the cache first"
             )
-        keys, vectors = read_embeddings([snapshot.location(file) for file in snapshot.files])
-        position = pc.index_in(pa.array(hashes, pa.string()), value_set=keys["content_sha256"].combine_chunks())
-        found = pc.fill_null(position, -1).to_numpy()
-        result = vectors[found]
-        result[found < 0] = np.nan
-        return result
+        return snapshot
 
     def forget(self, hashes: Sequence[str]) -> None:
         """Remove images physically."""
@@ -104,3 +129,9 @@ class EmbeddingCache:
     def remove_orphans(self, orphan_age_s: float = ORPHAN_AGE_S) -> int:
         """Delete what nothing names any more: what was forgotten, and what killed writers left."""
         return len(self._table.vacuum(orphan_age_s=orphan_age_s))
+
+
+def _places(hashes: Sequence[str], keys: pa.Table) -> NDArray[np.int64]:
+    """Row of each image in `keys`; -1 for one that is not there."""
+    position = pc.index_in(pa.array(hashes, pa.string()), value_set=keys["content_sha256"].combine_chunks())
+    return pc.fill_null(position, -1).to_numpy().astype(np.int64)

@@ -214,9 +214,17 @@ def check_trainable(images: LabelledImages) -> None:
     Raises: SingleImageClassError, EmptyDatasetError.
     """
     names, counts = np.unique(images.labels, return_counts=True)
+    check_classes(names.tolist(), counts)
+
+
+def check_classes(names: Sequence[str], counts: NDArray[np.int64]) -> None:
+    """As `check_trainable`, by the number of images of each class.
+
+    Raises: SingleImageClassError, EmptyDatasetError.
+    """
     if len(names) < 2:
         raise EmptyDatasetError(f"checking the training set: expected at least 2 classes, found {len(names)}")
-    lonely = names[counts == 1].tolist()
+    lonely = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 1]
     if lonely:
         raise SingleImageClassError(
             f"checking the training set: expected at least 2 images of each class, found {len(lonely)} classes with "

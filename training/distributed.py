@@ -6,7 +6,7 @@ a rank's own images is therefore weighted by `share_weight`; a loss of the gathe
 rank, is not. Batch norm takes its statistics from the global batch (`synchronised_batch_norm`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from graceful.errors import UsageError
+from graceful.processes import process_space
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -51,6 +52,30 @@ def gather_rows(tensor: Tensor, differentiable: bool, total: int | None = None) 
         tensor = torch.cat([tensor, tensor.new_zeros(longest - expected, *tensor.shape[1:])])
     gathered = _Gather.apply(tensor) if differentiable else _gather(tensor)
     return gathered.transpose(0, 1).flatten(0, 1)[:total]
+
+
+def once_per_machine(make: Callable[[], str]) -> str:
+    """Return what `make` returns, called on the first rank of every machine while the others wait for it.
+
+    Every rank must call it; what `make` raises on one, every rank raises.
+    """
+    if world_size() == 1:
+        return make()
+    machines: list[Any] = [None] * world_size()
+    dist.all_gather_object(machines, process_space())
+    first = machines.index(machines[dist.get_rank()])
+    made: tuple[str, Exception | None] = ("", None)
+    if first == dist.get_rank():
+        try:
+            made = (make(), None)
+        except Exception as error:
+            made = ("", error)
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, made)
+    for _, refusal in found:
+        if refusal is not None:
+            raise refusal
+    return str(found[first][0])
 
 
 def own_rows(tensor: Tensor) -> Tensor:

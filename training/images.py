@@ -33,6 +33,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM
 """Formats that are opened, by PIL's names; a phone's MPO counts as JPEG. Among the others are some that decode before
 their size is known (ICO) and some that start programs (EPS)."""
 
+GroupCache = LRUCache[tuple[object, ...], pa.ChunkedArray]
 _CACHED_GROUPS_BYTES = 256 * 2**20
 _DRAFT = 2  # a JPEG is read at a fraction of its size that is this often the wanted size or more
 _BLOCK = 2**20
@@ -105,11 +106,14 @@ def payloads_of(column: pa.ChunkedArray | pa.Array, place: str) -> list[bytes | 
     return payloads
 
 
-def read_payloads(sources: Sequence[str], failures: dict[int, str] | None = None) -> list[bytes]:
+def read_payloads(
+    sources: Sequence[str], failures: dict[int, str] | None = None, groups: GroupCache | None = None
+) -> list[bytes]:
     """Return the encoded bytes of every source, in order.
 
-    Reads only the row groups that are needed and keeps the most recent ones. With `failures` given, an unreadable image
-    is noted there as {index: reason} and its bytes are empty; without it, UnreadableImageError is raised.
+    Reads only the row groups that are needed and keeps the most recent ones, in `groups` where it is given. With
+    `failures` given, an unreadable image is noted there as {index: reason} and its bytes are empty; without it,
+    UnreadableImageError is raised.
     """
     payloads = [b""] * len(sources)
     notes: dict[int, str] = {}
@@ -125,7 +129,7 @@ def read_payloads(sources: Sequence[str], failures: dict[int, str] | None = None
             notes[index] = f"cannot be read: {_one_line(error)}"
     for (place, column), rows in wanted.items():
         try:
-            _read_rows(place, column, rows, payloads, notes)
+            _read_rows(place, column, rows, payloads, notes, _GROUPS if groups is None else groups)
         except (OSError, pa.ArrowInvalid) as error:
             notes.update({index: f"cannot be read: {_one_line(error)}" for index, _ in rows})
     if failures is None and notes:
@@ -339,8 +343,9 @@ def _read_rows(
     rows: list[tuple[int, int]],
     payloads: list[bytes],
     notes: dict[int, str],
+    groups: GroupCache,
 ) -> None:
-    reader = _GroupReader(place, column)
+    reader = _GroupReader(place, column, groups)
     by_group: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for index, row in rows:
         if row >= reader.starts[-1]:
@@ -357,19 +362,20 @@ def _read_rows(
                 payloads[index] = payload
 
 
-def _cache_of(limit_bytes: int) -> "LRUCache[tuple[object, ...], pa.ChunkedArray]":
+def group_cache(limit_bytes: int) -> GroupCache:
     """Return a cache of image columns of row groups. One above the limit is kept alone, not read for every batch."""
     return LRUCache(limit_bytes, getsizeof=lambda column: min(column.nbytes, limit_bytes))
 
 
-_GROUPS = _cache_of(_CACHED_GROUPS_BYTES)  # shared by the threads
+_GROUPS = group_cache(_CACHED_GROUPS_BYTES)  # shared by the threads
 _GROUPS_LOCK = threading.Lock()
 
 
 class _GroupReader:
     """One Parquet file's image column, a row group at a time. A changed file is not taken from the cache."""
 
-    def __init__(self, place: str, column: str | None) -> None:
+    def __init__(self, place: str, column: str | None, groups: GroupCache) -> None:
+        self._groups = groups
         file_system, path = resolve(place)
         info = file_system.get_file_info(path)
         self._file = pq.ParquetFile(file_system.open_input_file(path))
@@ -381,11 +387,11 @@ class _GroupReader:
     def read(self, group: int) -> pa.ChunkedArray:
         key = (*self._key, group)
         with _GROUPS_LOCK:
-            column = _GROUPS.get(key)
+            column = self._groups.get(key)
         if column is None:
             column = self._file.read_row_group(group, columns=[self._column]).column(0)
             with _GROUPS_LOCK:
-                _GROUPS[key] = column
+                self._groups[key] = column
         return column
 
 

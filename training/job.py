@@ -6,9 +6,17 @@ calibrate batch norm.
 """
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from graceful.errors import UsageError
 from graceful.training.choices import CONSTRAINT_PARAMETERS, HEAD_NAMES, PER_IMAGE, check_parameters
@@ -100,17 +108,61 @@ class ConstraintConfig(BaseModel):
         return self
 
 
-class AugmentationConfig(BaseModel):
-    """Random changes to training images, made on the batch as a tensor."""
+class TransformConfig(BaseModel):
+    """One transform of a training image."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["none", "affine", "crop_flip"] = Field(default="none", description="Family of changes.")
+    name: str = Field(
+        description="Class of torchvision.transforms.v2, such as RandomResizedCrop, or package.module:factory of your "
+        "own, which returns a function of an image (channels, height, width) of bytes."
+    )
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="Its arguments (JSON values); size is the network's where it is not given."
+    )
+
+
+class AugmentationConfig(BaseModel):
+    """Random changes to training images. What is at the default of a later key is not written: digests stay."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["none", "affine", "crop_flip", "transforms"] = Field(
+        default="none",
+        description="Family of changes; affine and crop_flip are made on a batch at once, transforms image by image.",
+    )
     rotation_degrees: float = Field(default=15.0, ge=0, description="affine: largest rotation, either way.")
     shift: float = Field(default=0.1, ge=0, lt=1, description="affine: largest shift as a share of the image's side.")
     scale: float = Field(default=0.15, ge=0, lt=1, description="affine: largest relative change of size.")
     padding: int = Field(default=4, ge=0, description="crop_flip: pixels of reflected border before the crop.")
     flip: bool = Field(default=True, description="crop_flip: whether to mirror half of the images.")
+    transforms: tuple[TransformConfig, ...] = Field(
+        default=(), description="transforms: what is done to each image, in this order; {name, parameters} each."
+    )
+    source_size: int | None = Field(
+        default=None,
+        ge=4,
+        description="transforms: height and width at which images are decoded for them, so that a crop has something "
+        "to cut from; by default the network's.",
+    )
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> "AugmentationConfig":
+        if self.kind == "transforms" and not self.transforms:
+            raise UsageError(
+                'augmentation: expected transforms for kind = "transforms", found none; name some, or set another kind'
+            )
+        if self.kind != "transforms" and (self.transforms or self.source_size is not None):
+            raise UsageError(
+                f'augmentation: expected transforms and source_size with kind = "transforms" alone, found kind = '
+                f'"{self.kind}"; set kind = "transforms" or leave them out'
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_as_it_was(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = write(self)
+        return {key: value for key, value in values.items() if key not in ("transforms", "source_size") or value}
 
 
 def recipe_constraints() -> tuple[ConstraintConfig, ...]:
@@ -201,7 +253,11 @@ class TrainingConfig(BaseModel):
     )
     seed: int = Field(default=0, ge=0, description="Seed of everything random.")
     pixel_memory_mib: int = Field(
-        default=2048, ge=1, description="Decoded images above this go to a memory-mapped scratch file."
+        default=2048,
+        ge=0,
+        description="Decoded images up to this are held in memory by every worker, larger sets are decoded while the "
+        "network runs; the same holds for the vectors of predecessors, which are then read from a file. 0: never in "
+        "memory. The result is the same.",
     )
 
     @model_validator(mode="after")
@@ -291,6 +347,9 @@ class TrainingJob(BaseModel):
     )
     use_gpu: bool = Field(default=False, description="One GPU per worker.")
     cpus_per_worker: int = Field(default=1, ge=1, description="CPU cores per worker, also its threads.")
+    decoding_processes: int | None = Field(
+        default=None, ge=1, description="Processes of a worker that decode images; by default its cores but one."
+    )
     resources: dict[str, float] = Field(default_factory=dict, description="Further Ray resources per worker.")
     labels: dict[str, str] = Field(default_factory=dict, description="Ray labels of the nodes that workers run on.")
     max_failures: int = Field(default=2, ge=1, description="Worker failures that are recovered from.")

@@ -29,9 +29,10 @@ from graceful.training.images import UnreadableImageError
 from graceful.training.job import TrainingJob
 from graceful.training.loop import TrainingDeadlineError, TrainingDivergedError, train_worker
 from graceful.training.manifest import DatasetNotFoundError
-from graceful.training.pixels import ChangedImagesError
+from graceful.training.pixels import OF_ONE_RANK
 from graceful.training.predecessors import MisalignedCacheError
 from graceful.training.progress import TrailReporter
+from graceful.training.records import ChangedImagesError, ScratchFullError
 from graceful.training.resuming import ChangedTrainingError
 
 CONTROLLER_FAILURES = 3  # Ray's default is to retry for ever
@@ -48,6 +49,7 @@ REFUSALS = (
     GenerationNotFoundError,
     IncompatibleParentError,
     MisalignedCacheError,
+    ScratchFullError,
     SingleImageClassError,
     TrainingDeadlineError,
     TrainingDivergedError,
@@ -229,6 +231,8 @@ def _train_on_ray(config: dict[str, Any]) -> Any:
             deadline=config["deadline"],
         )
     except REFUSALS as error:
+        if getattr(error, OF_ONE_RANK, False) and context.get_world_size() > 1:
+            raise  # the other ranks wait for this one in the midst of a step: a failure alone ends them
         return error
     return None
 

@@ -58,22 +58,27 @@ def train_worker(
     deadline: seconds since the epoch, looked at every few seconds; a late training leaves a checkpoint first.
     With world_size > 1 the caller has set up torch's process group. Resumes from `report.latest()`.
 
-    Raises: SingleImageClassError, ChangedImagesError, MisalignedCacheError, IncompatibleParentError,
-    ChangedTrainingError, TrainingDivergedError, TrainingDeadlineError, UsageError.
+    Raises: SingleImageClassError, ChangedImagesError, UnreadableImageError, MisalignedCacheError,
+    IncompatibleParentError, ChangedTrainingError, TrainingDivergedError, TrainingDeadlineError, ScratchFullError,
+    DecodingStoppedError, UsageError.
     """
     device = device or torch.device("cpu")
     config = job.config
     dtype = arithmetic(config.precision, device)
     check_start(job)
-    with tempfile.TemporaryDirectory(prefix="graceful-training-") as scratch:
-        material = load_material(job, device, Path(scratch))
+    with contextlib.ExitStack() as opened:
+        scratch = opened.enter_context(tempfile.TemporaryDirectory(prefix="graceful-training-"))
+        material = opened.enter_context(contextlib.closing(load_material(job, device, Path(scratch))))
         run = Run(job, report, rank, world_size, device, dtype, material)
         steps = steps_per_epoch(run)
         torch.manual_seed(config.seed)
         parent = load_parent(job, material, device, dtype)
         trainee = build_trainee(config, len(material.classes), parent)
         trainee.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        validation = Validation(run, load_dev(job, device, Path(scratch)), trainee)
+        dev = load_dev(job, device, Path(scratch))
+        if dev is not None:
+            opened.callback(dev.images.close)
+        validation = Validation(run, dev, trainee)
         saved = latest_checkpoint(run, steps)
         course = Course.of(saved, world_size)
         from_parent = parent is not None

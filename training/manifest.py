@@ -1,5 +1,7 @@
 """Labelled images and the manifest that every training worker reads: one row (source, label, content_sha256) each."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ from graceful.errors import GracefulError, UnknownFormatError
 from graceful.files import resolve, writing
 
 MANIFEST_FORMAT_VERSION = 1
+_GROUP_ROWS = 65536
 
 
 class DatasetNotFoundError(GracefulError, FileNotFoundError):
@@ -54,23 +57,62 @@ def write_manifest(uri: str, images: LabelledImages) -> None:
         }
     ).replace_schema_metadata({"format_version": str(MANIFEST_FORMAT_VERSION)})
     with writing(uri) as stream:
-        pq.write_table(table, stream)
+        pq.write_table(table, stream, row_group_size=_GROUP_ROWS)
 
 
 def read_manifest(uri: str) -> LabelledImages:
     """Read what `write_manifest` wrote. Raises UnknownFormatError, DatasetNotFoundError."""
-    file_system, path = resolve(uri)
-    if file_system.get_file_info(path).type != pafs.FileType.File:
-        raise DatasetNotFoundError(f"reading a manifest: expected a file, found none (at {uri})")
-    table = pq.read_table(path, filesystem=file_system)
-    version = (table.schema.metadata or {}).get(b"format_version", b"none").decode()
-    if version != str(MANIFEST_FORMAT_VERSION):
-        raise UnknownFormatError(
-            f"reading a manifest: expected format {MANIFEST_FORMAT_VERSION}, found {version} (at {uri}); use the "
-            "program version that wrote it"
-        )
+    with _opened(uri) as manifest:
+        table = manifest.read()
     return LabelledImages(
         sources=table["source"].to_pylist(),
         labels=np.array(table["label"].to_pylist(), dtype=np.str_),
         content_sha256=table["content_sha256"].to_pylist(),
     )
+
+
+def scan_manifest(uri: str, columns: Sequence[str], block_rows: int = 16384) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a manifest block by block, so that no more than a row group is in memory.
+
+    Raises: UnknownFormatError, DatasetNotFoundError.
+    """
+    with _opened(uri) as manifest:
+        yield from manifest.iter_batches(batch_size=block_rows, columns=list(columns))
+
+
+def count_images(uri: str) -> int:
+    """Return the number of images of a manifest. Raises UnknownFormatError, DatasetNotFoundError."""
+    with _opened(uri) as manifest:
+        return int(manifest.metadata.num_rows)
+
+
+def read_classes(uri: str) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the sorted labels of a manifest, and for each image (N,) which of them it has.
+
+    Raises: UnknownFormatError, DatasetNotFoundError.
+    """
+    seen: dict[str, int] = {}
+    found = [np.zeros(0, np.int64)]
+    for block in scan_manifest(uri, ["label"]):
+        coded = block.column(0).dictionary_encode()
+        numbers = [seen.setdefault(name, len(seen)) for name in coded.dictionary.to_pylist()]
+        found.append(np.array(numbers, np.int64)[coded.indices.to_numpy()])
+    names = sorted(seen)
+    places = np.empty(len(names), np.int64)
+    places[[seen[name] for name in names]] = np.arange(len(names))
+    return names, places[np.concatenate(found)]
+
+
+@contextmanager
+def _opened(uri: str) -> Iterator[pq.ParquetFile]:
+    file_system, path = resolve(uri)
+    if file_system.get_file_info(path).type != pafs.FileType.File:
+        raise DatasetNotFoundError(f"reading a manifest: expected a file, found none (at {uri})")
+    with pq.ParquetFile(file_system.open_input_file(path)) as manifest:
+        version = (manifest.schema_arrow.metadata or {}).get(b"format_version", b"none").decode()
+        if version != str(MANIFEST_FORMAT_VERSION):
+            raise UnknownFormatError(
+                f"reading a manifest: expected format {MANIFEST_FORMAT_VERSION}, found {version} (at {uri}); use the "
+                "program version that wrote it"
+            )
+        yield manifest

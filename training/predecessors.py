@@ -10,6 +10,7 @@ Shapes: N training images, C classes, K predecessors of one width d, B images of
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.nn import functional
 
 from graceful.errors import GracefulError
 from graceful.files import resolve
+from graceful.training.distributed import once_per_machine
 from graceful.training.encoder import read_classifier
 from graceful.training.generation import PredecessorRef, read_card
 
@@ -38,7 +40,7 @@ class PredecessorGroup:
 
     generation_ids: tuple[str, ...]
     weights: Tensor  # (K,)
-    embeddings: Tensor  # (N, K, d), on the CPU, memory-mapped when large
+    embeddings: Tensor  # (N, K, d) float32, on the CPU, memory-mapped when large
     rows: Tensor  # (K, C, d): own classifier rows, synthesised ones for unseen classes
     class_means: Tensor  # (K, C, d)
 
@@ -123,9 +125,11 @@ def load_predecessors(
     classes: Sequence[str],
     device: torch.device,
     scratch: Path,
-    memory_limit_mib: int = 2048,
+    memory_limit_mib: int,
 ) -> Predecessors:
-    """Load all predecessors. `labels` (N,) index `classes`; large caches become float16 files in `scratch`.
+    """Load all predecessors. `labels` (N,) index `classes`.
+
+    Embeddings above the limit are laid in files, one for all ranks of a machine, of which a step reads its rows.
 
     Raises: MisalignedCacheError.
     """
@@ -135,13 +139,13 @@ def load_predecessors(
     for width in sorted(set(widths.values())):
         members = [reference for reference in references if widths[reference.generation_id] == width]
         shape = (len(labels), len(members), width)
-        stacked: NDArray[np.float16] | NDArray[np.float32]
+        stacked: NDArray[np.float32]
         if total_bytes > memory_limit_mib * 2**20:
-            stacked = np.memmap(scratch / f"predecessors-{width}.f16", dtype=np.float16, mode="w+", shape=shape)
+            place = once_per_machine(partial(_lay, members, scratch / f"predecessors-{width}.f32", shape))
+            stacked = np.memmap(place, dtype=np.float32, mode="r+", shape=shape)
         else:
             stacked = np.empty(shape, dtype=np.float32)
-        for position, reference in enumerate(members):
-            _read_embeddings(reference, width, stacked[:, position])
+            _read_all(members, stacked)
         means = torch.stack([class_means(stacked[:, i], labels, len(classes)) for i in range(len(members))])
         rows = means.clone()
         for position, reference in enumerate(members):
@@ -180,6 +184,17 @@ def synthesise_rows(own_classes: Sequence[str], own_rows: Tensor, classes: Seque
         if name in position:
             rows[index] = functional.normalize(own_rows[position[name]].float(), dim=0)
     return rows
+
+
+def _lay(members: Sequence[PredecessorRef], place: Path, shape: tuple[int, int, int]) -> str:
+    """Write the embeddings of predecessors of one width to a file; returns its name."""
+    _read_all(members, np.memmap(place, dtype=np.float32, mode="w+", shape=shape))
+    return str(place)
+
+
+def _read_all(members: Sequence[PredecessorRef], target: NDArray[np.float32]) -> None:
+    for position, reference in enumerate(members):
+        _read_embeddings(reference, target.shape[2], target[:, position])
 
 
 def _read_embeddings(reference: PredecessorRef, width: int, target: NDArray[np.floating]) -> None:

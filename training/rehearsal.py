@@ -3,6 +3,7 @@
 The same material, network, constraints and step as in `loop.train_worker`; the weights are thrown away.
 """
 
+import contextlib
 import resource
 import statistics
 import tempfile
@@ -50,10 +51,11 @@ def rehearse(job: TrainingJob, least_steps: int = 3, least_s: float = 2.0) -> Re
     dtype = arithmetic(config.precision, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with tempfile.TemporaryDirectory(prefix="graceful-rehearsal-") as scratch:
+    with contextlib.ExitStack() as opened:
+        scratch = opened.enter_context(tempfile.TemporaryDirectory(prefix="graceful-rehearsal-"))
         check_start(job)
         started = time.perf_counter()
-        material = load_material(job, device, Path(scratch))
+        material = opened.enter_context(contextlib.closing(load_material(job, device, Path(scratch))))
         load_s = time.perf_counter() - started
         run = Run(job, TrailReporter(scratch, job.name), 0, 1, device, dtype, material)
         steps = steps_per_epoch(run)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graceful.errors import UsageError
+from graceful.training.augmentation import Transforms
 from graceful.training.backbones import build_backbone, load_initial_weights
 from graceful.training.combinations import CORNERS, IncompatibleParentError, check_combination
 from graceful.training.constraints import build_constraint, takes
@@ -52,7 +53,8 @@ class Parent:
 
 
 def check_start(job: TrainingJob) -> None:
-    """Refuse what cannot be trained, before any data are read: constraints and their parameters, and combinations.
+    """Refuse what cannot be trained, before any data are read: constraints and transforms with their
+    parameters, and combinations.
 
     Raises: UsageError, IncompatibleParentError.
     """
@@ -63,6 +65,8 @@ def check_start(job: TrainingJob) -> None:
                 f"constraint {entry.name}: expected a parameter weights for uncertainty = true, found none; give its "
                 "call one, (K, B), or set uncertainty = false"
             )
+    if job.config.augmentation.kind == "transforms":
+        Transforms(job.config.augmentation, job.config.preprocessing)
     parent = None if job.parent_uri is None else read_card(job.parent_uri)
     predecessors = [read_card(reference.generation_uri) for reference in job.predecessors]
     check_combination(job.name, job.config, parent, predecessors)

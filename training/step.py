@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from graceful.errors import UsageError
+from graceful.training.augmentation import training_batch
 from graceful.training.distributed import share_weight
 from graceful.training.job import TrainingJob
 from graceful.training.material import Batch, Material, seed_of
 from graceful.training.objective import Objective
-from graceful.training.pixels import training_batch
 from graceful.training.progress import Reporter
 from graceful.training.starting import Trainee
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,9 +22,10 @@ from graceful.training.choosing import RULE, Option, choose
 from graceful.training.encoder import embed
 from graceful.training.finishing import calibrate, interpolate
 from graceful.training.job import TrainingConfig, TrainingJob
-from graceful.training.manifest import read_manifest
+from graceful.training.manifest import read_classes
+from graceful.training.material import open_images
 from graceful.training.pace import Course
-from graceful.training.pixels import decode_all
+from graceful.training.pixels import Images, Look
 from graceful.training.predecessors import load_predecessors
 from graceful.training.starting import Parent, Trainee
 from graceful.training.step import Run, buffers_put_back
@@ -41,9 +41,9 @@ SELF = "dev"
 
 @dataclass(frozen=True)
 class Dev:
-    """Decoded dev images, their identities, and what predecessors made of them."""
+    """Dev images, their identities, and what predecessors made of them."""
 
-    pixels: Tensor  # (N, channels, size, size) uint8, on the CPU
+    images: Images
     identities: Tensor  # (N,) int64, on the device
     references: dict[str, Tensor]  # generation id to unit vectors (N, d_k), on the device
     max_flips: float | None
@@ -51,9 +51,10 @@ class Dev:
     def vectors(self, network: nn.Module, run: Run, block: int = 512) -> Tensor:
         """Return the unit vectors (N, d) of the dev images; zero rows for those without a direction."""
         network.eval()
+        rows = torch.arange(len(self.identities)).split(block)
         parts = [
             embed(network, pixels, run.job.config.preprocessing, run.device, run.dtype)
-            for pixels in self.pixels.split(block)
+            for pixels in self.images.blocks(rows)
         ]
         return torch.cat(parts).nan_to_num(0.0)
 
@@ -100,32 +101,30 @@ def _queries(identities: Tensor) -> Tensor:
 
 
 def load_dev(job: TrainingJob, device: torch.device, scratch: Path) -> Dev | None:
-    """Decode the dev images of a job and read its predecessors' vectors of them; None for a job without a dev part.
+    """Open the dev images of a job and read its predecessors' vectors of them; None for a job without a dev part.
 
     Raises: MisalignedCacheError, ChangedImagesError, UsageError where no dev image has another of its identity, or two
     have the same identity and there is no other.
     """
     if job.dev is None:
         return None
-    images = read_manifest(job.dev.manifest_uri)
-    names, identities = np.unique(images.labels, return_inverse=True)
-    identities = identities.astype(np.int64)
+    names, identities = read_classes(job.dev.manifest_uri)
     if len(names) < 2 or not len(_queries(torch.from_numpy(identities))):
         raise UsageError(
-            f"training {job.name}: expected dev images of two identities and two images of one, found {len(images)} of "
-            f"{len(names)}; give evaluation.dev more images"
+            f"training {job.name}: expected dev images of two identities and two images of one, found "
+            f"{len(identities)} of {len(names)}; give evaluation.dev more images"
         )
     folder = scratch / "dev"
     folder.mkdir()
-    pixels = decode_all(images, job.config.preprocessing, folder, job.config.pixel_memory_mib)
-    classes = names.tolist()
-    stored = load_predecessors(job.dev.predecessors, identities, classes, device, folder)
+    limit = job.config.pixel_memory_mib
+    stored = load_predecessors(job.dev.predecessors, identities, names, device, folder, limit)
     references = {
         name: group.embeddings[:, place].to(device, torch.float32)
         for group in stored.groups
         for place, name in enumerate(group.generation_ids)
     }
-    return Dev(pixels, torch.from_numpy(identities).to(device), references, job.dev.max_flips)
+    images = open_images(job, job.dev.manifest_uri, Look.of(job.config.preprocessing), device, folder)
+    return Dev(images, torch.from_numpy(identities).to(device), references, job.dev.max_flips)
 
 
 class Validation:

@@ -349,7 +349,8 @@ def _dry_run(root: str, as_json: bool) -> None:
 def _print_dry_run(console: Console, found: Any) -> None:
     share = found.predecessors_step_share
     added = "" if share is None else f", which add {share:.0%} to a step"
-    first = f"{_duration(found.load_s)} of decoding"
+    decoding = "no decoding, which goes on while it trains"
+    first = decoding if found.streamed else f"{_duration(found.load_s)} of decoding"
     if found.embed_s is not None:
         first += f", {_duration(found.embed_s)} of embedding {found.images_to_embed:,} images with predecessors"
     lines = [

@@ -25,6 +25,8 @@ from graceful.training.generation import PredecessorRef
 from graceful.training.job import TrainingJob
 from graceful.training.known import KnownImages
 from graceful.training.manifest import LabelledImages, write_manifest
+from graceful.training.material import decoding_processes
+from graceful.training.pixels import Look
 from graceful.training.rehearsal import rehearse
 
 _BATCHES, _PER_CLASS = 2, 8
@@ -49,10 +51,15 @@ class DryRun(BaseModel):
     memory_mib: int = Field(
         description="Peak memory of one worker: of the GPU where there is one, else of the process."
     )
-    pixels_mib: int = Field(description="All images, decoded; in memory up to training.pixel_memory_mib.")
+    pixels_mib: int = Field(description="All images, decoded.")
+    streamed: bool = Field(
+        description="Whether they are decoded while the network runs, being more than training.pixel_memory_mib."
+    )
     steps: int = Field(description="Steps of a training.")
-    load_s: float = Field(description="Seconds of reading and decoding all images before the first step.")
-    training_s: float = Field(description="Seconds of all steps.")
+    load_s: float = Field(
+        description="Seconds of reading and decoding all images before the first step; 0 where they are streamed."
+    )
+    training_s: float = Field(description="Seconds of all steps, or of decoding where that takes longer.")
     predecessors: int = Field(description="Generations that constrain it.")
     predecessors_step_share: float | None = Field(description="What they add to a step, as a share of one without.")
     images_to_embed: int = Field(description="Vectors that predecessors have to compute first, all together.")
@@ -97,6 +104,8 @@ def dry_run(root: str, say: Callable[[str], None] = lambda text: None) -> DryRun
             predecessors=references,
             storage_uri=folder,
             use_gpu=config.cluster.gpus_per_worker > 0,
+            cpus_per_worker=config.cluster.cpus_per_worker,
+            decoding_processes=config.cluster.decoding_processes,
         )
         say("taking a few steps")
         full = rehearse(job)
@@ -106,7 +115,13 @@ def dry_run(root: str, say: Callable[[str], None] = lambda text: None) -> DryRun
         to_embed = sum(len(session.workspace.cache(name).missing(images.content_sha256)) for name in names)
         steps = math.ceil(len(images) / config.training.batch_size) * recipe.epochs
         load_s, embed_s = full.load_s_per_image * len(images), to_embed / rate if to_embed and rate else None
-        look = recipe.preprocessing
+        pixels = Look.of(recipe.preprocessing, recipe.augmentation).size_bytes(len(images))
+        streamed = pixels > recipe.pixel_memory_mib * 2**20
+        training_s = steps * full.step_s
+        if streamed:
+            processes = decoding_processes(job.model_copy(update={"num_workers": config.cluster.num_workers}))
+            decode_s = recipe.epochs * load_s / workers / processes
+            load_s, training_s = 0.0, max(training_s, decode_s)
         missing_gpu = config.cluster.gpus_per_worker > 0 and full.device != "cuda"
         return DryRun(
             images=len(images),
@@ -121,15 +136,16 @@ def dry_run(root: str, say: Callable[[str], None] = lambda text: None) -> DryRun
             step_s=round(full.step_s, 5),
             images_per_s=round(workers * full.batch_images / full.step_s, 1),
             memory_mib=full.memory_mib,
-            pixels_mib=math.ceil(len(images) * look.channels * look.image_size**2 / 2**20),
+            pixels_mib=math.ceil(pixels / 2**20),
+            streamed=streamed,
             steps=steps,
             load_s=round(load_s, 1),
-            training_s=round(steps * full.step_s, 1),
+            training_s=round(training_s, 1),
             predecessors=full.num_predecessors,
             predecessors_step_share=None if bare is None else round(full.step_s / bare.step_s - 1, 3),
             images_to_embed=to_embed,
             embed_s=None if embed_s is None else round(embed_s, 1),
-            total_s=round(load_s + steps * full.step_s + (embed_s or 0.0), 1),
+            total_s=round(load_s + training_s + (embed_s or 0.0), 1),
             note="this machine has no GPU and the workers have: times are this processor's" if missing_gpu else "",
         )
 

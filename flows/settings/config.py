@@ -100,6 +100,12 @@ class ClusterConfig(BaseModel):
         default=10.0, ge=0, description="Minutes between checkpoints within an epoch; there is one after every epoch."
     )
     cpus_per_worker: int = Field(default=1, ge=1, description="Cores, and threads, of a training worker.")
+    decoding_processes: int | None = Field(
+        default=None,
+        ge=1,
+        description="Processes of a training worker that decode images which do not fit in training.pixel_memory_mib; "
+        "by default its cores but one.",
+    )
     gpus_per_worker: int = Field(default=0, ge=0, le=1, description="GPUs of a training worker.")
     worker_resources: dict[str, float] = Field(
         default_factory=dict,

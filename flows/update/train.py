@@ -23,8 +23,11 @@ from graceful.indexing.embedding_files import write_embedding_file
 from graceful.training.generation import CARD_FILE, GenerationCard, PredecessorRef
 from graceful.training.job import DevPart, TrainingConfig, TrainingJob
 from graceful.training.launch import Tail, run_training
+from graceful.training.manifest import count_images
 from graceful.training.progress import TrailReporter
 from graceful.training.trackers import open_trackers
+
+_LAID_ROWS = 65536
 
 
 class EmbeddingFailuresError(GracefulError):
@@ -61,21 +64,24 @@ def embed_images(session: Session, generation: str, hashes: Sequence[str], sourc
 def extend_cache(inputs: Inputs, predecessor: str) -> PredecessorRef:
     """Embed the training and dev images that a predecessor has not seen, and lay its vectors beside the manifests."""
     workspace, key = inputs.workspace, inputs.frozen.update_key
-    uri = _vectors_uri(workspace, key, predecessor)
-    laid = [(inputs.images, uri)]
+    laid = [(inputs.images, _vectors_uris(workspace, key, predecessor, len(inputs.images)))]
     if inputs.dev is not None:
-        laid.append((inputs.dev, _vectors_uri(workspace, key, predecessor, "-dev")))
-    for images, place in laid:
+        laid.append((inputs.dev, _vectors_uris(workspace, key, predecessor, len(inputs.dev), "-dev")))
+    for images, places in laid:
         embed_images(inputs.session, predecessor, images.content_sha256, images.sources)
-        if not exists(place):
-            vectors = workspace.cache(predecessor).read(images.content_sha256)
-            write_embedding_file(place, pa.table({"content_sha256": images.content_sha256}), vectors)
+        if all(map(exists, places)):
+            continue
+        hashes = images.content_sha256
+        blocks = workspace.cache(predecessor).read_blocks(hashes, _LAID_ROWS)
+        for number, (place, vectors) in enumerate(zip(places, blocks, strict=True)):
+            start = number * _LAID_ROWS
+            write_embedding_file(place, pa.table({"content_sha256": hashes[start : start + len(vectors)]}), vectors)
     weights = dict(zip(inputs.frozen.predecessors, inputs.frozen.weights, strict=False))  # none: all weigh 1
     return PredecessorRef(
         weight=weights.get(predecessor, 1.0),
         generation_id=predecessor,
         generation_uri=workspace.generation_uri(predecessor),
-        embeddings_uri=uri,
+        embeddings_uri=laid[0][1],
     )
 
 
@@ -135,6 +141,7 @@ def train(
         num_workers=config.num_workers,
         use_gpu=config.gpus_per_worker > 0,
         cpus_per_worker=config.cpus_per_worker,
+        decoding_processes=config.decoding_processes,
         min_workers=config.min_workers,
         resources=config.worker_resources,
         labels=config.worker_labels,
@@ -191,16 +198,23 @@ def _dev_part(session: Session, frozen: UpdateStarted, predecessors: Sequence[Pr
     manifest_uri = workspace.dev_uri(key)
     if not exists(manifest_uri):
         return None
+    num_images = count_images(manifest_uri)
     beside = [
-        reference.model_copy(update={"embeddings_uri": _vectors_uri(workspace, key, reference.generation_id, "-dev")})
+        reference.model_copy(
+            update={"embeddings_uri": _vectors_uris(workspace, key, reference.generation_id, num_images, "-dev")}
+        )
         for reference in predecessors
     ]
     limit = session.config.policy.nfr_limit
     return DevPart(manifest_uri=manifest_uri, predecessors=tuple(beside), max_flips=limit)
 
 
-def _vectors_uri(workspace: Workspace, update_key: str, predecessor: str, suffix: str = "") -> str:
-    return join(workspace.update_uri(update_key), "predecessors", f"{predecessor}{suffix}.parquet")
+def _vectors_uris(
+    workspace: Workspace, update_key: str, predecessor: str, num_images: int, suffix: str = ""
+) -> tuple[str, ...]:
+    """Files of a predecessor's vectors in the order of a manifest, so many rows each."""
+    folder = join(workspace.update_uri(update_key), "predecessors", f"{predecessor}{suffix}")
+    return tuple(join(folder, f"{start // _LAID_ROWS:05d}.parquet") for start in range(0, num_images, _LAID_ROWS))
 
 
 def _parent(inputs: Inputs) -> str | None:

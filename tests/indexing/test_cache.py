@@ -51,6 +51,17 @@ def test_embeddings_come_in_the_order_asked(location):
     np.testing.assert_allclose(cache.read(hashes), GENERATION.encode(sources)[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("block_rows", [1, 3, 100])
+def test_embeddings_in_blocks_are_those_of_one_reading(location, block_rows):
+    cache = EmbeddingCache(location)
+    cache.extend(*images(*range(7)), Embedder(), unit_rows=2)
+    hashes, _ = images(6, 0, 3, 3, 99, 5, 1)
+    for found in (list(cache.read_blocks(hashes[:4], block_rows)), list(cache.read_blocks(hashes, 7))):
+        assert all(len(block) <= max(block_rows, 7) for block in found)
+        blocks = np.concatenate(found)
+        np.testing.assert_array_equal(blocks, cache.read(hashes)[: len(blocks)])
+
+
 def test_image_that_failed_is_reported_missing_and_nan(location):
     cache = EmbeddingCache(location)
     count, failures = cache.extend(["good", "bad"], ["synthetic:id1/0", "synthetic:id9/9"], Embedder())

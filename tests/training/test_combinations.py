@@ -172,7 +172,9 @@ def test_the_prefix_of_a_wider_generation_is_its_parents_vector_before_training(
     stored, _ = open_encoder(join(job.output_uri, first.generation_id), precision="float32")(few.sources)
     material, parent, trainee = starting_point(chain(False, few, backbone=backbone, width=24)[0], tmp_path)
     trainee.network.eval()
-    vectors = embed(trainee.network, material.pixels, config.preprocessing, CPU, None).clone()
+    vectors = embed(
+        trainee.network, next(material.clean(0, 1, len(few))).pixels, config.preprocessing, CPU, None
+    ).clone()
     assert vectors.shape[1] == 24
     prefix = torch.nn.functional.normalize(vectors[:, :16], dim=1)
     torch.testing.assert_close(prefix, torch.from_numpy(stored), atol=1e-5, rtol=0)

@@ -22,6 +22,7 @@ from graceful.training.loop import train_worker
 from graceful.training.manifest import LabelledImages
 from graceful.training.material import Batch, Material
 from graceful.training.objective import Objective
+from graceful.training.pixels import Held
 from graceful.training.predecessors import PredecessorGroup, Predecessors, class_means
 from graceful.training.progress import TrailReporter
 
@@ -220,7 +221,7 @@ def step_gradients(rank: int, num_ranks: int, recipe: dict[str, Any]) -> dict[st
     group = PredecessorGroup(("g001-000000", "g002-000000"), torch.tensor([1.0, 0.5]), vectors, means, means)
     pixels = torch.zeros(120, 1, 4, 4, dtype=torch.uint8)
     predecessors = Predecessors((group,), labels.numpy(), torch.device("cpu"))
-    material = Material([f"c{c:02}" for c in range(40)], labels, pixels, predecessors)
+    material = Material([f"c{c:02}" for c in range(40)], labels, Held(pixels), predecessors)
     preprocessing = Preprocessing(image_size=4, channels=1, mean=(0.3,), std=(0.37,))
     config = TrainingConfig.model_validate({"preprocessing": preprocessing, "width": 8, "batch_size": 61, **recipe})
     inputs = torch.randn(120, 5, generator=generator)

@@ -307,7 +307,7 @@ def test_a_training_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> Non
     source = str(tmp_path / "bad.png")
     manifest = LabelledImages([source], np.array(["a"]), [hashlib.sha256(b"text").hexdigest()])
     with pytest.raises(UnreadableImageError, match=f"{source} cannot be decoded"):
-        decode_all(manifest, reading(), tmp_path, 1)
+        decode_all(manifest, reading())
 
 
 # Row groups in memory
@@ -335,7 +335,7 @@ def stored(tmp_path: Path, payloads: list[bytes]) -> list[str]:
 
 
 def small_cache(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(images, "_GROUPS", images._cache_of(size))
+    monkeypatch.setattr(images, "_GROUPS", images.group_cache(size))
 
 
 def test_the_least_recently_used_row_group_leaves_the_cache(

@@ -17,8 +17,8 @@ from graceful.training.encoder import open_encoder
 from graceful.training.job import TrainingConfig, TrainingJob
 from graceful.training.launch import ClusterNotStartedError, run_training
 from graceful.training.manifest import LabelledImages
-from graceful.training.pixels import ChangedImagesError
 from graceful.training.progress import TrailReporter
+from graceful.training.records import ChangedImagesError
 
 MakeJob = Callable[..., TrainingJob]
 ROOT = Path(__file__).parents[2]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from graceful.files import join
+from graceful.training.augmentation import affine, crop_flip, training_batch
 from graceful.training.datasets import SingleImageClassError
 from graceful.training.encoder import adopt, normalise, open_encoder, open_network, read_classifier
 from graceful.training.finishing import calibrate, interpolate, interpolate_rows
@@ -25,9 +26,10 @@ from graceful.training.launch import run_training
 from graceful.training.loop import TrainingDeadlineError, TrainingDivergedError, train_worker
 from graceful.training.manifest import LabelledImages
 from graceful.training.material import Material
-from graceful.training.pixels import ChangedImagesError, affine, crop_flip, training_batch
+from graceful.training.pixels import Held
 from graceful.training.predecessors import Predecessors
 from graceful.training.progress import TrailReporter
+from graceful.training.records import ChangedImagesError
 from graceful.training.starting import IncompatibleParentError
 
 MakeJob = Callable[..., TrainingJob]
@@ -185,7 +187,7 @@ def test_calibration_takes_the_wanted_number_of_images_and_leaves_settings(prepr
     network = nn.Sequential(nn.BatchNorm2d(1, momentum=0.3), nn.Dropout(0.5)).train()
     pixels = torch.randint(0, 255, (600, 1, 8, 8), dtype=torch.uint8)
     labels = torch.arange(600) % 2
-    material = Material(["a", "b"], labels, pixels, Predecessors((), labels.numpy(), torch.device("cpu")))
+    material = Material(["a", "b"], labels, Held(pixels), Predecessors((), labels.numpy(), torch.device("cpu")))
     assert calibrate(network, material.sample(512, seed=0), preprocessing, torch.device("cpu"), None) == 512
     assert network[0].momentum == 0.3
     assert network.training

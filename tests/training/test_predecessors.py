@@ -54,8 +54,8 @@ def store(tmp_path: Path, preprocessing: Preprocessing, write_embeddings: Callab
     return make
 
 
-def load(references: list[PredecessorRef], scratch: Path, **options: Any) -> Predecessors:
-    return load_predecessors(references, LABELS, CLASSES, CPU, scratch, **options)
+def load(references: list[PredecessorRef], scratch: Path, memory_limit_mib: int = 2048) -> Predecessors:
+    return load_predecessors(references, LABELS, CLASSES, CPU, scratch, memory_limit_mib)
 
 
 def test_known_classes_keep_their_row_and_unseen_ones_get_the_class_mean(
