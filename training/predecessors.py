@@ -41,6 +41,7 @@ class PredecessorGroup:
     embeddings: Tensor  # (N, K, d), on the CPU, memory-mapped when large
     rows: Tensor  # (K, C, d): own classifier rows, synthesised ones for unseen classes
     class_means: Tensor  # (K, C, d)
+    is_known: Tensor  # (K, C) bool: which rows are its own
 
     @property
     def width(self) -> int:
@@ -143,12 +144,13 @@ def load_predecessors(
         for position, reference in enumerate(members):
             _read_embeddings(reference, width, stacked[:, position])
         means = torch.stack([class_means(stacked[:, i], labels, len(classes)) for i in range(len(members))])
-        rows = means.clone()
+        rows, is_known = means.clone(), torch.zeros(len(members), len(classes), dtype=torch.bool)
         for position, reference in enumerate(members):
             stored = read_classifier(reference.generation_uri)
             if stored is not None:
                 card, own_rows, _ = stored
                 rows[position] = synthesise_rows(card.classes, own_rows, classes, means[position])
+                is_known[position] = torch.from_numpy(np.isin(classes, card.classes))
         groups.append(
             PredecessorGroup(
                 generation_ids=tuple(reference.generation_id for reference in members),
@@ -156,6 +158,7 @@ def load_predecessors(
                 embeddings=torch.from_numpy(stacked),
                 rows=rows.to(device),
                 class_means=means.to(device),
+                is_known=is_known.to(device),
             )
         )
     return Predecessors(groups, labels, device)
