@@ -19,7 +19,7 @@ from graceful.training.progress import TrailReporter
 from graceful.training.starting import Trainee, build_trainee
 from graceful.training.step import Run, Stepper
 
-_BATCH, _CLASSES, _STEPS, _PAIRS = 256, 100, 4, 7
+_BATCH, _CLASSES, _STEPS, _PAIRS = 256, 100, 2, 5
 _CPU = torch.device("cpu")
 
 
@@ -47,7 +47,7 @@ def _stepper(folder: str, is_linear: bool) -> tuple[Run, Stepper]:
         augmentation=AugmentationConfig(kind="affine"),
         batch_size=_BATCH,
         constraints=(),
-        interpolation=0.0,
+        mixture=0.0,
         lqf=LqfConfig(max_lr=1e-6, curvature_images=32) if is_linear else None,
     )
     generator = torch.Generator().manual_seed(0)
