@@ -53,7 +53,8 @@ class Linearised(nn.Module):
         point = dict(self.base.named_parameters())
         along = dict(zip(point, self.change, strict=True))
         with torch.autocast(images.device.type, enabled=False):
-            value, slope = jvp(lambda weights: functional_call(self.base, weights, (images,)), (point,), (along,))
+            found = jvp(lambda weights: functional_call(self.base, weights, (images,)), (point,), (along,))
+        value, slope = found[0], found[1]
         return (value + slope) / value.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
     def moved(self) -> nn.Module:
