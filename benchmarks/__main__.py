@@ -13,6 +13,7 @@ from benchmarks import schedule, soak
 from benchmarks.class_cost import step_cost_classes
 from benchmarks.gallery_cost import evaluate_matrix, reindex_proportional
 from benchmarks.gallery_scale import commit_unit, ingest_one, peak_memory, reindex_scale, view_scale
+from benchmarks.lqf_cost import lqf_step
 from benchmarks.orchestration import orchestration
 from benchmarks.search_cost import change_visible, open_gallery, search_approximate, search_changed, search_mixed
 from benchmarks.search_load import search_load
@@ -32,6 +33,7 @@ BENCHMARKS = {
     "peak_memory": peak_memory,
     "step_cost_predecessors": step_cost_predecessors,
     "step_cost_classes": step_cost_classes,
+    "lqf_step": lqf_step,
     "train_overhead": train_overhead,
     "loop_overhead": loop_overhead,
     "train_224": train_224,

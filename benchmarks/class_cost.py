@@ -64,7 +64,7 @@ def _stepper(folder: str, recipe: TrainingConfig, num_classes: int, num_predeces
         vectors /= vectors.norm(dim=2, keepdim=True)
         unused = torch.zeros(()).expand(num_predecessors, num_classes, _WIDTH)  # recipe R compares with stored vectors
         names = tuple(f"g{number:03d}-{number:06x}" for number in range(1, num_predecessors + 1))
-        groups = [PredecessorGroup(names, torch.ones(num_predecessors), vectors, unused, unused)]
+        groups = [PredecessorGroup(names, torch.ones(num_predecessors), vectors, unused, unused, unused[:, :, 0])]
     predecessors = Predecessors(groups, labels.numpy().astype(np.int64), _CPU)
     material = Material([f"{c:06d}" for c in range(num_classes)], labels, Held(pixels), predecessors)
     job = TrainingJob(

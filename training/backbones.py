@@ -18,6 +18,7 @@ from graceful.errors import UsageError
 from graceful.training.generation import BackboneSpec
 
 TIMM = "timm/"
+_OURS = ("negative_slope", "projection", "small_stem")  # arguments that the libraries do not know
 WEIGHTS_FILES = (".safetensors", ".pt", ".pth", ".bin")
 
 
@@ -66,6 +67,8 @@ def build_backbone(
 ) -> nn.Module:
     """Build the network named by `spec` with random initial weights.
 
+    All but factories take `negative_slope`: their ReLUs become leaky ones of this slope (for LQF).
+
     "small_cnn" takes `block_widths` (default [32, 64, 128, 256]). A torchvision name takes `small_stem` (3x3 stride-1
     first convolution and no pooling, ResNets only) and torchvision's own arguments; "timm/NAME" takes timm's. Both take
     `projection`: false leaves out the linear layer to `width`, which an adopted network does not have, so that the
@@ -77,9 +80,13 @@ def build_backbone(
     if ":" in spec.name:
         offered = {"channels": channels, "image_size": image_size} | ({"width": width} if offer_width else {})
         return _call_factory(spec.name, kwargs, offered)
+    slope = float(kwargs.pop("negative_slope", 0.0))
+    if slope:
+        plain = BackboneSpec(name=spec.name, kwargs=kwargs)
+        return leaky(build_backbone(plain, width, channels, image_size), slope, spec.name)
     if spec.name == "small_cnn":
         block_widths = tuple(int(value) for value in kwargs.pop("block_widths", (32, 64, 128, 256)))
-        _refuse_unknown(spec.name, kwargs, ["block_widths"])
+        _refuse_unknown(spec.name, kwargs, ["block_widths", "negative_slope"])
         return SmallCnn(width, channels, image_size, block_widths)
     projection = bool(kwargs.pop("projection", True))
     if spec.name.startswith(TIMM):
@@ -88,6 +95,24 @@ def build_backbone(
     else:
         features, feature_width = _build_torchvision(spec.name, kwargs, channels)
     return ProjectedBackbone(features, feature_width, width) if projection else features
+
+
+def leaky(network: nn.Module, slope: float, name: str) -> nn.Module:
+    """Put a leaky ReLU of this slope in the place of every ReLU module; names and weights stay what they are.
+
+    Raises: UsageError where there is none, or the slope is not in (0, 1).
+    """
+    if not 0 < slope < 1:
+        raise UsageError(f"building {name}: expected a negative_slope above 0 and below 1, found {slope:g}")
+    places = [(module, key) for module in network.modules() for key, child in module.named_children()
+              if type(child) is nn.ReLU]  # fmt: skip
+    if not places:
+        raise UsageError(
+            f"building {name}: expected ReLU modules for negative_slope = {slope:g}, found none; leave it out"
+        )
+    for module, key in places:
+        setattr(module, key, nn.LeakyReLU(slope, inplace=getattr(module, key).inplace))
+    return network
 
 
 def load_initial_weights(
@@ -119,7 +144,7 @@ def load_initial_weights(
             raise UsageError(
                 f"loading initial weights of {spec.name}: expected pretrained or a file, found {weights!r}"
             )
-        kwargs = {key: value for key, value in spec.kwargs.items() if key != "projection"}
+        kwargs = {key: value for key, value in spec.kwargs.items() if key not in _OURS}
         twin = _fetched(spec.name, lambda: build_timm(spec.name, {**kwargs, "pretrained": True}, channels, image_size))
         features.load_state_dict(twin.state_dict(), strict=True)
         return
@@ -200,7 +225,7 @@ def _without_classifier(
     state: dict[str, Tensor], features: nn.Module, spec: BackboneSpec, channels: int, image_size: int
 ) -> dict[str, Tensor]:
     """Return what a library's own file says about the features. Raises UsageError on what is not of that model."""
-    kwargs = {key: value for key, value in spec.kwargs.items() if key not in ("projection", "small_stem")}
+    kwargs = {key: value for key, value in spec.kwargs.items() if key not in _OURS}
     if spec.name.startswith(TIMM):
         whole = build_timm(spec.name, {**kwargs, "num_classes": 1}, channels, image_size)
     else:

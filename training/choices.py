@@ -35,8 +35,11 @@ _ABOVE_ZERO = Range(is_open=True)
 CONSTRAINT_PARAMETERS: Mapping[str, Mapping[str, Range]] = {
     "bct": {"scale": _ABOVE_ZERO},
     "cross_contrast": {"scale": _ABOVE_ZERO, "margin": Range()},
+    "focal_kl": {"alpha": Range(), "beta": Range(), "tau": _ABOVE_ZERO},
+    "focal_logits": {"alpha": Range(), "beta": Range()},
     "hoc": {"mu": _ABOVE_ZERO},
     "l2": {},
+    "ldi": {"xi": Range()},
     "mixbct": {"share": Range(highest=1.0, is_open=True), "typical": Range(highest=1.0, is_open=True)},
     "oca": {"scale": _ABOVE_ZERO, "influence": Range(), "cosine": Range()},
     "ract": {"tau": _ABOVE_ZERO, "hardest": Range(is_whole=True)},
@@ -47,7 +50,9 @@ CONSTRAINT_PARAMETERS: Mapping[str, Mapping[str, Range]] = {
         "tau": _ABOVE_ZERO,
     },
 }
-PER_IMAGE = ("bct", "cross_contrast", "hoc", "l2", "oca", "ract", "repulsion")  # their losses can be weighted by image
+OF_LOGITS = ("focal_kl", "focal_logits", "ldi")  # compare classifiers, which both sides must have
+# Their losses can be weighted by image.
+PER_IMAGE = (*OF_LOGITS, "bct", "cross_contrast", "hoc", "l2", "oca", "ract", "repulsion")
 
 
 def check_parameters(name: str, parameters: Mapping[str, float]) -> None:

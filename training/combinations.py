@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from graceful.errors import GracefulError
+from graceful.training.choices import OF_LOGITS
 from graceful.training.generation import GenerationCard, ordinal_of
-from graceful.training.job import TrainingConfig
+from graceful.training.job import ConstraintConfig, TrainingConfig
 
 CORNERS = "corners"  # in a card's training: the classes of a fixed simplex in the order of its corners
 
@@ -22,8 +23,11 @@ def check_combination(
     """
     constrained = tuple(predecessors) if config.constraints else ()
     _check_widths(name, config, parent, constrained)
+    _check_classifiers(name, config, constrained)
     if parent is not None and config.start == "parent":
         _check_weights(name, config, parent)
+        if config.lqf is not None:
+            _check_expansion(name, config, parent)
     if parent is not None and config.mixture != 0:
         _check_mixture(name, config, parent, predecessors)
     if config.head.name == "simplex":
@@ -43,9 +47,7 @@ def _check_widths(
             "gallery"
         )
     for entry in config.constraints:
-        seen = list(constrained)
-        if entry.against == "latest":
-            seen = [max(seen, key=lambda card: ordinal_of(card.generation_id))] if seen else []
+        seen = _against(entry, constrained)
         other = next((card for card in seen if card.width != config.width), None)
         if entry.name == "mixbct" and other is not None:
             raise IncompatibleParentError(
@@ -55,9 +57,42 @@ def _check_widths(
             )
 
 
+def _check_expansion(name: str, config: TrainingConfig, parent: GenerationCard) -> None:
+    if parent.width != config.width:
+        raise IncompatibleParentError(
+            f"training {name}: expected the width {parent.width} of {parent.generation_id} with [training.lqf], "
+            f"which expands the network of that generation, found {config.width}; keep the width, or train without "
+            "[training.lqf]"
+        )
+
+
+def _check_classifiers(name: str, config: TrainingConfig, constrained: Sequence[GenerationCard]) -> None:
+    for entry in config.constraints:
+        without = [card for card in _against(entry, constrained) if not card.has_classifier]
+        if entry.name in OF_LOGITS and without:
+            raise IncompatibleParentError(
+                f"training {name}: expected a classifier in every predecessor for {entry.name}, which compares logits, "
+                f"found none in {without[0].generation_id} ({without[0].origin}); use l2 with focus = 5, which "
+                "compares embeddings, or against = 'latest' where the latest has one"
+            )
+
+
+def _against(entry: ConstraintConfig, constrained: Sequence[GenerationCard]) -> Sequence[GenerationCard]:
+    if entry.against != "latest" or not constrained:
+        return constrained
+    return [max(constrained, key=lambda card: ordinal_of(card.generation_id))]
+
+
 def _check_weights(name: str, config: TrainingConfig, parent: GenerationCard) -> None:
     if parent.backbone == config.backbone and config.preprocessing.takes_weights_of(parent.preprocessing):
         return
+    if config.lqf is not None:
+        raise IncompatibleParentError(
+            f"training {name}: expected a parent with the same backbone and preprocessing with [training.lqf], which "
+            f"expands the parent's network, found {parent.backbone.name} {parent.backbone.kwargs} for "
+            f"{config.backbone.name} {config.backbone.kwargs} ({parent.generation_id}); keep the backbone, or train "
+            "without [training.lqf] and with start = 'scratch'"
+        )
     what = "starts from and is interpolated with" if config.interpolation != 0 else "starts from"
     raise IncompatibleParentError(
         f"training {name}: expected a parent with the same backbone and preprocessing, because the network {what} its "

@@ -91,13 +91,22 @@ class Head(nn.Module):
             weight = weight.index_select(0, sample.classes)
             targets = torch.searchsorted(sample.classes, labels)
             offsets = offsets[sample.classes] + sample.offsets
-        queries = embeddings if self.rotation is None else self.rotation(embeddings)
-        cosines = functional.normalize(queries, dim=1) @ functional.normalize(weight, dim=1).to(queries.dtype).t()
+        cosines = self._cosines(embeddings, weight)
         index = targets[:, None]
         cosines = cosines.scatter(1, index, self._margin(cosines.gather(1, index), self.config.margin))
         smoothing = self.config.label_smoothing
         loss = functional.cross_entropy(self.config.scale * cosines + offsets, targets, label_smoothing=smoothing)
         return self.config.weight * loss
+
+    def logits(self, embeddings: Tensor, sample: ClassSample | None = None) -> Tensor:
+        """Return s cos(Q f_i, W_c) (B, C) of embeddings (B, d), without margins; (B, S) of a sample's classes."""
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        weight = self.weight if sample is None else self.weight.index_select(0, sample.classes)
+        return self.config.scale * self._cosines(embeddings, weight)
+
+    def _cosines(self, embeddings: Tensor, weight: Tensor) -> Tensor:
+        queries = embeddings if self.rotation is None else self.rotation(embeddings)
+        return functional.normalize(queries, dim=1) @ functional.normalize(weight, dim=1).to(queries.dtype).t()
 
     @property
     def rows(self) -> Tensor:

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from graceful.errors import UsageError
-from graceful.training.choices import CONSTRAINT_PARAMETERS, HEAD_NAMES, PER_IMAGE, check_parameters
+from graceful.training.choices import CONSTRAINT_PARAMETERS, HEAD_NAMES, OF_LOGITS, PER_IMAGE, check_parameters
 from graceful.training.generation import BackboneSpec, PredecessorRef, Preprocessing
 
 TRAINING_VERSION = 3
@@ -77,14 +77,24 @@ class ConstraintConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(
-        description="bct, cross_contrast, hoc, l2, mixbct, oca, ract, repulsion, or package.module:Class of your own."
+        description="bct, cross_contrast, focal_kl, focal_logits, hoc, l2, ldi, mixbct, oca, ract, repulsion, or "
+        "package.module:Class of your own."
     )
     weight: float = Field(default=1.0, ge=0, description="Factor of this constraint in the loss.")
     reduction: Literal["sum", "mean"] = Field(default="sum", description="Over the predecessors.")
-    against: Literal["all", "latest"] = Field(default="all", description="Which predecessors it is applied against.")
+    against: Literal["all", "latest", "ensemble"] = Field(
+        default="all",
+        description="Which predecessors it is applied against; ensemble: their mean, for focal_kl, focal_logits, ldi.",
+    )
     uncertainty: bool = Field(
         default=False,
         description="Weigh each image by the class margin of its stored vector: what was bad need not be repeated.",
+    )
+    focus: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weigh an image 1 + focus where the predecessor is right on it, by the nearest class mean: focal "
+        "distillation of embeddings with l2 (5 in the paper).",
     )
     parameters: dict[str, float] = Field(default_factory=dict, description="Arguments of the constraint.")
 
@@ -100,10 +110,22 @@ class ConstraintConfig(BaseModel):
                 f"{self.name!r}"
             )
         check_parameters(self.name, self.parameters)
-        if self.name not in PER_IMAGE and (self.uncertainty or self.weight != 1.0):
+        if self.name not in PER_IMAGE and (self.uncertainty or self.focus or self.weight != 1.0):
             raise UsageError(
-                f"constraint {self.name}: expected neither weight nor uncertainty, because it has no loss of its own, "
-                f"found weight = {self.weight:g}, uncertainty = {str(self.uncertainty).lower()}; leave them out"
+                f"constraint {self.name}: expected neither weight, uncertainty nor focus, because it has no loss of "
+                f"its own, found weight = {self.weight:g}, uncertainty = {str(self.uncertainty).lower()}, focus = "
+                f"{self.focus:g}; leave them out"
+            )
+        if self.name in OF_LOGITS and self.focus:
+            raise UsageError(
+                f"constraint {self.name}: expected no focus beside its own weights, found {self.focus:g}; set beta of "
+                "focal_kl or focal_logits, or take l2 for embeddings"
+            )
+        if self.against == "ensemble" and (self.name not in OF_LOGITS or self.uncertainty):
+            raise UsageError(
+                f"constraint {self.name}: expected against = 'ensemble' for one of {list(OF_LOGITS)} without "
+                f"uncertainty, because only logits of several spaces have a mean, found it for {self.name} with "
+                f"uncertainty = {str(self.uncertainty).lower()}; set against = 'all'"
             )
         return self
 
@@ -165,6 +187,28 @@ class AugmentationConfig(BaseModel):
         return {key: value for key, value in values.items() if key not in ("transforms", "source_size") or value}
 
 
+class LqfConfig(BaseModel):
+    """Linear quadratic fine-tuning: where a parent exists, its first-order expansion is trained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    loss: Literal["squared", "head"] = Field(
+        default="squared", description="squared: against fixed rows, the parent's class means; head: training.head's."
+    )
+    target: float = Field(default=15.0, gt=0, description="squared: logit alpha of an image's own class; 0 for others.")
+    optimizer: Literal["kfac", "adam"] = Field(
+        default="kfac",
+        description="kfac: momentum on gradients preconditioned by the curvature at the parent, computed once; adam: "
+        "as every other training, with training.max_lr.",
+    )
+    max_lr: float = Field(default=5e-3, gt=0, description="kfac: peak learning rate; 1 is a Newton step of one batch.")
+    damping: float = Field(
+        default=0.1, gt=0, description="kfac: added to the curvature, relative to its mean eigenvalue."
+    )
+    decay: float = Field(default=0.0, ge=0, description="kfac: factor of half the squared distance to the parent.")
+    curvature_images: int = Field(default=1024, ge=1, description="kfac: clean images that the curvature is taken on.")
+
+
 def recipe_constraints() -> tuple[ConstraintConfig, ...]:
     """Return recipe R's constraints."""
     return (
@@ -216,6 +260,11 @@ class TrainingConfig(BaseModel):
         default=10.0,
         gt=0,
         description="With a mixture: factor of the squared distance to it, beside task and constraints.",
+    )
+    lqf: LqfConfig | None = Field(
+        default=None,
+        description="Train the parent's linear expansion (LQF) instead of the network; the table may be empty. A first "
+        "generation is trained as ever.",
     )
     epochs: int = Field(default=6, ge=1, description="Passes over the training images.")
     patience: int | None = Field(
@@ -273,6 +322,21 @@ class TrainingConfig(BaseModel):
                 "training config: interpolation needs weights that started at the parent's; set interpolation = 0 with "
                 'start = "scratch"'
             )
+        if self.lqf is not None and (self.start != "parent" or not self.rows_from_parent):
+            raise UsageError(
+                "training config: expected start = 'parent' and rows_from_parent = true with [training.lqf], which "
+                "expands the parent's network, found another start; leave them out, or train without [training.lqf]"
+            )
+        if self.lqf is not None and (self.head.name == "simplex" or self.head.rotation):
+            raise UsageError(
+                "training config: expected a head whose rows are the parent's class means with [training.lqf], found "
+                "simplex or rotation; take additive_margin, arcface or cosine_softmax without rotation"
+            )
+        if self.lqf is not None and self.precision not in ("auto", "float32"):
+            raise UsageError(
+                f"training config: expected float32 with [training.lqf], because changes are small beside the weights "
+                f"that they are added to, found {self.precision}; set precision = 'auto'"
+            )
         if sum(entry.name == "mixbct" for entry in self.constraints) > 1:
             raise UsageError("training config: expected mixbct once, found it twice; raise its share instead")
         if self.batch_size < self.accumulation:
@@ -285,6 +349,11 @@ class TrainingConfig(BaseModel):
         return self
 
     @property
+    def arithmetic(self) -> str:
+        """The name of the network's precision while it is trained."""
+        return self.precision if self.lqf is None else "float32"
+
+    @property
     def needs_dev(self) -> bool:
         """Whether something of the recipe is chosen on a dev part."""
         chosen = "dev" in (self.interpolation, self.mixture) or self.predecessor_weights == "dual"
@@ -295,7 +364,7 @@ class TrainingConfig(BaseModel):
         name = "cosine_softmax" if self.head.name == "simplex" else self.head.name
         head = self.head.model_copy(update={"name": name, "new_class_margin": 0.0})
         epochs = self.epochs + (self.mixture_epochs if self.mixture != 0 else 0)
-        free = {"constraints": (), "interpolation": 0.0, "mixture": 0.0}
+        free = {"constraints": (), "interpolation": 0.0, "mixture": 0.0, "lqf": None}
         return self.model_copy(update={**free, "epochs": epochs, "head": head})
 
 

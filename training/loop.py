@@ -64,7 +64,7 @@ def train_worker(
     """
     device = device or torch.device("cpu")
     config = job.config
-    dtype = arithmetic(config.precision, device)
+    dtype = arithmetic(config.arithmetic, device)
     check_start(job)
     with contextlib.ExitStack() as opened:
         scratch = opened.enter_context(tempfile.TemporaryDirectory(prefix="graceful-training-"))
@@ -219,7 +219,7 @@ def _finish(
 ) -> GenerationCard | None:
     """Interpolate with the parent, calibrate, compute class means, store: every rank computes, rank 0 writes."""
     started = time.perf_counter()
-    job, config, material, network = run.job, run.job.config, run.material, trainee.network
+    job, config, material, network = run.job, run.job.config, run.material, trainee.plain()
     preprocessing, device, dtype = config.preprocessing, run.device, run.dtype
     rows = trainee.head.rows.detach()
     share, chosen = 0.0, None
@@ -268,6 +268,7 @@ def _finish(
             **({"interpolation_on_dev": chosen} if chosen is not None else {}),
             **({} if mixture is None else {"mixture": mixture.share, "mixture_epochs": config.mixture_epochs}),
             **({"mixture_on_dev": mixture.chosen} if mixture is not None and mixture.chosen is not None else {}),
+            **({"lqf": config.lqf.model_dump(mode="json")} if trainee.is_linear and config.lqf is not None else {}),
             **({"best_epoch": best_epoch(course.dev) + 1} if config.patience is not None else {}),
             "constraints": term_names(config.constraints) if len(material.predecessors) else [],
             **({CORNERS: parent.corners if parent is not None else material.classes} if trainee.head.is_fixed else {}),

@@ -15,16 +15,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from graceful.errors import UsageError
 from graceful.training.constraints import build_constraint, takes
-from graceful.training.constraints.contract import Reference
+from graceful.training.constraints.contract import BY_IMAGE, Reference
 from graceful.training.constraints.mixbct import MixedFeatures, typical_images
 from graceful.training.distributed import gather_rows, own_rows, share_weight
 from graceful.training.generation import ordinal_of
+from graceful.training.heads import Head
 from graceful.training.job import ConstraintConfig, TrainingConfig
 from graceful.training.material import Batch, Material
 from graceful.training.predecessors import Predecessors
 from graceful.training.sampling import ClassSample, sample_classes, sample_size
-from graceful.training.uncertainty import class_margins, trust
+from graceful.training.uncertainty import class_margins, focused, trust
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class _Term:
     members: tuple[list[int], ...]  # for each group, the predecessors that it is applied against
     takes_offsets: bool
 
+    @property
+    def is_ensemble(self) -> bool:
+        return self.entry.against == "ensemble"
+
 
 class Objective:
     """The constraints of a recipe, ready to be applied to batches."""
@@ -75,6 +81,8 @@ class Objective:
         for name, entry in zip(term_names(config.constraints), config.constraints, strict=True):
             members = _members(self._predecessors, entry.against)
             constraint = build_constraint(entry.name, entry.parameters)
+            if getattr(constraint, "reference", None) == "logits":
+                _check_shared(self._predecessors, members, name)
             if not isinstance(constraint, MixedFeatures):
                 self._terms.append(
                     _Term(name, entry, constraint, constraint.reference, members, takes(constraint, "offsets"))
@@ -103,39 +111,48 @@ class Objective:
         return Draw(sample, stand_ins)
 
     def terms(
-        self, embeddings: Tensor, labels: Tensor, batch: Batch, generator: torch.Generator, draw: Draw
+        self, embeddings: Tensor, labels: Tensor, batch: Batch, generator: torch.Generator, draw: Draw, head: Head
     ) -> dict[str, Tensor]:
         """Return each constraint's weighted loss over all predecessors, by name; empty without predecessors.
 
         `embeddings` (B, d) not normalised and `labels` (B,) on the device; `batch` holds the same B images, a rank's
-        share; `draw` is what `draw` returned. `generator` is in the same state on every rank.
+        share; `draw` is what `draw` returned; `head` is the one in training. `generator` is in the same state on every
+        rank.
         """
         if not len(self._predecessors):
             return {}
-        step = _Step(self._predecessors, self._every_class, embeddings, labels, batch, draw.sample)
+        step = _Step(self._predecessors, self._every_class, embeddings, labels, batch, draw.sample, head)
         terms: dict[str, Tensor] = {}
         for term in self._terms:
-            entry, kind = term.entry, term.reference
-            is_global = kind == "batch"
-            new, new_labels = step.everyone if is_global else (embeddings, labels)
-            ref_labels = new_labels if is_global else step.classes
-            references = _chosen(step.references(kind, generator), term.members)
-            trusts = _chosen(step.trust(is_global), term.members) if entry.uncertainty else [None] * len(references)
-            offsets = None if draw.sample is None or is_global else draw.sample.offsets
-            extra = {"offsets": offsets} if term.takes_offsets and offsets is not None else {}
-            losses, count = [], 0
-            for group, members, reference, weights in zip(
-                self._predecessors.groups, term.members, references, trusts, strict=True
-            ):
-                if members:
-                    trusted = extra if weights is None else {**extra, "weights": weights}
-                    found = term.constraint(new, new_labels, reference, ref_labels, **trusted)
-                    losses.append((found * group.weights[members]).sum())
-                    count += len(members)
-            share = 1.0 if is_global else share_weight(len(labels), batch.total)
-            total = torch.stack(losses).sum() * (entry.weight * share)
-            terms[term.name] = total / count if entry.reduction == "mean" else total
+            losses, count = self._ensemble(term, step) if term.is_ensemble else self._each(term, step, generator)
+            share = 1.0 if term.reference == "batch" else share_weight(len(labels), batch.total)
+            total = losses * (term.entry.weight * share)
+            terms[term.name] = total / count if term.entry.reduction == "mean" else total
         return terms
+
+    def _each(self, term: "_Term", step: "_Step", generator: torch.Generator) -> tuple[Tensor, int]:
+        """Return the sum of a constraint's losses over its predecessors, and their number."""
+        entry, kind = term.entry, term.reference
+        new, new_labels, ref_labels = step.compared(kind)
+        references = _chosen(step.references(kind, generator), term.members)
+        by_image = step.weights(entry, kind == "batch")
+        trusts = [None] * len(references) if by_image is None else _chosen(by_image, term.members)
+        offsets = step.offsets if kind not in BY_IMAGE and term.takes_offsets else None
+        extra = {} if offsets is None else {"offsets": offsets}
+        losses, count = [], 0
+        for group, members, reference, weights in zip(
+            self._predecessors.groups, term.members, references, trusts, strict=True
+        ):
+            if members:
+                trusted = extra if weights is None else {**extra, "weights": weights}
+                found = term.constraint(new, new_labels, reference, ref_labels, **trusted)
+                losses.append((found * group.weights[members]).sum())
+                count += len(members)
+        return torch.stack(losses).sum(), count
+
+    def _ensemble(self, term: "_Term", step: "_Step") -> tuple[Tensor, int]:
+        new, new_labels, ref_labels = step.compared("logits")
+        return term.constraint(new, new_labels, step.ensemble, ref_labels).sum(), 1
 
     def _typical(self, members: tuple[list[int], ...], share: float, labels: Tensor) -> Tensor:
         """Return which training images are typical of their class for each of the chosen predecessors, (K, N)."""
@@ -158,11 +175,22 @@ class _Step:
         labels: Tensor,
         batch: Batch,
         sample: ClassSample | None,
+        head: Head,
     ) -> None:
         self._predecessors = predecessors
         self._embeddings, self._labels, self._batch = embeddings, labels, batch
         self._sample = sample
+        self._head = head
         self.classes = every_class if sample is None else sample.classes
+        self.offsets = None if sample is None else sample.offsets
+
+    def compared(self, kind: Reference) -> tuple[Tensor, Tensor, Tensor]:
+        """What a constraint is given of the generation in training, its labels, and those of the references."""
+        if kind == "logits":
+            return self._logits, self._targets, self._targets
+        if kind == "batch":
+            return *self.everyone, self.everyone[1]
+        return self._embeddings, self._labels, self.classes
 
     @cached_property
     def everyone(self) -> tuple[Tensor, Tensor]:
@@ -176,13 +204,32 @@ class _Step:
             return [self._of_classes(group.rows) for group in self._predecessors.groups]
         if kind == "means":
             return self._means
+        if kind == "logits":
+            return self._stored_logits
         if kind == "instances":
             return self._predecessors.draw_instances(generator, None if self._sample is None else self.classes)
         return self._stored
 
-    def trust(self, is_global: bool) -> list[Tensor]:
-        """Weights of the global batch's or of a rank's own images, (K, B) per group."""
-        return self._trust if is_global else [own_rows(weights.t()).t() for weights in self._trust]
+    def weights(self, entry: ConstraintConfig, is_global: bool) -> list[Tensor] | None:
+        """Weights of the global batch's or of a rank's own images, (K, B) per group; None where all count alike."""
+        if not (entry.uncertainty or entry.focus):
+            return None
+        found = []
+        for margins in self._margins:
+            weights = trust(margins) if entry.uncertainty else torch.ones_like(margins)
+            weights = weights * focused(margins, entry.focus)
+            found.append(weights if is_global else own_rows(weights.t()).t())
+        return found
+
+    @cached_property
+    def ensemble(self) -> Tensor:
+        """The predecessors' mean logits, (1, B, C): of each class over those that know it, by their weights."""
+        logits = torch.cat(self._stored_logits)
+        weights = torch.cat([group.weights for group in self._predecessors.groups])[:, None, None]
+        weights = weights * logits.isfinite()
+        total = weights.sum(dim=0, keepdim=True)
+        mean = (logits.masked_fill(logits.isinf(), 0.0) * weights).sum(dim=0, keepdim=True) / total
+        return mean.masked_fill(total == 0, -torch.inf)
 
     @cached_property
     def _own_stored(self) -> list[Tensor]:
@@ -197,10 +244,27 @@ class _Step:
         return [self._of_classes(group.class_means) for group in self._predecessors.groups]
 
     @cached_property
-    def _trust(self) -> list[Tensor]:
-        targets = torch.searchsorted(self.classes, self._labels)
-        margins = [class_margins(own, means, targets) for own, means in zip(self._own_stored, self._means, strict=True)]
-        return [trust(_gathered(own, self._batch.total)) for own in margins]
+    def _targets(self) -> Tensor:
+        return torch.searchsorted(self.classes, self._labels)
+
+    @cached_property
+    def _margins(self) -> list[Tensor]:
+        """Class margins of the global batch's stored embeddings, (K, B) per group."""
+        pairs = zip(self._own_stored, self._means, strict=True)
+        return [_gathered(class_margins(own, means, self._targets), self._batch.total) for own, means in pairs]
+
+    @cached_property
+    def _logits(self) -> Tensor:
+        return self._head.logits(self._embeddings, self._sample)
+
+    @cached_property
+    def _stored_logits(self) -> list[Tensor]:
+        """Logits of a rank's own images by each predecessor's own rows, (K, B, C) per group."""
+        scale, found = self._head.config.scale, []
+        for own, group in zip(self._own_stored, self._predecessors.groups, strict=True):
+            logits = scale * (own @ self._of_classes(group.rows).transpose(1, 2))
+            found.append(logits.masked_fill(~self._of_classes(group.is_known)[:, None, :], -torch.inf))
+        return found
 
     def _of_classes(self, values: Tensor) -> Tensor:
         return values if self._sample is None else values.index_select(1, self.classes)
@@ -219,12 +283,23 @@ def term_names(constraints: Sequence[ConstraintConfig]) -> list[str]:
     return names
 
 
+def _check_shared(predecessors: Predecessors, members: Sequence[list[int]], name: str) -> None:
+    """Refuse logits that have nothing to be compared with. Raises UsageError."""
+    for group, chosen in zip(predecessors.groups, members, strict=True):
+        for k in chosen:
+            if not bool(group.is_known[k].any()):
+                raise UsageError(
+                    f"constraint {name}: expected classes that {group.generation_ids[k]} has classifier rows for among "
+                    "those of the training images, found none; use l2 with focus, which compares embeddings"
+                )
+
+
 def _members(predecessors: Predecessors, against: str) -> tuple[list[int], ...]:
     """Return for each group which of its predecessors a constraint is applied against."""
     ids = predecessors.generation_ids
     latest = max(ids, key=ordinal_of, default=None)
     return tuple(
-        [k for k, name in enumerate(group.generation_ids) if against == "all" or name == latest]
+        [k for k, name in enumerate(group.generation_ids) if against != "latest" or name == latest]
         for group in predecessors.groups
     )
 

@@ -43,6 +43,7 @@ class PredecessorGroup:
     embeddings: Tensor  # (N, K, d) float32, on the CPU, memory-mapped when large
     rows: Tensor  # (K, C, d): own classifier rows, synthesised ones for unseen classes
     class_means: Tensor  # (K, C, d)
+    is_known: Tensor  # (K, C) bool: which rows are its own
 
     @property
     def width(self) -> int:
@@ -147,12 +148,13 @@ def load_predecessors(
             stacked = np.empty(shape, dtype=np.float32)
             _read_all(members, stacked)
         means = torch.stack([class_means(stacked[:, i], labels, len(classes)) for i in range(len(members))])
-        rows = means.clone()
+        rows, is_known = means.clone(), torch.zeros(len(members), len(classes), dtype=torch.bool)
         for position, reference in enumerate(members):
             stored = read_classifier(reference.generation_uri)
             if stored is not None:
                 card, own_rows, _ = stored
                 rows[position] = synthesise_rows(card.classes, own_rows, classes, means[position])
+                is_known[position] = torch.from_numpy(np.isin(classes, card.classes))
         groups.append(
             PredecessorGroup(
                 generation_ids=tuple(reference.generation_id for reference in members),
@@ -160,6 +162,7 @@ def load_predecessors(
                 embeddings=torch.from_numpy(stacked),
                 rows=rows.to(device),
                 class_means=means.to(device),
+                is_known=is_known.to(device),
             )
         )
     return Predecessors(groups, labels, device)

@@ -48,7 +48,7 @@ def rehearse(job: TrainingJob, least_steps: int = 3, least_s: float = 2.0) -> Re
     """
     config = job.config
     device = torch.device("cuda" if job.use_gpu and torch.cuda.is_available() else "cpu")
-    dtype = arithmetic(config.precision, device)
+    dtype = arithmetic(config.arithmetic, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.ExitStack() as opened:

@@ -17,6 +17,7 @@ from graceful.training.finishing import sum_by_class
 from graceful.training.generation import GenerationCard, read_card
 from graceful.training.heads import Head, build_head, initialise_rows
 from graceful.training.job import TrainingConfig, TrainingJob
+from graceful.training.linear import Linearised, SquaredHead, check_linearisable
 from graceful.training.material import Material
 from graceful.training.objective import Draw
 from graceful.training.predecessors import synthesise_rows
@@ -37,6 +38,15 @@ class Trainee(nn.Module):
             embeddings = self.network(images)
         embeddings = embeddings.float()
         return embeddings, self.head(draw.mix(embeddings), labels, draw.sample)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the expansion of a network is trained, instead of a network."""
+        return isinstance(self.network, Linearised)
+
+    def plain(self) -> nn.Module:
+        """Return the network that is measured and stored: the one in training, or a copy of it at w0 + d."""
+        return self.network.moved() if isinstance(self.network, Linearised) else self.network
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,8 @@ def check_start(job: TrainingJob) -> None:
     parent = None if job.parent_uri is None else read_card(job.parent_uri)
     predecessors = [read_card(reference.generation_uri) for reference in job.predecessors]
     check_combination(job.name, job.config, parent, predecessors)
+    if job.config.lqf is not None and parent is not None:
+        check_linearisable(_build_network(job.config))
 
 
 def load_parent(job: TrainingJob, material: Material, device: torch.device, dtype: torch.dtype | None) -> Parent | None:
@@ -147,6 +159,10 @@ def build_trainee(config: TrainingConfig, num_classes: int, parent: Parent | Non
         look = config.preprocessing
         load_initial_weights(network, config.backbone, config.initial_weights, look.channels, look.image_size)
     head = build_head(config.head, num_classes, config.width)
+    if parent is not None and config.lqf is not None:
+        network = Linearised(network)
+        if config.lqf.loss == "squared":
+            head = SquaredHead(config.head, config.lqf.target, num_classes, config.width)
     if parent is not None:
         head.expand(parent.is_new)
         if head.is_fixed:

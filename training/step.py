@@ -8,12 +8,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from graceful.errors import UsageError
 from graceful.training.augmentation import training_batch
+from graceful.training.curvature import Curvature, QuadraticOptimizer
 from graceful.training.distributed import share_weight
+from graceful.training.encoder import normalise
 from graceful.training.job import TrainingJob
+from graceful.training.linear import Linearised
 from graceful.training.material import Batch, Material, seed_of
 from graceful.training.objective import Objective
 from graceful.training.progress import Reporter
@@ -67,7 +71,7 @@ class Stepper:
         self._run, self._further = run, further
         self.trainee = trainee
         self._objective = Objective(config, run.material, run.device)
-        self._optimizer = torch.optim.AdamW(_parameter_groups(trainee, config.weight_decay), lr=max_lr, fused=True)
+        self._optimizer, max_lr = build_optimizer(run, trainee, max_lr)
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(self._optimizer, max_lr=max_lr, total_steps=total_steps)
         self._scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
         self._stateful: dict[str, Any] = {
@@ -142,11 +146,24 @@ class Stepper:
         draw = self._objective.draw(labels, part, shared)
         embeddings, task = self._model(images, labels, run.dtype, draw)
         terms = {"task": task * share_weight(len(labels), part.total)}
-        terms |= self._objective.terms(embeddings, labels, part, shared, draw)
+        terms |= self._objective.terms(embeddings, labels, part, shared, draw, self.trainee.head)
         if self._further is not None:
             found = self._further.term(images, embeddings, part.rows)
             terms["mixture"] = found * share_weight(len(labels), part.total)
         return terms if share == 1.0 else {name: value * share for name, value in terms.items()}
+
+
+def build_optimizer(run: Run, trainee: Trainee, max_lr: float) -> tuple[torch.optim.Optimizer, float]:
+    """Return the optimiser of a recipe and its peak learning rate; LQF's takes the curvature at the parent first."""
+    config, network, lqf = run.job.config, trainee.network, run.job.config.lqf
+    if not isinstance(network, Linearised) or lqf is None or lqf.optimizer == "adam":
+        return torch.optim.AdamW(_parameter_groups(trainee, config.weight_decay), lr=max_lr, fused=True), max_lr
+    sample = run.material.sample(lqf.curvature_images, config.seed)
+    images = (normalise(part.pixels.to(run.device), config.preprocessing) for part in sample)
+    rows = functional.normalize(trainee.head.rows.detach(), dim=1)
+    curvature = Curvature(network, rows, config.head.scale, images, lqf.damping)
+    rest = [parameter for parameter in trainee.head.parameters() if parameter.requires_grad]
+    return QuadraticOptimizer(list(network.change), rest, curvature, lqf.max_lr, lqf.decay), lqf.max_lr
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How far a predecessor's vector of an image is to be trusted: it need not be repeated where it was bad.
+"""How far a predecessor's vector of an image is to be trusted, and whether it is right: what was bad need not be kept.
 
 The portable core of hyperbolic backward-compatible training (2506.05826), which weights by the old vector's
 uncertainty; here it is read from the vector's class margin.
@@ -34,3 +34,14 @@ def trust(margins: Tensor) -> Tensor:
     centred = margins - margins.mean(dim=1, keepdim=True)
     weights = torch.sigmoid(centred / centred.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-6))
     return weights / weights.mean(dim=1, keepdim=True)
+
+
+def focused(margins: Tensor, focus: float) -> Tensor:
+    """Return 1 + focus where a predecessor is right on an image (its class margin is above 0), else 1: (K, B).
+
+    Focal distillation's alpha + beta [k right on i] (2011.09161) for embeddings: right by the nearest class mean.
+
+    >>> focused(torch.tensor([[0.1, 0.0, -0.2]]), 5.0).tolist()
+    [[6.0, 1.0, 1.0]]
+    """
+    return 1.0 + focus * (margins.detach() > 0).to(margins.dtype)

@@ -147,9 +147,9 @@ class Validation:
         epochs after it are made in any case. Batch norm is calibrated for the look and put back: the training goes on
         as if nobody had looked. The same on every rank, and all ranks call it. Empty without a dev part.
         """
-        run, network = self._run, self._trainee.network
         if self.dev is None:
             return {}
+        run, network = self._run, self._trainee.plain()
         with buffers_put_back(network):
             vectors = self._calibrated_vectors(network, min(run.job.config.calibration_images, CALIBRATED_AT_EPOCHS))
         galleries = {SELF: vectors, **{f"{SELF} on {name}": g for name, g in self.dev.references.items()}}
@@ -179,7 +179,7 @@ class Validation:
         Every share in SHARES is interpolated, calibrated and measured on the dev part; the network is as before then.
         """
         assert self.dev is not None, "refused by TrainingJob"
-        run, network = self._run, self._trainee.network
+        run, network = self._run, self._trainee.plain()
         trained = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         options = []
         for share in SHARES:
@@ -193,7 +193,7 @@ class Validation:
     def choose_mixture(self, parent_id: str) -> tuple[float, dict[str, Any]]:
         """Return the share of the parent's vectors that the rule takes, and what was looked at, for the card."""
         assert self.dev is not None, "refused by TrainingJob"
-        run, network = self._run, self._trainee.network
+        run, network = self._run, self._trainee.plain()
         with buffers_put_back(network):
             own = self._calibrated_vectors(network, run.job.config.calibration_images)
         theirs = self.dev.references[parent_id]

@@ -59,3 +59,18 @@ class Twice(Flat):
 
 def twice(image_size: int, channels: int, width: int) -> nn.Module:
     return Twice(channels * image_size**2, width)
+
+
+class Batchwise(Flat):
+    """A network whose norm always takes the statistics of the batch."""
+
+    def __init__(self, pixels: int, width: int) -> None:
+        super().__init__(pixels, width)
+        self.norm = nn.BatchNorm1d(width, track_running_stats=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(super().forward(images))
+
+
+def batchwise(image_size: int, channels: int, width: int) -> nn.Module:
+    return Batchwise(channels * image_size**2, width)

@@ -9,21 +9,22 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
+from torch.nn.functional import normalize
 
 from graceful.errors import UsageError
 from graceful.files import join
 from graceful.training import loop
 from graceful.training.combinations import IncompatibleParentError
-from graceful.training.encoder import embed, open_encoder, read_classifier
+from graceful.training.encoder import adopt, embed, open_encoder, read_classifier
 from graceful.training.generation import BackboneSpec, GenerationCard, PredecessorRef, Preprocessing
 from graceful.training.job import ConstraintConfig, HeadConfig, TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
 from graceful.training.manifest import LabelledImages
 from graceful.training.material import Material, load_material
-from graceful.training.objective import Objective, term_names
+from graceful.training.objective import Draw, Objective, term_names
 from graceful.training.progress import TrailReporter
 from graceful.training.simplex import simplex_vertices
-from graceful.training.starting import Parent, Trainee, build_trainee, load_parent
+from graceful.training.starting import Parent, Trainee, build_trainee, check_start, load_parent
 from graceful.training.step import Run, Stepper, steps_per_epoch
 
 CPU = torch.device("cpu")
@@ -121,6 +122,10 @@ def test_contradictions_of_a_recipe_are_refused(preprocessing: Preprocessing) ->
     for wrong, expected in (
         ({"name": "mixbct", "uncertainty": True}, "no loss of its own"),
         ({"name": "mixbct", "weight": 2.0}, "no loss of its own"),
+        ({"name": "mixbct", "focus": 5.0}, "no loss of its own"),
+        ({"name": "focal_kl", "focus": 5.0}, "no focus beside its own weights"),
+        ({"name": "l2", "against": "ensemble"}, "only logits of several spaces have a mean"),
+        ({"name": "ldi", "against": "ensemble", "uncertainty": True}, "without uncertainty"),
         ({"name": "ract", "parameters": {"hardest": 0.5}}, "hardest to be a whole number"),
         ({"name": ":Absolute"}, "package.module:Class"),
     ):
@@ -131,6 +136,101 @@ def test_contradictions_of_a_recipe_are_refused(preprocessing: Preprocessing) ->
 def test_the_paragon_is_tied_by_no_head_either(config: TrainingConfig) -> None:
     tied = config.model_copy(update={"head": HeadConfig(name="simplex", new_class_margin=2.0, scale=7.0)})
     assert tied.without_constraints().head == HeadConfig(name="cosine_softmax", scale=7.0)
+
+
+# Focal distillation
+
+
+def adopted(place: Path, preprocessing: Preprocessing, ordinal: int) -> PredecessorRef:
+    """An encoder from elsewhere, which has no classifier."""
+    card = adopt(
+        "factories:flat",
+        preprocessing=preprocessing,
+        out_uri=str(place),
+        ordinal=ordinal,
+        kwargs={"features": 16},
+    )
+    uri = join(str(place), card.generation_id)
+    return PredecessorRef(generation_id=card.generation_id, generation_uri=uri, embeddings_uri=uri)
+
+
+def test_logits_need_a_classifier_on_either_side(
+    chain: Chain, preprocessing: Preprocessing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent), *sys.path])
+    chain()
+    job, _ = chain(run=False)
+    for name in ("focal_kl", "focal_logits", "ldi"):
+        for ordinal, against, is_refused in (
+            (0, "all", True),
+            (9, "all", True),
+            (9, "latest", True),
+            (0, "latest", False),
+        ):
+            known = (*job.predecessors, adopted(tmp_path, preprocessing, ordinal))
+            entry = ConstraintConfig(name=name, against=against)
+            config = job.config.model_copy(update={"constraints": (entry,)})
+            tried = job.model_copy(update={"config": config, "predecessors": known})
+            if is_refused:
+                found = refusal(tried, monkeypatch)
+                assert f"a classifier in every predecessor for {name}" in found
+                assert "use l2 with focus = 5" in found
+            else:
+                check_start(tried)
+
+
+def test_logits_without_a_shared_class_are_refused(chain: Chain, digits: LabelledImages, tmp_path: Path) -> None:
+    odd, even = (
+        digits.take([i for i, label in enumerate(digits.labels) if label in these]) for these in ("135", "024")
+    )
+    chain(images=odd)
+    job, _ = chain(run=False, images=even, constraints=(ConstraintConfig(name="focal_kl"),))
+    with pytest.raises(UsageError, match=r"expected classes that g001-.* has classifier rows for .* found none"):
+        Objective(job.config, load_material(job, CPU, tmp_path), CPU)
+
+
+def test_logits_of_predecessors_are_those_of_their_classifiers(
+    chain: Chain, digits: LabelledImages, tmp_path: Path
+) -> None:
+    """Cached vectors and stored rows against the predecessor's own network, and the mean of both predecessors."""
+    few = digits.take([i for i, label in enumerate(digits.labels) if label in "13579"])
+    chain(images=few)
+    chain()
+    entries = (
+        ConstraintConfig(name="focal_logits", parameters={"alpha": 1.0, "beta": 5.0}),
+        ConstraintConfig(name="ldi", against="ensemble", parameters={"xi": 0.1}),
+        ConstraintConfig(name="l2", focus=5.0),
+    )
+    job, _ = chain(run=False, constraints=entries)
+    material, _, trainee = starting_point(job, tmp_path)
+    batch = next(material.batches(0, 0, 12, 0, 1))
+    embeddings = torch.randn(50, 16, generator=torch.Generator().manual_seed(2))
+    terms = Objective(job.config, material, CPU).terms(
+        embeddings, batch.labels, batch, torch.Generator(), Draw(), trainee.head
+    )
+    fresh = 20 * (normalize(embeddings, dim=1) @ normalize(trainee.head.rows.detach(), dim=1).t())
+    stale, focal, tied = [], 0.0, 0.0
+    for reference in job.predecessors:
+        encoder, classifier = open_encoder(reference.generation_uri), read_classifier(reference.generation_uri)
+        assert classifier is not None
+        vectors = torch.from_numpy(encoder.encode_pixels(batch.pixels.numpy()))
+        known = [material.classes.index(name) for name in classifier[0].classes]
+        logits = torch.full((50, 10), -torch.inf)
+        logits[:, known] = 20 * (vectors @ classifier[1].t())
+        own = (fresh[:, known] - logits[:, known]).square().mean(dim=1)
+        focal += float(((1 + 5 * (logits.argmax(dim=1) == batch.labels).float()) * 0.5 * own).mean())
+        stale.append(logits)
+        means = material.predecessors.class_means_of(reference.generation_id)
+        assert means is not None
+        is_right = (vectors @ means.t()).argmax(dim=1) == batch.labels
+        distance = (normalize(embeddings, dim=1) - vectors).square().sum(dim=1)
+        tied += float(((1 + 5 * is_right.float()) * distance).mean())
+    assert float(terms["focal_logits"].detach()) == pytest.approx(focal, rel=1e-3)
+    assert float(terms["l2"].detach()) == pytest.approx(tied, rel=1e-3)
+    both = torch.stack(stale)
+    mean = torch.where(both[0].isinf(), both[1], both.mean(dim=0))
+    expected = ((fresh - mean).abs() - 0.1).clamp(min=0).square().mean()
+    assert float(terms["ldi"].detach()) == pytest.approx(float(expected), rel=1e-3)
 
 
 # Chains under the published methods
@@ -208,6 +308,15 @@ def test_a_network_whose_inner_layers_grow_with_the_width_is_refused(
         (
             HeadConfig(rotation=True, label_smoothing=0.1, weight=5.0),
             (ConstraintConfig(name="oca", against="latest"), ConstraintConfig(name="oca", weight=0.5)),
+        ),
+        (
+            HeadConfig(weight=0.1),
+            (
+                ConstraintConfig(name="focal_kl", weight=0.9),
+                ConstraintConfig(name="focal_logits", against="latest", uncertainty=True),
+                ConstraintConfig(name="ldi", against="ensemble"),
+                ConstraintConfig(name="l2", focus=5.0),
+            ),
         ),
         (
             HeadConfig(new_class_margin=2.0),

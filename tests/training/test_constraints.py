@@ -12,9 +12,9 @@ from torch.nn.functional import normalize
 
 from graceful.errors import UsageError
 from graceful.training.constraints import CONSTRAINTS, build_constraint, takes
-from graceful.training.constraints.contract import Constraint
+from graceful.training.constraints.contract import BY_IMAGE, Constraint
 from graceful.training.constraints.mixbct import MixedFeatures, typical_images
-from graceful.training.uncertainty import class_margins, trust
+from graceful.training.uncertainty import class_margins, focused, trust
 
 BATCH, CLASSES, WIDTH, PREDECESSORS = 7, 4, 6, 3
 
@@ -79,11 +79,54 @@ def brute_repulsion(
     return brute_cross_entropy(f, y, torch.stack(moved), scale, 0.0)
 
 
+def brute_logits(f: Tensor, y: Tensor, z: Tensor, distance: Callable[[list[float], list[float]], float]) -> list[float]:
+    """`distance` of the logits of the classes that the predecessor knows, and whether it is right."""
+    losses = []
+    for i in range(len(f)):
+        known = [c for c in range(z.shape[1]) if math.isfinite(float(z[i, c]))]
+        losses.append(distance([float(f[i, c]) for c in known], [float(z[i, c]) for c in known]) if known else 0.0)
+    return losses
+
+
+def brute_focal(f: Tensor, y: Tensor, z: Tensor, alpha: float, beta: float, losses: list[float]) -> list[float]:
+    found = []
+    for i, loss in enumerate(losses):
+        own = float(z[i, int(y[i])])
+        is_right = all(own > float(z[i, c]) for c in range(z.shape[1]) if c != int(y[i]))
+        found.append((alpha + beta * is_right) * loss)
+    return found
+
+
+def brute_focal_kl(f: Tensor, y: Tensor, z: Tensor, alpha: float, beta: float, tau: float) -> list[float]:
+    def divergence(new: list[float], old: list[float]) -> float:
+        p, q = ([math.exp(v / tau) / sum(math.exp(w / tau) for w in values) for v in values] for values in (old, new))
+        return tau**2 * sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+    return brute_focal(f, y, z, alpha, beta, brute_logits(f, y, z, divergence))
+
+
+def brute_focal_logits(f: Tensor, y: Tensor, z: Tensor, alpha: float, beta: float) -> list[float]:
+    def half_mean(new: list[float], old: list[float]) -> float:
+        return 0.5 * sum((a - b) ** 2 for a, b in zip(new, old, strict=True)) / len(new)
+
+    return brute_focal(f, y, z, alpha, beta, brute_logits(f, y, z, half_mean))
+
+
+def brute_ldi(f: Tensor, y: Tensor, z: Tensor, xi: float) -> list[float]:
+    def beyond(new: list[float], old: list[float]) -> float:
+        return sum(max(abs(a - b) - xi, 0.0) ** 2 for a, b in zip(new, old, strict=True)) / len(new)
+
+    return brute_logits(f, y, z, beyond)
+
+
 BRUTE: dict[str, tuple[Callable[..., list[float]], list[dict[str, float]]]] = {
     "bct": (lambda f, y, r, scale: brute_cross_entropy(f, y, r, scale, 0.0), [{"scale": 7.0}]),
     "cross_contrast": (brute_cross_entropy, [{"scale": 5.0, "margin": 0.3}]),
+    "focal_kl": (brute_focal_kl, [{"alpha": 1.0, "beta": 5.0, "tau": 100.0}, {"alpha": 0.0, "beta": 2.0, "tau": 1.0}]),
+    "focal_logits": (brute_focal_logits, [{"alpha": 1.0, "beta": 5.0}, {"alpha": 0.5, "beta": 0.0}]),
     "hoc": (brute_hoc, [{"mu": 10.0}, {"mu": 2.0}]),
     "l2": (brute_l2, [{}]),
+    "ldi": (brute_ldi, [{"xi": 0.0}, {"xi": 0.5}]),
     "oca": (
         brute_oca,
         [{"scale": 5.0, "influence": 10.0, "cosine": 5.0}, {"scale": 30.0, "influence": 0.5, "cosine": 2}],
@@ -107,7 +150,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def references_for(name: str, y: Tensor, width: int = WIDTH) -> tuple[Tensor, Tensor]:
-    if CONSTRAINTS[name].reference == "batch":  # type: ignore[attr-defined]
+    if CONSTRAINTS[name].reference in BY_IMAGE:  # type: ignore[attr-defined]
         return normalize(torch.randn(PREDECESSORS, len(y), width, dtype=torch.float64), dim=2), y
     return normalize(torch.randn(PREDECESSORS, CLASSES, width, dtype=torch.float64), dim=2), torch.arange(CLASSES)
 
@@ -135,7 +178,7 @@ def test_constraint_is_its_formula(
     assert constraint(f, y, references, ref_labels, weights=weights).tolist() == pytest.approx(
         weighted.tolist(), rel=1e-9
     )
-    if CONSTRAINTS[name].reference != "batch":  # type: ignore[attr-defined]
+    if CONSTRAINTS[name].reference not in BY_IMAGE:  # type: ignore[attr-defined]
         order = torch.randperm(CLASSES)
         shuffled = constraint(f, y, references[:, order], ref_labels[order])
         assert shuffled.tolist() == pytest.approx(found.tolist(), rel=1e-9)
@@ -170,7 +213,7 @@ def test_the_order_of_images_does_not_matter(name: str, batch: tuple[Tensor, Ten
     constraint = CONSTRAINTS[name]()
     expected = constraint(f, y, references, ref_labels).tolist()
     order = torch.randperm(BATCH)
-    if CONSTRAINTS[name].reference == "batch":  # type: ignore[attr-defined]
+    if CONSTRAINTS[name].reference in BY_IMAGE:  # type: ignore[attr-defined]
         references, ref_labels = references[:, order], ref_labels[order]
     assert constraint(f[order], y[order], references, ref_labels).tolist() == pytest.approx(expected, rel=1e-9)
 
@@ -184,9 +227,29 @@ def test_a_rotated_space_is_penalised_more_than_a_slightly_noisy_copy() -> None:
     rotated = stale @ torch.linalg.qr(torch.randn(16, 16))[0]
     for name in sorted(CONSTRAINTS):
         constraint = CONSTRAINTS[name]()
-        by_image = constraint.reference == "batch"
+        by_image = constraint.reference in BY_IMAGE
         reference, ref_labels = (stale, y) if by_image else (centres, torch.arange(CLASSES))
         assert float(constraint(copy, y, reference, ref_labels)) < float(constraint(rotated, y, reference, ref_labels))
+
+
+@pytest.mark.parametrize(("name", "parameters"), [case for case in CASES if CONSTRAINTS[case[0]].reference == "logits"])  # type: ignore[attr-defined]
+def test_classes_that_a_predecessor_does_not_know_are_left_out(
+    batch: tuple[Tensor, Tensor], name: str, parameters: dict[str, float]
+) -> None:
+    f, y = batch
+    stale, _ = references_for(name, y)
+    for k in range(PREDECESSORS):
+        stale[k, :, k] = -torch.inf  # the images of this class are right by no logit of its own
+    stale[0, 2] = -torch.inf  # an image with nothing to be compared with
+    f.requires_grad_(True)
+    found = build_constraint(name, parameters)(f, y, stale, y)
+    expected = [sum(BRUTE[name][0](f.detach(), y, of_k, **parameters)) / BATCH for of_k in stale]
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+    found.sum().backward()
+    assert f.grad is not None
+    assert bool(f.grad.isfinite().all())
+    nothing = build_constraint(name, parameters)(f, y, torch.full_like(stale, -torch.inf), y)
+    assert nothing.tolist() == [0.0] * PREDECESSORS
 
 
 # The edges
@@ -249,6 +312,9 @@ def test_shapes_that_do_not_fit_are_refused(name: str, batch: tuple[Tensor, Tens
         ("hoc", {"mu": 0.0}, "mu"),
         ("oca", {"influence": -1.0}, "influence"),
         ("repulsion", {"neighbours": 0}, "whole number of at least 1"),
+        ("focal_kl", {"tau": 0.0}, "tau to be a number above 0"),
+        ("focal_logits", {"beta": -1.0}, "beta"),
+        ("ldi", {"xi": -0.1}, "xi"),
         ("mixbct", {"share": 1.5}, "above 0 and at most 1"),
         ("l2", {"scale": 1.0}, r"parameters \[\]"),
         ("bcd", {}, "package.module:Class or one of"),
@@ -331,4 +397,6 @@ def test_class_margins_and_trust_are_their_formula() -> None:
         deviation = math.sqrt(sum((m - mean) ** 2 for m in expected) / BATCH)
         shares = [1 / (1 + math.exp(-(m - mean) / deviation)) for m in expected]
         assert weights[k].tolist() == pytest.approx([share * BATCH / sum(shares) for share in shares])
+        assert focused(margins, 5.0)[k].tolist() == [6.0 if m > 0 else 1.0 for m in expected]
     assert not trust(margins.requires_grad_(True)).requires_grad
+    assert not focused(margins, 5.0).requires_grad

@@ -209,7 +209,14 @@ def test_more_workers_than_images_in_a_batch_are_refused_before_training(
 OBJECTIVES: list[dict[str, Any]] = [
     {"constraints": [{"name": "ract"}, *({"name": n, "uncertainty": True} for n in ("cross_contrast", "hoc"))]},
     {"constraints": [{"name": "mixbct"}, {"name": "bct", "against": "latest"}], "sampled_classes": 30},
-]
+    {
+        "constraints": [
+            {"name": "focal_kl"}, {"name": "ldi", "against": "ensemble"},
+            {"name": "focal_logits", "uncertainty": True}, {"name": "l2", "focus": 5.0},
+        ],
+        "sampled_classes": 30,
+    },
+]  # fmt: skip
 
 
 def step_gradients(rank: int, num_ranks: int, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +225,8 @@ def step_gradients(rank: int, num_ranks: int, recipe: dict[str, Any]) -> dict[st
     labels = torch.arange(120) % 40
     vectors = nn.functional.normalize(torch.randn(120, 2, 8, generator=generator), dim=2)
     means = torch.stack([torch.from_numpy(class_mean) for class_mean in _means(vectors, labels)])
-    group = PredecessorGroup(("g001-000000", "g002-000000"), torch.tensor([1.0, 0.5]), vectors, means, means)
+    known = torch.arange(80).reshape(2, 40) % 5 > 0
+    group = PredecessorGroup(("g001-000000", "g002-000000"), torch.tensor([1.0, 0.5]), vectors, means, means, known)
     pixels = torch.zeros(120, 1, 4, 4, dtype=torch.uint8)
     predecessors = Predecessors((group,), labels.numpy(), torch.device("cpu"))
     material = Material([f"c{c:02}" for c in range(40)], labels, Held(pixels), predecessors)
@@ -234,7 +242,7 @@ def step_gradients(rank: int, num_ranks: int, recipe: dict[str, Any]) -> dict[st
     draw = objective.draw(batch.labels, batch, shared)
     embeddings = network(inputs[own])
     terms = {"task": head(draw.mix(embeddings), batch.labels, draw.sample) * share_weight(len(own), 61)}
-    terms |= objective.terms(embeddings, batch.labels, batch, shared, draw)
+    terms |= objective.terms(embeddings, batch.labels, batch, shared, draw, head)
     torch.stack(list(terms.values())).sum().backward()
     gradients = torch.cat([p.grad.flatten() for p in (*network.parameters(), *head.parameters())])
     return {"terms": {name: value.item() for name, value in terms.items()}, "gradients": gradients.numpy(),
@@ -245,7 +253,7 @@ def _means(vectors: Tensor, labels: Tensor) -> list[Any]:
     return [class_means(vectors[:, k].numpy(), labels.numpy(), 40).numpy() for k in range(2)]
 
 
-@pytest.mark.parametrize("recipe", OBJECTIVES, ids=["batch-wise", "drawn"])
+@pytest.mark.parametrize("recipe", OBJECTIVES, ids=["batch-wise", "drawn", "logits"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_the_mean_gradient_of_the_ranks_is_that_of_one_worker(num_ranks: int, recipe: dict[str, Any]) -> None:
     alone, found = step_gradients(0, 1, recipe), on_ranks(num_ranks, step_gradients, recipe)

@@ -15,8 +15,10 @@ from graceful.training.choices import check_parameters
 from graceful.training.constraints.bct import InfluenceLoss
 from graceful.training.constraints.contract import REFERENCES, Constraint
 from graceful.training.constraints.cross_contrast import CrossContrast
+from graceful.training.constraints.focal import FocalKl, FocalLogits
 from graceful.training.constraints.hoc import HigherOrder
 from graceful.training.constraints.l2 import SquaredDistance
+from graceful.training.constraints.ldi import LogitDifferenceInhibition
 from graceful.training.constraints.mixbct import MixedFeatures
 from graceful.training.constraints.oca import OrthogonalPrefix
 from graceful.training.constraints.ract import Ract
@@ -25,8 +27,11 @@ from graceful.training.constraints.repulsion import PrototypeRepulsion
 CONSTRAINTS: dict[str, Callable[..., Constraint]] = {
     "bct": InfluenceLoss,
     "cross_contrast": CrossContrast,
+    "focal_kl": FocalKl,
+    "focal_logits": FocalLogits,
     "hoc": HigherOrder,
     "l2": SquaredDistance,
+    "ldi": LogitDifferenceInhibition,
     "oca": OrthogonalPrefix,
     "ract": Ract,
     "repulsion": PrototypeRepulsion,

@@ -12,6 +12,10 @@ and returns one loss per predecessor, (K,) (or a scalar); lower is better. Where
 compared, normalised again. float64 stays float64, half precision becomes float32. An empty batch costs 0, with a
 gradient of 0.
 
+A constraint of the reference "logits" compares classifiers instead: `embeddings` are then the logits (B, C) of the
+generation in training, `ref_emb` those (K, B, C) of its predecessors for the same images, -inf for a class that a
+predecessor has no row for, and `labels` columns of both. Neither is normalised; of C_k < C the first C_k are compared.
+
 Two keywords are handed over to whoever has parameters of these names: `weights` (K, B), how much each image counts
 against each predecessor, and `offsets` (M,), what is added to the logit of each reference because it stands for others
 that were not drawn (training/sampling.py).
@@ -27,8 +31,10 @@ from torch.nn import functional
 
 from graceful.errors import UsageError
 
-Reference = Literal["rows", "means", "instances", "batch"]
-REFERENCES: tuple[Reference, ...] = ("rows", "means", "instances", "batch")
+Reference = Literal["rows", "means", "instances", "batch", "logits"]
+REFERENCES: tuple[Reference, ...] = ("rows", "means", "instances", "batch", "logits")
+BY_IMAGE: tuple[Reference, ...] = ("batch", "logits")
+"""References that are those of the batch's own images, in its order (M = B)."""
 
 
 @runtime_checkable
@@ -37,7 +43,7 @@ class Constraint(Protocol):
 
     reference: what is handed over as ref_emb. "rows": classifier rows, "means": class means, "instances": one random
     cached embedding of each class, drawn anew at every step (M = C, or the classes of a step), "batch": the cached
-    embeddings of the batch's own images, in its order (M = B).
+    embeddings of the batch's own images, in its order (M = B), "logits": their logits by the stored classifier rows.
     """
 
     reference: ClassVar[Reference]
@@ -51,9 +57,9 @@ class Constraint(Protocol):
 class Comparison:
     """A batch and its references, checked."""
 
-    fresh: Tensor  # (B, d_k) unit vectors of the generation in training
+    fresh: Tensor  # (B, d_k) unit vectors of the generation in training, or its logits (B, C_k)
     labels: Tensor  # (B,)
-    stale: Tensor  # (K, M, d_k) unit vectors of the predecessors
+    stale: Tensor  # (K, M, d_k) unit vectors of the predecessors, or their logits (K, B, C_k)
     stale_labels: Tensor  # (M,)
     targets: Tensor  # (B,) which reference is an image's own: that of its class, or its own stored embedding
     offsets: Tensor | None  # (M,)
@@ -81,11 +87,13 @@ class PairLoss(nn.Module):
 
         Raises: UsageError.
         """
-        stale, targets = checked(embeddings, labels, ref_emb, ref_labels, self.reference == "batch")
+        stale, targets = checked(embeddings, labels, ref_emb, ref_labels, self.reference in BY_IMAGE)
         if not len(labels):
             found = embeddings.sum() * torch.zeros(len(stale), dtype=stale.dtype, device=stale.device)
         else:
-            fresh = functional.normalize(embeddings[:, : stale.shape[2]].to(stale.dtype), dim=1)
+            fresh = embeddings[:, : stale.shape[2]].to(stale.dtype)
+            if self.reference != "logits":
+                fresh = functional.normalize(fresh, dim=1)
             losses = self.losses(Comparison(fresh, labels, stale, ref_labels, targets, offsets))
             found = (losses if weights is None else losses * weights).mean(dim=1)
         return found if ref_emb.ndim == 3 else found[0]
