@@ -17,8 +17,9 @@ def reference() -> str:
     parts = [
         "# Commands",
         "`graceful COMMAND --help` says the same. `--root`, or `GRACEFUL_ROOT`, names the workspace. Exit codes: 0 "
-        "done, 1 failed, 2 wrong use, 3 hold, 4 inconclusive, 130 interrupted, 143 ended. What you can mend comes as "
-        "one line; a traceback is a bug. This page is made by `python -m graceful.flows.cli_reference`.",
+        "done, 1 failed, 2 wrong use, 3 hold, 4 inconclusive, 5 waiting for a person, 130 interrupted, 143 ended. What "
+        "you can mend comes as one line; a traceback is a bug. This page is made by `python -m "
+        "graceful.flows.cli_reference`.",
     ]
     for name, command in _commands(typer.main.get_command(app)):
         parts += [f"## graceful {name}", _plain(command.help or ""), _table(command)]

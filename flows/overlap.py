@@ -83,7 +83,11 @@ async def look(client: Any, deployment: UUID, overlap: Overlap) -> None:
     due = [
         Due(run.id, run.expected_start_time)
         for run in runs
-        if run.state_type == StateType.SCHEDULED and run.auto_scheduled and run.expected_start_time <= now
+        # One that has begun and waited for a person is no run of the schedule any more.
+        if run.state_type == StateType.SCHEDULED
+        and run.auto_scheduled
+        and not run.run_count
+        and run.expected_start_time <= now
     ]
     for run, reason in skipped(due, is_working, overlap):
         logger.info("skipping the run that was due at %s: %s", run.expected, reason)

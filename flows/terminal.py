@@ -157,7 +157,8 @@ def _lines_about(found: dict[str, Any]) -> Iterator[str]:
     yield f"{origin}, {found['made']}{test}"
     yield found["why"] or found["decision"] or "not judged yet"
     if found["reason"] is not None:
-        said = "rejected" if found["ordered"] == "rejected" else f"ordered {found['ordered']}"
+        answers = {"rejected": "rejected", "accepted": "accepted", "expired": "held"}
+        said = answers.get(found["ordered"], f"ordered {found['ordered']}")
         yield f"{said} by {found['decided_by']}: {found['reason']}"
     if found["retired_because"] is not None:
         yield f"retired: {found['retired_because']}"
@@ -172,6 +173,8 @@ def _happened(event: dict[str, Any]) -> str:
         "trained": f"{name} trained",
         "adopted": f"{name} adopted as {event.get('name')} from {event.get('factory')}",
         "decided": f"{name} judged: {event.get('outcome')}",
+        "approval_asked": f"{name} waits for a person to accept {event.get('outcome')}",
+        "approval_answered": f"decision about {name} {event.get('answer')}",
         "overridden": f"operator ordered {event.get('ordered')} of {name}",
         "rejected": f"operator rejected {name}",
         "promoted": f"{name} serves",

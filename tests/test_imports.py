@@ -60,10 +60,12 @@ ORDER = {
     "flows": (
         "flows", "flows.store", "flows.store.items", "flows.store.evalsets", "flows.store.dev_set",
         "flows.store.evaluation_set",
-        "flows.store.events", "flows.store.registry", "flows.store.ledger", "flows.store.workspace",
+        "flows.store.events", "flows.store.registry", "flows.store.approvals", "flows.store.ledger",
+        "flows.store.workspace",
         "flows.store.claim", "flows.store.reports", "flows.store.evaluations", "flows.store.leaks",
         "flows.store.labels", "flows.store.clusterings", "flows.store.thresholds",
         "flows.settings", "flows.settings.template", "flows.settings.cron", "flows.settings.endpoint",
+        "flows.settings.rollout",
         "flows.settings.config",
         "flows.settings.reference", "flows.settings.inspection", "flows.settings.starter",
         "flows.runtime", "flows.runtime.environment", "flows.runtime.server", "flows.runtime.progress",
@@ -78,7 +80,7 @@ ORDER = {
         "flows.update.labelling", "flows.update.foresee",
         "flows.update.consumer_sections",
         "flows.update.explorer", "flows.update.publish", "flows.update.order", "flows.update.replay",
-        "flows.update.flow",
+        "flows.update.form", "flows.update.flow",
         "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.sharded",
         "flows.search.batches", "flows.search.answering", "flows.search.looking", "flows.search.refusals",
         "flows.search.bodies", "flows.search.describing", "flows.search.guarding", "flows.search.metrics",
@@ -104,7 +106,7 @@ LEAF = ("errors", "files", "processes")
 EVERYWHERE = ("numpy", "pydantic", "pydantic_core", *LEAF)
 # Library -> modules that may import it; a package stands for all its modules.
 ALLOWED = {
-    "prefect": ("flows.runtime.flow_ui", "flows.overlap", "flows.schedule", "flows.update.flow"),
+    "prefect": ("flows.runtime.flow_ui", "flows.overlap", "flows.schedule", "flows.update.flow", "flows.update.form"),
     "ray": (
         "training.launch",
         "indexing.embedding_pool",

@@ -1,6 +1,7 @@
 """The command line `graceful`: parse, call, print. Nothing heavy is imported before a command runs.
 
-Exit codes: 0 done, 1 failed, 2 wrong use, 3 the decision is to hold, 4 it is inconclusive, 130 interrupted, 143 ended.
+Exit codes: 0 done, 1 failed, 2 wrong use, 3 the decision is to hold, 4 it is inconclusive, 5 it waits for a person,
+130 interrupted, 143 ended.
 """
 
 # Each module registers its commands; their order here is that of the help.

@@ -2,12 +2,13 @@
 
 import functools
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from graceful.flows.cli.shell import (
+    ByOption,
     CandidateArgument,
     JsonOption,
     ReasonOption,
@@ -33,7 +34,7 @@ def status(root: RootOption = ".", as_json: JsonOption = False) -> None:
         found = workspace_status(place(root))
         output(as_json, found, lambda console: print_status(console, found))
         if not as_json:
-            _print_what_settles(found["pending"], place(root))
+            _print_what_settles(found["pending"], found["awaiting_approval"], place(root))
             _say_what_the_template_needs(place(root))
 
 
@@ -113,29 +114,36 @@ def accept(
         float | None,
         typer.Option(min=0, max=1, help="Serve after wave 0 and re-embed so much; by default everything, first."),
     ] = None,
+    by: ByOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Serve a candidate that the gate held or left open. Your word stands beside the decision; nothing is trained.
+    """Serve a candidate that the gate held or left open, or with which it waits for you. Nothing is trained.
 
-    Look at [bold]graceful flips[/bold] first: what is listed there will be wrong from now on.
+    Your word stands beside the decision. What waits (\\[rollout] approval) is carried out as it was decided. Look at
+    [bold]graceful flips[/bold] first: what is listed there will be wrong from now on.
     """
     with reported_errors(as_json):
         from graceful.flows.commands.accept import accept_candidate
 
-        found = accept_candidate(place(root), console_for(as_json), generation, reason=reason, fraction=fraction)
-        line = f"Serving {found['serving']}: accepted although the gate said {found['decided']}."
+        found = accept_candidate(place(root), console_for(as_json), generation, reason=reason, fraction=fraction, by=by)
+        how = "as" if found["awaited"] else "although"
+        line = f"Serving {found['serving']}: accepted {how} the gate said {found['decided']}."
         output(as_json, found, lambda console: console.print(line, highlight=False))
 
 
 @command()
 def reject(
-    generation: CandidateArgument, reason: ReasonOption, root: RootOption = ".", as_json: JsonOption = False
+    generation: CandidateArgument,
+    reason: ReasonOption,
+    root: RootOption = ".",
+    by: ByOption = "",
+    as_json: JsonOption = False,
 ) -> None:
     """Turn a candidate down: it no longer waits. What serves stays as it is."""
     with reported_errors(as_json):
         from graceful.flows.commands.status import reject_candidate
 
-        found = reject_candidate(place(root), generation, reason)
+        found = reject_candidate(place(root), generation, reason, by)
         line = f"{found['rejected']} is rejected; serving {found['serving']}."
         output(as_json, found, lambda console: console.print(line, highlight=False))
 
@@ -252,13 +260,19 @@ def serve(
             serve_updates(place(root), ui_host, ui_port)
 
 
-def _print_what_settles(pending: str | None, root: str) -> None:
+def _print_what_settles(pending: str | None, asked: dict[str, Any] | None, root: str) -> None:
     from graceful.flows.commands.suggestions import settling_commands
     from graceful.flows.terminal import print_next
 
-    if pending is not None:
+    line = None
+    if asked is not None:
+        decision = f"{asked['outcome']} of {asked['generation']}"
+        line = f"AWAITING APPROVAL: {decision} waits for your word until {asked['until']}."
+        line = line if asked["stale"] is None else f"{decision}: {asked['stale']}."
+    elif pending is not None:
         line = f"{pending} waits: for more queries and another 'graceful update', or for your word."
-        Console().print(line, highlight=False)
+    if line is not None:
+        Console().print(line, highlight=False, soft_wrap=True)
         print_next(Console(), settling_commands(root))
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-FAILED, WRONG_USE, HELD, UNDECIDED, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 130, 143
+FAILED, WRONG_USE, HELD, UNDECIDED, WAITING, INTERRUPTED, TERMINATED = 1, 2, 3, 4, 5, 130, 143
 
 app = typer.Typer(
     name="graceful",
@@ -32,6 +32,9 @@ RootOption = Annotated[
 ]
 YesOption = Annotated[bool, typer.Option("--yes", help="Move even if items that can be read now could not be.")]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it stands in the lineage, with your name.")]
+ByOption = Annotated[
+    str, typer.Option("--by", help="Who decides; by default you, as this machine knows you. It stands in the lineage.")
+]
 CandidateArgument = Annotated[str, typer.Argument(help="Id of a generation, or its first part: g002.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 

@@ -13,6 +13,7 @@ from graceful.flows.cli.shell import (
     FAILED,
     HELD,
     UNDECIDED,
+    WAITING,
     WRONG_USE,
     JsonOption,
     RootOption,
@@ -149,7 +150,8 @@ def update(
 ) -> None:
     """Train a candidate, judge it against what is served, decide, and carry the decision out.
 
-    Run again, it goes on where it was killed; decided before, it does nothing. Exit code 3: hold, 4: inconclusive.
+    Run again, it goes on where it was killed; decided before, it does nothing. Exit code 3: hold, 4: inconclusive, 5:
+    decided, and waiting for 'graceful accept' or 'graceful reject' (\\[rollout] approval).
     """
     if dry_run:
         _dry_run(place(root), as_json)
@@ -163,7 +165,7 @@ def update(
 
         result = update_workspace(place(root), console_for(as_json), again=again, paragon=paragon)
         output(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result, place(root)))
-        raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))
+        raise typer.Exit(_exit_code(result))
 
 
 @command()
@@ -228,7 +230,7 @@ def adopt(
     """Judge an encoder that was trained elsewhere, and roll it out if the gate says so.
 
     It is tried on a few images before anything is recorded. Any width will do: what it cannot be compared with, it has
-    to re-embed. Exit code 3: hold, 4: inconclusive.
+    to re-embed. Exit code 3: hold, 4: inconclusive, 5: waiting for a person.
     """
     with reported_errors(as_json):
         from graceful.flows.commands.check import require_checked
@@ -242,7 +244,7 @@ def adopt(
         adopted = adopt_encoder(place(root), name, factory, weights, kwargs, stated, preprocessing)
         result = update_workspace(place(root), console_for(as_json), adopted=adopted)
         output(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result, place(root)))
-        raise typer.Exit({"HOLD": HELD, "INCONCLUSIVE": UNDECIDED}.get(result.outcome, 0))
+        raise typer.Exit(_exit_code(result))
 
 
 @command()
@@ -354,11 +356,21 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def _exit_code(result: Any) -> int:
+    if result.approval == "waiting":
+        return WAITING
+    return HELD if result.is_held else UNDECIDED if result.outcome == "INCONCLUSIVE" else 0
+
+
 def _print_update(console: Console, result: Any, root: str) -> None:
     again = " (decided before; --again judges anew)" if result.repeated else ""
     console.print(f"[bold]{result.candidate}: {result.outcome}[/bold]{again}", highlight=False)
     console.print(result.summary, highlight=False)
     console.print(f"Serving {result.champion}.  Report: {result.report}", highlight=False, soft_wrap=True)
+    if result.approval == "waiting":
+        console.print(f"Nothing is moved before a person accepts it: it {result.word}.", highlight=False)
+    elif result.approval is not None:
+        console.print(f"{result.word[:1].upper()}{result.word[1:]}.", highlight=False, markup=False)
     if result.outcome == "INCONCLUSIVE":
         line = "When the evaluation has more queries, 'graceful update' judges again. Or it is your word:"
         console.print(line, highlight=False)

@@ -1,4 +1,4 @@
-"""The operator's word on a candidate that the gate held or left open. It embeds, but needs no flow server."""
+"""The operator's word on a candidate that the gate held, left open, or waits with. It embeds; no flow server."""
 
 from typing import Any
 
@@ -8,13 +8,14 @@ from graceful.flows.runtime.environment import prepare_environment
 from graceful.flows.runtime.progress import TerminalProgress
 from graceful.flows.runtime.session import open_session
 from graceful.flows.settings.config import load_workspace_config
+from graceful.flows.store.approvals import approval_of
 from graceful.flows.store.workspace import open_workspace
 from graceful.flows.update.act import Order
 from graceful.flows.update.order import accept
 
 
 def accept_candidate(
-    root: str, console: Console, generation: str, *, reason: str, fraction: float | None = None
+    root: str, console: Console, generation: str, *, reason: str, fraction: float | None = None, by: str = ""
 ) -> dict[str, Any]:
     """Carry out the operator's word on a candidate; no flow server, nothing is trained."""
     workspace = open_workspace(root)
@@ -22,11 +23,13 @@ def accept_candidate(
     prepare_environment(root)
     order = Order(reason, fraction)
     with open_session(root, load_workspace_config(root), TerminalProgress(console)) as session:
-        decided = accept(session, name, order)
+        decided = accept(session, name, order, by=by)
+    asked = approval_of(workspace.registry, decided.evaluation)
     return {
         "accepted": name,
         "decided": decided.outcome,
-        "ordered": order.ordered,
+        "ordered": order.ordered if asked is None else decided.outcome,
+        "awaited": asked is not None,
         "serving": workspace.registry.serving().champion,
         "evaluation": workspace.evaluation_uri(decided.evaluation),
     }

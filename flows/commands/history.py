@@ -6,6 +6,8 @@ from typing import Any
 
 from graceful.flows.store.events import (
     Adopted,
+    ApprovalAnswered,
+    ApprovalAsked,
     CertificateRevoked,
     Decided,
     Event,
@@ -22,11 +24,11 @@ from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.training.generation import ordinal_of
 
 TOLD = (
-    Trained, Adopted, Decided, Overridden, Rejected, Promoted, RolledBack, Forwarded, CertificateRevoked,
-    PreviousReleased, Retired,
+    Trained, Adopted, Decided, ApprovalAsked, ApprovalAnswered, Overridden, Rejected, Promoted, RolledBack, Forwarded,
+    CertificateRevoked, PreviousReleased, Retired,
 )  # fmt: skip
 """Kinds of events that a history tells; the others are the machine's own bookkeeping."""
-_FIELDS = ("outcome", "to", "ordered", "name", "factory", "gallery_generation", "reason", "by")
+_FIELDS = ("outcome", "answer", "to", "ordered", "name", "factory", "gallery_generation", "reason", "by")
 
 
 def lineage_history(root: str) -> dict[str, Any]:
@@ -71,7 +73,11 @@ def lineage_history(root: str) -> dict[str, Any]:
 def _generation(name: str, events: list[Event[Any]], champion: str | None) -> dict[str, Any]:
     """What one generation's own events come to; the newest word about it counts, the gate's or the operator's."""
     decided = [event.payload for event in events if isinstance(event.payload, Decided)]
-    words = [event.payload for event in events if isinstance(event.payload, Decided | Overridden | Rejected)]
+    words = [
+        event.payload
+        for event in events
+        if isinstance(event.payload, Decided | Overridden | Rejected | ApprovalAnswered)
+    ]
     said = words[-1] if words and not isinstance(words[-1], Decided) else None
     adopted = next((event.payload for event in events if isinstance(event.payload, Adopted)), None)
     retired = [event.payload for event in events if isinstance(event.payload, Retired)]
@@ -85,13 +91,27 @@ def _generation(name: str, events: list[Event[Any]], champion: str | None) -> di
         "factory": adopted.factory if adopted else None,
         "decision": decided[-1].outcome if decided else None,
         "why": decided[-1].summary if decided else None,
-        "decided_by": f"operator {said.by}" if said else ("gate" if decided else None),
-        "ordered": said.ordered if isinstance(said, Overridden) else ("rejected" if said else None),
+        "decided_by": _by(said) or ("gate" if decided else None),
+        "ordered": _ordered(said),
         "reason": said.reason if said else None,
         "serves": name == champion,
         "retired": bool(retired),
         "retired_because": next((event.reason for event in reversed(retired) if event.reason), None),
     }
+
+
+def _by(said: Overridden | Rejected | ApprovalAnswered | None) -> str | None:
+    if isinstance(said, ApprovalAnswered) and said.answer == "expired":
+        return "nobody"
+    return None if said is None else f"operator {said.by}"
+
+
+def _ordered(said: Overridden | Rejected | ApprovalAnswered | None) -> str | None:
+    if isinstance(said, Overridden):
+        return said.ordered
+    if isinstance(said, ApprovalAnswered):
+        return said.answer
+    return None if said is None else "rejected"
 
 
 def _self_tests(workspace: Workspace, names: list[str]) -> dict[str, float]:

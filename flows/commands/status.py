@@ -11,6 +11,7 @@ from graceful.errors import GracefulError
 from graceful.evaluation.spending import next_share
 from graceful.files import crash_point, join, list_files, remove
 from graceful.flows.runtime.under_way import record_of
+from graceful.flows.store.approvals import answer, awaited
 from graceful.flows.store.claim import holder
 from graceful.flows.store.clusterings import forget_in_clusterings
 from graceful.flows.store.evaluation_set import evaluation_set_uri, named_in_set
@@ -19,7 +20,7 @@ from graceful.flows.store.labels import forget_label_page
 from graceful.flows.store.registry import Registry
 from graceful.flows.store.reports import forget_pictures
 from graceful.flows.store.workspace import Workspace, open_workspace
-from graceful.flows.update.serving import delete, go_forward, reject, retire, revoke, rollback
+from graceful.flows.update.serving import delete, go_forward, operator, reject, retire, revoke, rollback
 from graceful.indexing.maintenance import collect, forget, survey
 from graceful.indexing.tables import ORPHAN_AGE_S
 from graceful.training.manifest import read_manifest
@@ -48,6 +49,7 @@ def workspace_status(root: str) -> dict[str, Any]:
         "rows_by_generation": {},
         "newest_decision": decided[-1].payload.outcome if decided else None,
         "pending": registry.pending_generation(),
+        "awaiting_approval": _awaiting_approval(registry),
         "under_way": under_way(root),
         "last_updates": [
             {"when": _when(event.at), "generation": event.generation, "summary": event.payload.summary}
@@ -67,6 +69,27 @@ def workspace_status(root: str) -> dict[str, Any]:
         plan = registry.plan(serving.active_plan)[0]
         found["plan"] = {"generation": plan.generation, "fraction": plan.fraction, "items": plan.num_items}
     return found
+
+
+def _awaiting_approval(registry: Registry) -> dict[str, Any] | None:
+    """The decision that waits for a person; `stale` says why it can no longer be accepted."""
+    asked = awaited(registry)
+    if asked is None:
+        return None
+    champion = registry.serving().champion
+    stale = None
+    if asked.is_late:
+        stale = "nobody accepted it in time; the next update holds it"
+    elif champion != asked.champion:
+        stale = f"judged against {asked.champion}, and {champion} serves; the next update judges it anew"
+    return {
+        "generation": asked.generation,
+        "outcome": asked.outcome,
+        "evaluation": asked.evaluation,
+        "since": _when(asked.asked_at),
+        "until": _when(asked.until),
+        "stale": stale,
+    }
 
 
 def _when(at: float) -> str:
@@ -166,11 +189,15 @@ def promote_again(root: str, generation: str, reason: str, *, yes: bool = False)
     return state.model_dump(mode="json")
 
 
-def reject_candidate(root: str, generation: str, reason: str) -> dict[str, Any]:
-    """Turn a candidate down."""
+def reject_candidate(root: str, generation: str, reason: str, by: str = "") -> dict[str, Any]:
+    """Turn a candidate down, or a decision about it that waits for a person."""
     workspace = open_workspace(root)
     name = workspace.registry.resolve(generation)
-    reject(workspace, name, reason=reason)
+    asked = awaited(workspace.registry)
+    if asked is not None and asked.generation == name:
+        answer(workspace.registry, asked, "rejected", by=by or operator(), reason=reason)
+    else:
+        reject(workspace, name, reason=reason, by=by)
     return {"rejected": name, "serving": workspace.registry.serving().champion}
 
 

@@ -4,6 +4,7 @@ import os
 import shlex
 
 from graceful.files import exists, is_remote, join
+from graceful.flows.store.approvals import awaited
 from graceful.flows.store.events import Decided, Promoted, Rejected, Retired
 from graceful.flows.store.workspace import open_workspace
 
@@ -30,9 +31,14 @@ def next_commands(root: str, report: str) -> list[str]:
 
 
 def settling_commands(root: str) -> list[str]:
-    """Commands that settle what the newest decision held or left open; none where that is settled."""
+    """Commands that settle what the newest decision held, left open or waits with; none where that is settled."""
     workspace = open_workspace(root)
     registry = workspace.registry
+    asked = awaited(registry)
+    if asked is not None:
+        stale = asked.is_late or registry.serving().champion != asked.champion
+        place = shlex.quote(shortest(root))
+        return [f"graceful update --root {place}"] if stale else _word_on(asked.generation, place)
     decided = registry.events(Decided)
     if not decided or decided[-1].payload.outcome not in ("HOLD", "INCONCLUSIVE"):
         return []
@@ -47,6 +53,12 @@ def settling_commands(root: str) -> list[str]:
     to_label = last.payload.outcome == "INCONCLUSIVE" and exists(log)
     return [
         *([f"graceful evalset label --next --root {place}"] if to_label else []),
+        *_word_on(candidate, place),
+    ]
+
+
+def _word_on(candidate: str, place: str) -> list[str]:
+    return [
         f"graceful flips {candidate} --root {place}",
         f"graceful accept {candidate} --reason '...' --root {place}",
         f"graceful reject {candidate} --reason '...' --root {place}",

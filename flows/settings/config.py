@@ -21,6 +21,7 @@ from graceful.evaluation.policy import Consumer, RolloutPolicy
 from graceful.files import is_remote, join, read_bytes
 from graceful.flows.settings.cron import check_cron, check_timezone
 from graceful.flows.settings.endpoint import EndpointConfig
+from graceful.flows.settings.rollout import RolloutConfig
 from graceful.flows.settings.template import TEMPLATE
 from graceful.flows.store.evaluation_set import EvaluationConfig
 from graceful.indexing.cluster_choice import ClusteringConfig
@@ -175,7 +176,7 @@ class ReplayConfig(BaseModel):
 
 
 _WHERE_IT_RUNS = dict.fromkeys(
-    ("cluster", "schedule", "search", "endpoint", "report", "trackers", "replay", "name"), True
+    ("cluster", "schedule", "search", "endpoint", "report", "trackers", "rollout", "replay", "name"), True
 )
 
 
@@ -199,6 +200,7 @@ class PipelineConfig(BaseModel):
     clusters: ClusteringConfig = Field(default=ClusteringConfig(), description="How photos become people.")
     policy: RolloutPolicy = Field(default=RolloutPolicy(), description="Limits of the decision.")
     gallery: GalleryConfig = Field(default=GalleryConfig(), description="Gallery and re-index.")
+    rollout: RolloutConfig = Field(default=RolloutConfig(), description="Who has the last word on a decision.")
     search: SearchConfig = Field(default=SearchConfig(), description="How searches are answered.")
     endpoint: EndpointConfig = Field(default=EndpointConfig(), description="What the HTTP search endpoint accepts.")
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="Ray.")

@@ -109,6 +109,26 @@ class Rejected(_Happened):
     by: str = ""
 
 
+class ApprovalAsked(_Happened):
+    """A decision waits for a person, so many hours at most; `champion` served when it was made."""
+
+    kind: Literal["approval_asked"] = "approval_asked"
+    evaluation: str
+    outcome: str
+    champion: str | None
+    hours: float
+
+
+class ApprovalAnswered(_Happened):
+    """A person accepted or rejected a decision, or nobody did in time."""
+
+    kind: Literal["approval_answered"] = "approval_answered"
+    evaluation: str
+    answer: Literal["accepted", "rejected", "expired"]
+    reason: str = ""
+    by: str = ""
+
+
 class RolledBack(_Happened):
     """The serving state went back."""
 
@@ -172,8 +192,8 @@ class UpdateCompleted(_Happened):
 
 Happened = Annotated[
     UpdateStarted | Trained | Adopted | Looked | Decided | Promoted | Held | Pending | Overridden | Rejected
-    | RolledBack | Forwarded | CertificateRevoked | ThresholdsSet | PlanCompleted | PreviousReleased | Retired
-    | UpdateCompleted,
+    | ApprovalAsked | ApprovalAnswered | RolledBack | Forwarded | CertificateRevoked | ThresholdsSet | PlanCompleted
+    | PreviousReleased | Retired | UpdateCompleted,
     Field(discriminator="kind"),
 ]  # fmt: skip
 KINDS = tuple(model.model_fields["kind"].default for model in get_args(get_args(Happened)[0]))

@@ -148,7 +148,9 @@ class Registry:
         }
         return _append_in_order(self._lineage, [row], unit=event_id)
 
-    def record_once(self, kind: type[H], key: str, generation: str, make: Callable[[list[Event[H]]], H]) -> H:
+    def record_once(
+        self, kind: type[H], key: str, generation: str, make: Callable[[list[Event[H]]], H], *, update_key: str = ""
+    ) -> H:
         """Append an event that is made from those of its kind before it, unless one of this key is there; returns it.
 
         `make` is asked again where another event was recorded in between, so that no two count the same ones before.
@@ -167,7 +169,7 @@ class Registry:
                 "event_id": event_id,
                 "sequence": version + 1,
                 "kind": name,
-                "update_key": "",
+                "update_key": update_key,
                 "generation": generation,
                 "at": time.time(),
                 "payload": to_text(happened),

@@ -12,8 +12,10 @@ from typing import Protocol, TypeVar
 from graceful.evaluation.decision import Decision
 from graceful.flows.runtime.progress import Progress, SilentProgress
 from graceful.flows.settings.config import GalleryConfig
+from graceful.flows.settings.rollout import RolloutConfig
+from graceful.flows.store.approvals import Approval, answer, approval_of, ask
 from graceful.flows.store.evaluations import Evaluation
-from graceful.flows.store.events import Decided, Overridden
+from graceful.flows.store.events import Decided, Overridden, Promoted
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.rollout import (
     ClassDistance,
@@ -64,7 +66,7 @@ class Case:
 
     `champion`: who served when the case was opened; the move is refused if it is another by then. `judge` decides and
     records the decision, or finds the recorded one. `publish` is called as soon as a decision is recorded and once more
-    at the end; `conclude` writes the last lines of the lineage.
+    at the end; `conclude` writes the last lines of the lineage. `approval`: which decisions wait for a person.
     """
 
     workspace: Workspace
@@ -76,6 +78,7 @@ class Case:
     conclude: Callable[[Decision], object]
     progress: Progress = field(default_factory=SilentProgress)
     class_distance: ClassDistance | None = None
+    approval: RolloutConfig = field(default_factory=RolloutConfig)
 
 
 def decide_and_act(
@@ -86,6 +89,9 @@ def decide_and_act(
     settled: Callable[[], object] = lambda: None,
 ) -> tuple[Decided, Evaluation, ReindexReport]:
     """Judge a candidate and carry the decision out; a decision to hold is carried out by moving nothing.
+
+    A decision that waits for a person moves nothing either, and nothing is concluded: called again after an answer, it
+    is carried out or, rejected or not answered in time, held.
 
     Args:
         case: What is decided about.
@@ -98,7 +104,11 @@ def decide_and_act(
     do("publish the decision", lambda: case.publish(decided, evaluation))
     report = ReindexReport()
     rollout = _rollout(case, decided, evaluation, order)
-    if rollout is not None:
+    approval = None if rollout is None or rollout.ordered else _approval(case, decided, evaluation.decision)
+    if approval is not None and approval.word is None:
+        settled()
+        return decided, evaluation, report
+    if rollout is not None and (approval is None or approval.word == "accepted"):
         report = do("embed before the move", lambda: _embed_before_move(case, rollout))
         do("move serving state", lambda: _move(case, rollout))
     else:
@@ -139,6 +149,26 @@ def _rollout(case: Case, decided: Decided, evaluation: Evaluation, order: Order 
     record_order(case.workspace, evaluation.decision, key, order.ordered, order.reason)
     return Rollout.ordered_by_operator(
         evaluation.evidence, update_key=key, evaluation=name, gallery=gallery, fraction=order.fraction
+    )
+
+
+def _approval(case: Case, decided: Decided, decision: Decision) -> Approval | None:
+    """What a person says to a decision that would move something; None where nobody is asked."""
+    registry, key = case.workspace.registry, case.update_key
+    known = approval_of(registry, decided.evaluation)
+    if any(event.generation == decision.candidate for event in registry.events(Promoted, key)):
+        return None  # it serves: what is left is to carry its plan to its end
+    if known is not None and known.is_late:
+        return answer(registry, known, "expired", by="", reason="not accepted in time")
+    if not case.approval.asks_for(decided.outcome):
+        return known if known is not None and known.word is not None else None
+    return known or ask(
+        registry,
+        decided,
+        update_key=key,
+        generation=decision.candidate,
+        champion=decision.champion,
+        hours=case.approval.approval_hours,
     )
 
 

@@ -21,9 +21,12 @@ from graceful.flows.runtime.service import log_runs
 from graceful.flows.runtime.session import open_session
 from graceful.flows.settings.config import load_config, load_workspace_config
 from graceful.flows.store.claim import SERVICE_VARIABLE
+from graceful.flows.store.evaluations import read_evaluation
 from graceful.flows.update import order
 from graceful.flows.update import replay as history
+from graceful.flows.update.form import AWAITING_APPROVAL, Word, is_resumed, suspend, word_in_form
 from graceful.flows.update.order import Step, UpdateResult
+from graceful.flows.update.publish import question
 from graceful.flows.update.replay import ReplayResult
 from graceful.processes import end_in_time
 
@@ -110,13 +113,22 @@ def update(
     if is_alone:
         log_runs(workspace)
     progress = FlowProgress(BESIDE.get())
+    given = word_in_form()
+    if given is not None:
+        _record_word(workspace, *given, progress)
     result = (_BOX.get() or _Box[UpdateResult]()).fill(
-        lambda: update_plainly(workspace, progress, as_task, again, train_paragon, adopted, wait_hours)
+        lambda: update_plainly(
+            workspace, progress, as_task, again and not is_resumed(), train_paragon, adopted, wait_hours
+        )
     )
-    progress.tag(NOTHING_NEW if result.repeated else result.outcome)
+    waits = result.approval == "waiting"
+    progress.tag(AWAITING_APPROVAL if waits else NOTHING_NEW if result.repeated else result.outcome)
     progress.close()
     if is_alone:
         end_in_time(_SECONDS_TO_HAND_OVER)
+    if waits:
+        evaluation = read_evaluation(result.evaluation)
+        suspend(result.evaluation.rpartition("/")[2], question(evaluation, result.word))
     return Completed(name=state_name(result), message=result.summary)
 
 
@@ -155,6 +167,15 @@ def update_plainly(
         return order.update(session, again=again, adopted=adopted, wait_s=wait_s, step=step)
 
 
+def _record_word(workspace: str, evaluation: str, word: Word, progress: Progress) -> None:
+    """Record what was said in the form of a run that was suspended; the update that follows carries it out."""
+    with open_session(workspace, load_workspace_config(workspace), progress) as session:
+        asked = order.answer_in_form(
+            session, evaluation, accepts=word.answer == "accept", by=word.by, reason=word.reason
+        )
+        progress.say("What was answered in the form is not asked any more." if asked is None else asked.said)
+
+
 def replay_plainly(
     config_file: str, workspace: str, overrides: dict[str, Any] | None, progress: Progress, step: Step
 ) -> ReplayResult:
@@ -166,13 +187,17 @@ def state_name(result: UpdateResult) -> str:
     """What an update came to, for a list of runs: 'COMPATIBLE_ROLLOUT 25 %', 'HOLD: ...', 'Nothing new'.
 
     >>> from types import SimpleNamespace as Result
-    >>> state_name(Result(repeated=False, outcome="COMPATIBLE_ROLLOUT", fraction=0.25, summary=""))
+    >>> state_name(Result(approval=None, repeated=False, outcome="COMPATIBLE_ROLLOUT", fraction=0.25, summary=""))
     'COMPATIBLE_ROLLOUT 25 %'
-    >>> state_name(Result(repeated=False, outcome="HOLD", fraction=None, summary="HOLD: NFR 3.9 %. More."))
+    >>> state_name(Result(approval=None, repeated=False, outcome="HOLD", summary="HOLD: NFR 3.9 %. More."))
     'HOLD: NFR 3.9 %. More.'
     """
+    if result.approval == "waiting":
+        return AWAITING_APPROVAL
     if result.repeated:
         return NOTHING_NEW
+    if result.approval in ("rejected", "expired"):
+        return "REJECTED" if result.approval == "rejected" else "HOLD: not accepted in time"
     if result.outcome in ("HOLD", "INCONCLUSIVE"):
         short = result.summary if len(result.summary) <= _LONGEST_NAME else f"{result.summary[: _LONGEST_NAME - 4]} ..."
         return short or result.outcome

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from graceful.evaluation.decision import JUDGING_VERSION
 from graceful.files import exists
 from graceful.flows.runtime.session import Session
+from graceful.flows.store.approvals import awaited
 from graceful.flows.store.evaluation_set import (
     EvaluationSet,
     load_evaluation_set,
@@ -63,7 +64,8 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     """Read the data, and fix or find again the inputs of the update that it calls for.
 
     An update of the same key is resumed, unless `again` asks for a new attempt or the champion has changed before it
-    was decided. Raises the errors of `load_images`, `check_trainable` and `separate`.
+    was decided, or while the decision waited for a person. Raises the errors of `load_images`, `check_trainable` and
+    `separate`.
     """
     config, registry = session.config, session.workspace.registry
     known = KnownImages(session.workspace.known_images_uri)
@@ -88,7 +90,9 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
         return Inputs(session, served, evaluation_set, images, dev, busy)
     if attempts and not again:
         last = attempts[-1]
-        if last.champion == champion or registry.events(Decided, last.update_key):
+        waits = awaited(registry)
+        is_open = waits is not None and waits.update_key == last.update_key
+        if last.champion == champion or (registry.events(Decided, last.update_key) and not is_open):
             return Inputs(session, last, evaluation_set, images, dev, busy)
     if adopted is not None:
         refuse_retired(session.workspace, f"judging {adopted}", adopted)

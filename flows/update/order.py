@@ -8,27 +8,31 @@ to hold is an update that went well.
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from graceful.evaluation.decision import Decision
 from graceful.files import crash_point, join
+from graceful.flows.runtime.progress import Artifact
 from graceful.flows.runtime.session import Session
+from graceful.flows.settings.rollout import RolloutConfig
+from graceful.flows.store.approvals import Approval, answer, approval_of, awaited
 from graceful.flows.store.claim import claim
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
 from graceful.flows.store.events import Decided, Overridden, Promoted
 from graceful.flows.store.reports import REPORT_FILE
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.act import Case, Order, Step, carry_on, decide_and_act, plain
+from graceful.flows.update.assess import mix_drift
 from graceful.flows.update.conclude import completed, conclude, release_when_due
 from graceful.flows.update.foresee import foresee
 from graceful.flows.update.freeze import Inputs, freeze
 from graceful.flows.update.gate import MoveRefusedError
 from graceful.flows.update.judge import class_distance, judge, recorded
-from graceful.flows.update.publish import publish
+from graceful.flows.update.publish import publish, question
 from graceful.flows.update.rollout import ACTED_ON
-from graceful.flows.update.serving import refuse_retired
+from graceful.flows.update.serving import operator, refuse_retired
 from graceful.flows.update.train import embed_evaluation, extend_cache, train_candidate, train_paragon
 from graceful.indexing.reindex import ReindexReport
 
@@ -37,7 +41,10 @@ _HISTORY = "the history serves every generation"
 
 
 class UpdateResult(BaseModel):
-    """What an update came to. `fraction` is the decided one; `repeated`: it had been decided and done before."""
+    """What an update came to. `fraction` is the decided one; `repeated`: it had been decided and done before.
+
+    `approval`: where a person is asked, whether the decision waits, or what was said to it; `word` is that in one line.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,6 +64,13 @@ class UpdateResult(BaseModel):
     failures: int
     paragon: str | None = None
     repeated: bool = False
+    approval: Literal["waiting", "accepted", "rejected", "expired"] | None = None
+    word: str = ""
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the gate or a person decided to leave everything as it is."""
+        return self.outcome == "HOLD" or self.approval in ("rejected", "expired")
 
 
 def update(
@@ -131,22 +145,31 @@ def update(
             conclude=lambda decision: _conclude(inputs, decision),
             progress=session.progress,
             class_distance=lambda view: class_distance(session.workspace, view),
+            # A history that is replayed is nobody's production.
+            approval=RolloutConfig() if claimed else session.config.rollout,
         )
         decided, evaluation, report = decide_and_act(
             case, do=do, order=Order(_HISTORY) if serve_anyway else None, settled=held.close
         )
-    return _result(inputs, decided, evaluation, report)
+    result = _result(inputs, decided, evaluation, report)
+    if result.approval == "waiting":
+        asked = Artifact(
+            f"{session.config.name}-approval", "A decision waits for you", question(evaluation, result.word)
+        )
+        session.progress.show([asked])
+    return result
 
 
-def accept(session: Session, generation: str, order: Order, *, step: Step = plain) -> Decided:
-    """Carry out the operator's word on a candidate that the gate held or left open. Nothing is trained.
+def accept(session: Session, generation: str, order: Order, *, by: str = "", step: Step = plain) -> Decided:
+    """Carry out the operator's word on a candidate that the gate held, left open, or waits with. Nothing is trained.
 
     The same way as after a decision: certificates, wave 0 or everything, the move, the waves, the report. Killed and
-    called again, it goes on.
+    called again, it goes on. `by`: who says so, if not who runs this.
 
     Raises:
         MoveRefusedError: nobody decided about the generation, the gate rolls it out itself, it serves or has served by
-            this decision, it was retired, or another one served when it was judged.
+            this decision, it was retired, or another one served when it was judged, or the gallery has changed since.
+        AlreadyAnsweredError: it waited for a person, and was rejected or not accepted in time.
     """
     workspace, registry = session.workspace, session.workspace.registry
     found = [event for event in registry.events(Decided) if event.generation == generation]
@@ -159,7 +182,10 @@ def accept(session: Session, generation: str, order: Order, *, step: Step = plai
     champion = evaluation.decision.champion
     with ExitStack() as held:
         held.enter_context(claim(workspace.root, f"accepting {generation}"))
-        _refuse(workspace, generation, key, evaluation.decision, decided.evaluation, order)
+        asked = approval_of(registry, decided.evaluation)
+        _refuse(workspace, generation, key, evaluation.decision, decided.evaluation, order, asked)
+        if asked is not None:
+            _approve(session, asked, evaluation, by=by or operator(), reason=order.reason)
         case = Case(
             workspace=workspace,
             update_key=key,
@@ -174,12 +200,53 @@ def accept(session: Session, generation: str, order: Order, *, step: Step = plai
             ),
             progress=session.progress,
             class_distance=lambda view: class_distance(workspace, view),
+            approval=session.config.rollout,
         )
-        decide_and_act(case, do=step, order=order, settled=held.close)
+        # What waits is carried out as it was decided; anything else is the operator's order beside the decision.
+        decide_and_act(case, do=step, order=None if asked is not None else order, settled=held.close)
     return decided
 
 
-def _refuse(workspace: Workspace, generation: str, key: str, decision: Decision, evaluation: str, order: Order) -> None:
+def answer_in_form(session: Session, evaluation: str, *, accepts: bool, by: str, reason: str) -> Approval | None:
+    """Record what a person says to the decision of an evaluation, for an update that follows to carry it out.
+
+    None, and nothing is recorded, where the decision does not wait any more: another one took its place.
+
+    Raises as `accept`.
+    """
+    workspace = session.workspace
+    asked = awaited(workspace.registry)
+    if asked is None or asked.evaluation != evaluation:
+        return None
+    if not accepts:
+        return answer(workspace.registry, asked, "rejected", by=by, reason=reason)
+    stored = read_evaluation(workspace.evaluation_uri(evaluation))
+    act = f"accepting {asked.generation}"
+    refuse_retired(workspace, act, asked.generation)
+    _refuse_other_champion(workspace, act, asked.generation, asked.champion)
+    return _approve(session, asked, stored, by=by, reason=reason)
+
+
+def _approve(session: Session, asked: Approval, evaluation: Evaluation, *, by: str, reason: str) -> Approval:
+    """Record that a person accepts what was decided, unless the gallery it was decided about has changed too much."""
+    drift, limit = mix_drift(session.workspace, evaluation), session.config.gallery.max_mix_drift
+    if asked.word is None and drift > limit:
+        raise MoveRefusedError(
+            f"accepting {asked.generation}: expected the gallery that it was judged on, found {drift:.1%} of it with "
+            f"other vectors, above {limit:.1%}; run 'graceful update', which judges it anew and asks again"
+        )
+    return answer(session.workspace.registry, asked, "accepted", by=by, reason=reason)
+
+
+def _refuse(
+    workspace: Workspace,
+    generation: str,
+    key: str,
+    decision: Decision,
+    evaluation: str,
+    order: Order,
+    asked: Approval | None,
+) -> None:
     """Raise MoveRefusedError where accepting would do nothing, or not what was judged. One that was killed goes on."""
     registry = workspace.registry
     serving, act = registry.serving(), f"accepting {generation}"
@@ -196,23 +263,33 @@ def _refuse(workspace: Workspace, generation: str, key: str, decision: Decision,
             f"{act}: expected a candidate that has not served, found that it has, and was taken back; run 'graceful "
             f"promote {generation} --reason ...'"
         )
-    if decision.outcome in ACTED_ON:
+    if decision.outcome in ACTED_ON and asked is None:
         raise MoveRefusedError(
             f"{act}: expected a decision to hold or an open one, found {decision.outcome}; run 'graceful update', "
             "which carries it out"
         )
-    refuse_retired(workspace, act, generation)
-    if serving.champion not in (generation, decision.champion):
+    if asked is not None and order.fraction is not None:
         raise MoveRefusedError(
-            f"{act}: expected champion {decision.champion}, about which it was judged, found {serving.champion}; run "
-            "'graceful update --again' to judge it against that"
+            f"{act}: expected no --fraction, found {order.fraction:g}: what waits is carried out as it was decided, "
+            f"{decision.outcome}; leave it out"
         )
+    refuse_retired(workspace, act, generation)
+    _refuse_other_champion(workspace, act, generation, decision.champion)
     for event in registry.events(Overridden, key):
         if event.generation == generation and event.payload.ordered != order.ordered:
             raise MoveRefusedError(
                 f"{act}: expected the order that is under way, {event.payload.ordered}, found {order.ordered}; give "
                 "the same --fraction"
             )
+
+
+def _refuse_other_champion(workspace: Workspace, act: str, generation: str, champion: str | None) -> None:
+    serving = workspace.registry.serving()
+    if serving.champion not in (generation, champion):
+        raise MoveRefusedError(
+            f"{act}: expected champion {champion}, about which it was judged, found {serving.champion}; run "
+            "'graceful update --again' to judge it against that"
+        )
 
 
 def _conclude(inputs: Inputs, decision: Decision) -> None:
@@ -227,6 +304,7 @@ def _result(
 ) -> UpdateResult:
     location = inputs.workspace.evaluation_uri(decided.evaluation)
     decision, frozen = evaluation.decision, inputs.frozen
+    asked = approval_of(inputs.registry, decided.evaluation)
     return UpdateResult(
         update_key=frozen.update_key,
         candidate=decision.candidate,
@@ -244,4 +322,6 @@ def _result(
         failures=len(report.failures),
         paragon=decided.paragon,
         repeated=repeated,
+        approval=None if asked is None else asked.word or "waiting",
+        word="" if asked is None else asked.said,
     )

@@ -82,6 +82,21 @@ def publish(
     return report
 
 
+def question(evaluation: Evaluation, said: str) -> str:
+    """What a person is asked who is to accept a decision: the evidence in plain words, and how to answer (Markdown)."""
+    asked = (evaluation.evidence, evaluation.decision, evaluation.policy, evaluation.outcomes)
+    candidate = evaluation.decision.candidate
+    lines = [
+        f"**AWAITING APPROVAL**: it {said}, and is held then. Nothing has been moved yet.",
+        "",
+        f"Accept: `graceful accept {candidate} --reason '...'`  ",
+        f"Reject: `graceful reject {candidate} --reason '...'`",
+        "",
+        decision_markdown(headline(*asked), evaluation.decision, evaluation.evidence),
+    ]
+    return "\n".join(lines)
+
+
 def _history(workspace: Workspace, decided: Decided, document: dict[str, Any]) -> list[Section]:
     """What was decided up to this one, update by update, from the reports that lie beside the evaluations."""
     rows = []

@@ -166,13 +166,13 @@ def _hidden_without(workspace: Workspace, query: str, gallery: str, act: str) ->
         return len(then.unreadable()) - len(now.unreadable())
 
 
-def reject(workspace: Workspace, generation: str, *, reason: str) -> None:
+def reject(workspace: Workspace, generation: str, *, reason: str, by: str = "") -> None:
     """Turn a candidate down: it no longer waits for anything. Raises MoveRefusedError for one that is in use.
 
     Raises also UpdateInProgressError, where an update is carrying a plan of it out.
     """
     with _out_of_use(workspace, "rejecting", generation):
-        workspace.registry.record(Rejected(reason=reason, by=operator()), generation=generation)
+        workspace.registry.record(Rejected(reason=reason, by=by or operator()), generation=generation)
 
 
 def retire(workspace: Workspace, generation: str, *, reason: str) -> None:
