@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -47,14 +47,18 @@ def skipped(due: Sequence[Due], is_working: bool, overlap: Overlap) -> list[tupl
     return [(run, "a newer run is due as well") for run in ordered[:-1]]
 
 
-async def keep_from_piling_up(deployment: UUID, overlap: Overlap) -> None:
-    """Look every few seconds, until cancelled. A server that does not answer is asked again at the next look."""
+async def keep_from_piling_up(deployment: UUID, overlap: Overlap, is_answered: Callable[[str], bool]) -> None:
+    """Look every few seconds, until cancelled. A server that does not answer is asked again at the next look.
+
+    `is_answered`: whether the decision of an evaluation, for which a run is suspended, waits no longer.
+    """
     from prefect.client.orchestration import get_client
 
     async with get_client() as client:
         while True:
             with contextlib.suppress(Exception):
                 await look(client, deployment, overlap)
+                await wake_answered(client, deployment, is_answered)
             await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
 
 
@@ -94,6 +98,17 @@ async def look(client: Any, deployment: UUID, overlap: Overlap) -> None:
         await client.set_flow_run_state(
             run.identity, Cancelled(name=SKIPPED, message=f"Skipped: {reason}."), force=True
         )
+
+
+async def wake_answered(client: Any, deployment: UUID, is_answered: Callable[[str], bool]) -> None:
+    """Start suspended runs again whose decision was answered by a command, or not in time: they end as it says."""
+    from prefect.client.schemas.objects import StateType
+    from prefect.states import Scheduled
+
+    for run in await _runs_of(client, deployment, [StateType.PAUSED]):
+        key = run.state.state_details.pause_key
+        if key and await asyncio.to_thread(is_answered, key):
+            await client.set_flow_run_state(run.id, Scheduled(name="Resuming"), force=True)
 
 
 async def _runs_of(client: Any, deployment: UUID, types: Sequence[Any]) -> list[Any]:

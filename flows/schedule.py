@@ -25,10 +25,13 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from graceful.errors import GracefulError
 from graceful.flows.overlap import crash_left_behind, keep_from_piling_up
 from graceful.flows.runtime.environment import prepare_environment
+from graceful.flows.runtime.notify import tell
 from graceful.flows.runtime.server import flow_server
-from graceful.flows.runtime.service import RUNS_LOG, end_orphan, end_server_left_behind, only_service
+from graceful.flows.runtime.service import RUNS_LOG, end_orphan, end_server_left_behind, only_service, stuck_update
+from graceful.flows.store.approvals import is_answered
 from graceful.flows.store.claim import SERVICE_VARIABLE
 from graceful.processes import process_start
 
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 # Runs prove every 30 s that they live (the shortest that Prefect allows); three silent minutes are a crash.
 HEARTBEAT_S = 30
 ZOMBIE_AFTER_S = 180
+SECONDS_BETWEEN_GLANCES = 60.0
 
 
 def serve_updates(root: str, host: str = "127.0.0.1", port: int = 4200) -> None:
@@ -112,11 +116,27 @@ async def _run(root: str, config: "PipelineConfig", api_url: str, *, at_once: bo
     print(f"Log of the runs: {os.path.join(root, '.prefect', RUNS_LOG)}", flush=True)
     often = f"cron {wanted.cron!r}" if wanted.every_minutes is None else f"every {wanted.every_minutes:g} minutes"
     print(f"Next update of {config.name}: {times[0]:%Y-%m-%d %H:%M %Z} ({often})", flush=True)
-    tidying = asyncio.create_task(keep_from_piling_up(identity, wanted.overlap))
+    beside = [
+        asyncio.create_task(keep_from_piling_up(identity, wanted.overlap, lambda name: is_answered(root, name))),
+        asyncio.create_task(_tell_when_stuck(root, config)),
+    ]
     try:
         await _until_signalled(runner)
     finally:
-        tidying.cancel()
+        for task in beside:
+            task.cancel()
+
+
+async def _tell_when_stuck(root: str, config: "PipelineConfig") -> None:
+    """Look every minute, until cancelled, whether an update is under way for too long; each is told once."""
+    told = ""
+    while True:
+        with contextlib.suppress(GracefulError, OSError):
+            notice = await asyncio.to_thread(stuck_update, root, config.notify.stuck_hours)
+            if notice is not None and notice.key != told:
+                told = notice.key
+                await asyncio.to_thread(tell, root, config.name, config.notify, notice)
+        await asyncio.sleep(SECONDS_BETWEEN_GLANCES)
 
 
 async def _until_signalled(runner: "Runner") -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 
 from graceful.flows.runtime.environment import prepare_environment
+from graceful.flows.runtime.notify import Notice, tell_of
 from graceful.flows.runtime.progress import TerminalProgress
 from graceful.flows.runtime.session import open_session
 from graceful.flows.settings.config import load_workspace_config
@@ -25,11 +26,15 @@ def accept_candidate(
     with open_session(root, load_workspace_config(root), TerminalProgress(console)) as session:
         decided = accept(session, name, order, by=by)
     asked = approval_of(workspace.registry, decided.evaluation)
+    serving = workspace.registry.serving().champion
+    details = {"outcome": decided.outcome, "champion": serving, "approval": None if asked is None else asked.said}
+    summary = f"{name} was accepted by a person: {reason}"
+    tell_of(root, Notice("decision", summary, f"{decided.evaluation}/accepted", name, details))
     return {
         "accepted": name,
         "decided": decided.outcome,
         "ordered": order.ordered if asked is None else decided.outcome,
         "awaited": asked is not None,
-        "serving": workspace.registry.serving().champion,
+        "serving": serving,
         "evaluation": workspace.evaluation_uri(decided.evaluation),
     }

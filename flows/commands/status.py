@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from graceful.errors import GracefulError
 from graceful.evaluation.spending import next_share
 from graceful.files import crash_point, join, list_files, remove
+from graceful.flows.runtime.notify import Notice, tell_of
 from graceful.flows.runtime.under_way import record_of
 from graceful.flows.store.approvals import answer, awaited
 from graceful.flows.store.claim import holder
@@ -179,7 +180,13 @@ def _where_named(workspace: Workspace, hashes: set[str]) -> tuple[list[str], lis
 
 def roll_back(root: str, reason: str, *, yes: bool = False) -> dict[str, Any]:
     """Move the serving state back."""
-    return rollback(open_workspace(root), reason=reason, yes=yes).model_dump(mode="json")
+    workspace = open_workspace(root)
+    left = workspace.registry.serving().champion
+    state = rollback(workspace, reason=reason, yes=yes)
+    details = {"champion": state.champion, "reason": reason, "by": operator()}
+    summary = f"rolled back from {left} to {state.champion}: {reason}"
+    tell_of(root, Notice("rollback", summary, f"move {state.sequence}", left, details))
+    return state.model_dump(mode="json")
 
 
 def promote_again(root: str, generation: str, reason: str, *, yes: bool = False) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from graceful.errors import GracefulError
 from graceful.flows.runtime.environment import SERVER_FILE
+from graceful.flows.runtime.notify import Notice
 from graceful.flows.store.claim import holder
 from graceful.processes import process_start
 
@@ -88,6 +89,19 @@ def end_server_left_behind(root: str) -> None:
         if state["host"] == socket.gethostname():
             _end(int(state["pid"]), str(state["process_start"]))
             place.unlink(missing_ok=True)
+
+
+def stuck_update(root: str, hours: float) -> Notice | None:
+    """What there is to tell where the work that holds the workspace's claim has done so for longer than `hours`."""
+    found, held = holder(root)
+    since = int(str(found.get("nonce") or 0)) / 1e9
+    if not held or not since or time.time() - since < hours * 3600:
+        return None
+    summary = (
+        f"{found.get('purpose')} has been under way for more than {hours:g} hours (process {found.get('pid')} on "
+        f"{found.get('host')})"
+    )
+    return Notice("stuck", summary, f"claim {found['nonce']}", details={"since": int(since)})
 
 
 def _end(pid: int, started: str) -> None:

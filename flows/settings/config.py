@@ -21,6 +21,7 @@ from graceful.evaluation.policy import Consumer, RolloutPolicy
 from graceful.files import is_remote, join, read_bytes
 from graceful.flows.settings.cron import check_cron, check_timezone
 from graceful.flows.settings.endpoint import EndpointConfig
+from graceful.flows.settings.notify import NotifyConfig
 from graceful.flows.settings.rollout import RolloutConfig
 from graceful.flows.settings.template import TEMPLATE
 from graceful.flows.store.evaluation_set import EvaluationConfig
@@ -176,7 +177,7 @@ class ReplayConfig(BaseModel):
 
 
 _WHERE_IT_RUNS = dict.fromkeys(
-    ("cluster", "schedule", "search", "endpoint", "report", "trackers", "rollout", "replay", "name"), True
+    ("cluster", "schedule", "search", "endpoint", "report", "trackers", "rollout", "notify", "replay", "name"), True
 )
 
 
@@ -208,6 +209,7 @@ class PipelineConfig(BaseModel):
     prices: PricesConfig = Field(default=PricesConfig(), description="Prices, where they are known.")
     report: ReportConfig = Field(default=ReportConfig(), description="The report of an update.")
     trackers: TrackersConfig = Field(default=TrackersConfig(), description="Where learning curves go besides.")
+    notify: NotifyConfig = Field(default=NotifyConfig(), description="Whom to tell what happens.")
     replay: ReplayConfig | None = Field(default=None, description="A history to replay.")
 
     @field_validator("training")
@@ -309,6 +311,13 @@ def load_search_config(root: str) -> SearchConfig:
 def load_endpoint_config(root: str) -> EndpointConfig:
     """Read what a workspace's search endpoint accepts, whatever else its configuration says. Raises ConfigError."""
     return _table_of(root, "endpoint", EndpointConfig)
+
+
+def load_notify_config(root: str) -> tuple[str, NotifyConfig]:
+    """The pipeline's name and whom to tell, whatever else a workspace's configuration says. Raises ConfigError."""
+    raw = _raw_config(root)
+    known = _validated(NotifyConfig, _expand(raw.get("notify", {}), "", root), "notify", join(root, CONFIG_FILE))
+    return str(raw.get("name", PipelineConfig.model_fields["name"].default)), known
 
 
 def load_clustering_config(root: str) -> ClusteringConfig:

@@ -12,6 +12,7 @@ from graceful.errors import GracefulError
 from graceful.files import crash_point
 from graceful.flows.store.events import ApprovalAnswered, ApprovalAsked, Decided, Event
 from graceful.flows.store.registry import Registry
+from graceful.flows.store.workspace import open_workspace
 
 Word = Literal["accepted", "rejected", "expired"]
 
@@ -98,6 +99,12 @@ def approval_of(registry: Registry, evaluation: str) -> Approval | None:
     """What was asked and answered about the decision of an evaluation; None where nobody was asked."""
     asked = [event for event in registry.events(ApprovalAsked) if event.payload.evaluation == evaluation]
     return _approval(registry, asked[0]) if asked else None
+
+
+def is_answered(root: str, evaluation: str) -> bool:
+    """Whether the decision of an evaluation waits no longer: it was answered, or its time is over."""
+    asked = approval_of(open_workspace(root).registry, evaluation)
+    return asked is None or not asked.is_open
 
 
 def awaited(registry: Registry) -> Approval | None:

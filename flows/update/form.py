@@ -16,11 +16,11 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.context import FlowRunContext
 from prefect.exceptions import Pause
-from prefect.input import RunInput
-from prefect.input.run_input import keyset_from_paused_state
+from prefect.input import RunInput, read_flow_run_input
+from prefect.input.run_input import keyset_from_base_key
 from prefect.states import Paused
 from pydantic import Field
 
@@ -51,10 +51,9 @@ def word_in_form() -> tuple[str, Word] | None:
         return None
     with get_client(sync_client=True) as client:
         for evaluation in client.read_flow_run(run.id).empirical_policy.pause_keys or ():
-            try:
-                return evaluation, Word.load(_keyset(evaluation), flow_run_id=run.id)
-            except Exception as error:  # woken up without an answer
-                logger.info("the form about %s was not filled in (%s)", evaluation, type(error).__name__)
+            found = read_flow_run_input(_keyset(evaluation)["response"], flow_run_id=run.id)
+            if found is not None:  # else it was started again without an answer
+                return evaluation, Word.model_validate(found)
     return None
 
 
@@ -67,7 +66,7 @@ def suspend(evaluation: str, description: str) -> None:
     run = _run_of_deployment()
     if run is None:
         return
-    state = Paused(name=AWAITING_APPROVAL, reschedule=True, pause_key=evaluation)
+    state: State[Any] = Paused(name=AWAITING_APPROVAL, reschedule=True, pause_key=evaluation)
     state.state_details.run_input_keyset = _keyset(evaluation)
     try:
         with get_client(sync_client=True) as client:
@@ -102,4 +101,4 @@ def _waiting(client: SyncPrefectClient, run: FlowRun) -> bool:
 
 
 def _keyset(evaluation: str) -> Any:
-    return keyset_from_paused_state(Paused(name=AWAITING_APPROVAL, pause_key=evaluation))
+    return keyset_from_base_key(f"approval-{evaluation}")

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from graceful.evaluation.decision import Decision
 from graceful.files import crash_point, join
+from graceful.flows.runtime.notify import Kind, Notice, tell
 from graceful.flows.runtime.progress import Artifact
 from graceful.flows.runtime.session import Session
 from graceful.flows.settings.rollout import RolloutConfig
@@ -116,6 +117,8 @@ def update(
             held.close()
             # Decided and done; what cannot be read since (a damaged file that was dropped) is embedded all the same.
             report = do("re-index", lambda: carry_on(session.workspace, session.config.gallery, session.progress))
+            if not claimed:
+                _tell_what_is_unreadable(session)
             return _result(inputs, known, evaluation, report, repeated=True)
         if known is None:
             foresee(inputs)
@@ -129,6 +132,12 @@ def update(
             paragon = do("train paragon", lambda: train_paragon(inputs))
         for name in (*inputs.frozen.generations, candidate, *([paragon] if paragon else [])):
             do(f"embed evaluation set with {name}", lambda name=name: embed_evaluation(inputs, name))  # type: ignore[misc]
+
+        def settled() -> None:
+            held.close()
+            if not claimed:  # a history that is replayed is no news
+                _tell_what_was_decided(inputs)
+
         case = Case(
             workspace=session.workspace,
             update_key=inputs.frozen.update_key,
@@ -149,8 +158,10 @@ def update(
             approval=RolloutConfig() if claimed else session.config.rollout,
         )
         decided, evaluation, report = decide_and_act(
-            case, do=do, order=Order(_HISTORY) if serve_anyway else None, settled=held.close
+            case, do=do, order=Order(_HISTORY) if serve_anyway else None, settled=settled
         )
+    if not claimed:
+        _tell_what_is_unreadable(session)
     result = _result(inputs, decided, evaluation, report)
     if result.approval == "waiting":
         asked = Artifact(
@@ -297,6 +308,43 @@ def _conclude(inputs: Inputs, decision: Decision) -> None:
     compute_s = session.compute_s + session.encoders.busy_s - inputs.busy_before_s
     supported = session.config.gallery.supported_query_generations
     conclude(session.workspace, inputs.frozen.update_key, decision, compute_s, supported)
+
+
+def _tell_what_was_decided(inputs: Inputs) -> None:
+    """Tell that a decision was made and acted on, that it holds, or that it waits; before the waves that may follow."""
+    decided, registry = recorded(inputs), inputs.registry
+    assert decided is not None
+    asked = approval_of(registry, decided.evaluation)
+    held = decided.outcome == "HOLD" or (asked is not None and asked.word in ("rejected", "expired"))
+    waits = asked is not None and asked.word is None
+    details = {
+        "outcome": decided.outcome,
+        "champion": registry.serving().champion,
+        "evaluation": inputs.workspace.evaluation_uri(decided.evaluation),
+        "approval": None if asked is None else asked.said,
+    }
+    key = f"{decided.evaluation}/{None if asked is None else asked.word}"
+    kind: Kind = "awaiting_approval" if waits else "hold" if held else "decision"
+    candidate = read_evaluation(inputs.workspace.evaluation_uri(decided.evaluation)).decision.candidate
+    _tell(inputs.session, Notice(kind, decided.summary, key, candidate, details))
+
+
+def _tell_what_is_unreadable(session: Session) -> None:
+    """Tell where more items cannot be read than may be so untold."""
+    champion, limit = session.workspace.registry.serving().champion, session.config.notify.max_unreadable_share
+    if champion is None:
+        return
+    view = session.workspace.view(champion)
+    unreadable = len(view.unreadable())
+    if unreadable > limit * view.num_items:
+        summary = f"{unreadable:,} of {view.num_items:,} items cannot be read by {champion}"
+        details = {"unreadable": unreadable, "items": view.num_items}
+        _tell(session, Notice("unreadable", summary, f"{champion}/{unreadable}", champion, details))
+
+
+def _tell(session: Session, notice: Notice) -> None:
+    for line in tell(session.workspace.root, session.config.name, session.config.notify, notice):
+        session.progress.say(f"Not told of this ({notice.kind}): {line}; the update goes on.")
 
 
 def _result(

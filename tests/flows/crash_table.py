@@ -23,6 +23,8 @@ from graceful.evaluation.decision import CertificateToIssue, Decision
 from graceful.files import crash_point
 from graceful.flows.search.views import open_view
 from graceful.flows.settings.config import GalleryConfig
+from graceful.flows.settings.rollout import RolloutConfig
+from graceful.flows.store.approvals import answer, awaited
 from graceful.flows.store.events import Decided
 from graceful.flows.store.registry import ServingMovedError
 from graceful.flows.store.workspace import Workspace
@@ -69,6 +71,7 @@ def update(
     outcome: str,
     certified: tuple[str, ...] = (),
     fraction: float = 1.0,
+    approval: RolloutConfig = RolloutConfig(),
 ) -> None:
     """The second half of an update, as every update carries it out, with the crash points of its steps."""
     key = f"update-{candidate}"
@@ -95,8 +98,18 @@ def update(
         crash_point(f"after {name}")
         return result
 
-    case = Case(workspace, key, champion, GALLERY, judge, lambda *_: None, lambda _: None)
+    case = Case(workspace, key, champion, GALLERY, judge, lambda *_: None, lambda _: None, approval=approval)
     decide_and_act(case, do=do)
+
+
+def _approve(workspace: Workspace) -> None:
+    """A decision waits, somebody accepts it, and the next update carries it out."""
+    rollout = (G3, G2, "COMPATIBLE_ROLLOUT", (G2,), 0.6, RolloutConfig(approval="always"))
+    update(workspace, *rollout)
+    waiting = awaited(workspace.registry)
+    if waiting is not None:
+        answer(workspace.registry, waiting, "accepted", by="operator", reason="yes")
+        update(workspace, *rollout)
 
 
 def _roll_back(workspace: Workspace) -> None:
@@ -133,6 +146,7 @@ ACTS: Mapping[str, Callable[[Workspace], None]] = {
     "delete": lambda workspace: void(delete(workspace, ["item-000-1"])),
     "roll out": lambda workspace: update(workspace, G3, G2, "COMPATIBLE_ROLLOUT", (G2,), 0.6),
     "backfill": lambda workspace: update(workspace, G3, G2, "FULL_BACKFILL"),
+    "approve": _approve,
     "roll back": _roll_back,
     "collect": _release_and_collect,
     "merge": _merge,
@@ -191,6 +205,8 @@ ROWS = (
     Row("backfill", "wave-done", "two waves of a full backfill"),
     Row("backfill", "before-serving-moves", "the look at the serving state, its swap"),
     Row("backfill", "after-serving-moved", "the swap, the next step"),
+    Row("approve", "approval-asked", "the question, the end of the update that asked"),
+    Row("approve", "approval-answered", "the answer, the update that carries it out"),
     Row("roll back", "before-serving-moves", "the look at the serving state, its swap"),
     Row("roll back", "after-serving-moved", "the swap, the lineage event"),
     Row("collect", "rewrite-before-commit", "files without dead rows, their commit"),

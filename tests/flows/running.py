@@ -3,8 +3,12 @@
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from uuid import UUID
 
 import torch
+from prefect.exceptions import Pause
+from prefect.flow_engine import load_flow_run, run_flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from graceful.files import CRASH_VARIABLE
@@ -12,8 +16,9 @@ from graceful.flows import cli
 from graceful.flows.commands import updates  # noqa: F401  imported before a child is forked: it starts in no time
 from graceful.flows.runtime.session import open_session
 from graceful.flows.settings.config import load_workspace_config
-from graceful.flows.update import order
+from graceful.flows.update import flow, order
 from graceful.flows.update.order import UpdateResult
+from graceful.processes import end_in_time
 
 DONE = 0
 
@@ -43,3 +48,15 @@ def command_in_child(
     # Prefect was imported before the fork and has read the environment of then.
     with temporary_settings({PREFECT_API_URL: os.environ.get("PREFECT_API_URL", "")}):
         cli.main()
+
+
+def deployed_run_in_child(run: str, log: str, environment: Mapping[str, str]) -> None:
+    """Entry point of a child process: carry a run of a deployment out, as the process that a runner starts for it."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}), suppress(Pause):
+        run_flow(flow.update, flow_run=load_flow_run(UUID(run)))
+    end_in_time(10)  # Prefect's threads may wait for their last events
