@@ -1,17 +1,23 @@
 """Decisions that wait for a person: nothing moves before an answer, the first one counts, a stale one is refused."""
 
+import asyncio
 import json
 import time
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from uuid import uuid4
 
 import httpx
 import pyarrow as pa
 import pytest
+from prefect.client.schemas.objects import StateType
 from typer.testing import CliRunner
 
+from graceful.flows import overlap
 from graceful.flows.cli import app
 from graceful.flows.commands.suggestions import settling_commands
 from graceful.flows.settings.rollout import RolloutConfig
-from graceful.flows.store.approvals import AlreadyAnsweredError, answer, approval_of, awaited
+from graceful.flows.store.approvals import AlreadyAnsweredError, answer, approval_of, awaited, is_answered
 from graceful.flows.store.events import ApprovalAnswered, ApprovalAsked, Decided, UpdateStarted
 from graceful.flows.store.workspace import Workspace
 from graceful.indexing.items import NEW_ITEM_COLUMNS
@@ -82,9 +88,10 @@ def test_the_first_answer_counts(workspace):
 def test_what_nobody_accepts_in_time_is_held(workspace, monkeypatch):
     update(workspace)
     waiting = awaited(workspace.registry)
+    assert not is_answered(workspace.root, waiting.evaluation)
     late = time.time() + 169 * 3600
     monkeypatch.setattr("graceful.flows.store.approvals.time.time", lambda: late)
-    assert not waiting.is_open
+    assert is_answered(workspace.root, waiting.evaluation), "it waits no longer"
     with pytest.raises(AlreadyAnsweredError, match="nobody accepted it by"):
         answer(workspace.registry, waiting, "accepted", by="Ada", reason="late")
     assert update(workspace) == G2
@@ -202,6 +209,44 @@ def test_a_gallery_that_has_changed_since_is_refused_judged_anew_and_asked_about
     first, second = workspace.registry.events(ApprovalAsked)
     assert second.payload.evaluation == f"{first.payload.evaluation}-drift2"
     assert awaited(workspace.registry).evaluation == second.payload.evaluation
+
+
+class Runs:
+    """What a flow server says of the runs of a deployment, and which of them were given another state."""
+
+    def __init__(self, *runs):
+        self.runs, self.changed = runs, {}
+
+    async def read_flow_runs(self, *, flow_run_filter, **_):
+        return [run for run in self.runs if run.state_type in flow_run_filter.state.type.any_]
+
+    async def set_flow_run_state(self, identity, state, **_):
+        self.changed[identity] = (state.type, state.name)
+
+
+def flow_run(kind, **fields):
+    past = datetime(2026, 1, 1, tzinfo=UTC)
+    defaults = {"id": uuid4(), "state_type": kind, "auto_scheduled": True, "run_count": 0, "expected_start_time": past}
+    return SimpleNamespace(**{**defaults, **fields})
+
+
+def test_a_run_of_the_schedule_that_waited_for_a_person_is_not_skipped_when_it_goes_on():
+    working, resumed, due = (
+        flow_run(StateType.RUNNING), flow_run(StateType.SCHEDULED, run_count=1), flow_run(StateType.SCHEDULED)
+    )  # fmt: skip
+    client = Runs(working, resumed, due)
+    asyncio.run(overlap.look(client, uuid4(), "skip"))
+    assert client.changed == {due.id: (StateType.CANCELLED, "Skipped")}
+
+
+def test_a_suspended_run_whose_decision_was_answered_elsewhere_is_started_again():
+    def suspended(key):
+        return flow_run(StateType.PAUSED, state=SimpleNamespace(state_details=SimpleNamespace(pause_key=key)))
+
+    answered, waits, foreign = suspended("e1"), suspended("e2"), suspended(None)
+    client = Runs(answered, waits, foreign, flow_run(StateType.RUNNING))
+    asyncio.run(overlap.wake_answered(client, uuid4(), lambda key: key == "e1"))
+    assert client.changed == {answered.id: (StateType.SCHEDULED, "Resuming")}
 
 
 # The form in the flow UI --------------------------------------------------------------------------------------------
