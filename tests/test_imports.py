@@ -86,7 +86,7 @@ ORDER = {
         "flows.search.batches", "flows.search.answering", "flows.search.looking", "flows.search.refusals",
         "flows.search.bodies", "flows.search.describing", "flows.search.guarding", "flows.search.metrics",
         "flows.search.http", "flows.search.connections", "flows.search.serving",
-        "flows.search.replicas", "flows.overlap", "flows.schedule",
+        "flows.search.replicas", "flows.overlap", "flows.schedule", "flows.deploying",
         "flows.commands", "flows.commands.setup", "flows.commands.networks", "flows.commands.check",
         "flows.commands.status", "flows.commands.doctor",
         "flows.commands.selftest", "flows.commands.evaluations", "flows.commands.evalset",
@@ -107,7 +107,14 @@ LEAF = ("errors", "files", "processes")
 EVERYWHERE = ("numpy", "pydantic", "pydantic_core", *LEAF)
 # Library -> modules that may import it; a package stands for all its modules.
 ALLOWED = {
-    "prefect": ("flows.runtime.flow_ui", "flows.overlap", "flows.schedule", "flows.update.flow", "flows.update.form"),
+    "prefect": (
+        "flows.runtime.flow_ui",
+        "flows.overlap",
+        "flows.schedule",
+        "flows.deploying",
+        "flows.update.flow",
+        "flows.update.form",
+    ),
     "ray": (
         "training.launch",
         "indexing.embedding_pool",

@@ -260,6 +260,32 @@ def serve(
             serve_updates(place(root), ui_host, ui_port)
 
 
+@command()
+def deploy(
+    pool: Annotated[str, typer.Option("--pool", help="Work pool whose workers carry the updates out.")],
+    root: RootOption = ".",
+    name: Annotated[
+        str | None, typer.Option(help="Name of the deployment; by default the pipeline's. Unique on the server.")
+    ] = None,
+    schedule: Annotated[bool, typer.Option(help="Whether the schedule of the configuration starts runs.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Register the updates of a workspace with a Prefect server of your own ($PREFECT_API_URL); its workers run them.
+
+    They need this program installed, and reach the workspace under the same name. Run again, it changes what is there.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.runtime.environment import prepare_environment
+
+        prepare_environment(place(root))
+        from graceful.flows.deploying import deploy_updates
+
+        found = deploy_updates(place(root), pool, name=name, scheduled=schedule)
+        often = found["schedule"] or "no schedule"
+        lines = [f"{found['deployment']} in pool {pool}: {often}", f"Page: {found['page']}"]
+        output(as_json, found, lambda console: console.print("\n".join(lines), highlight=False, soft_wrap=True))
+
+
 def _print_what_settles(pending: str | None, asked: dict[str, Any] | None, root: str) -> None:
     from graceful.flows.commands.suggestions import settling_commands
     from graceful.flows.terminal import print_next

@@ -117,11 +117,11 @@ class FlowProgress:
         if self.beside is not None:
             self.beside.entitle(title)
 
-    def tag(self, *tags: str) -> None:
-        """Add tags to the run, to look for."""
+    def tag(self, *tags: str, without: str = "") -> None:
+        """Add tags to the run, to look for, and take one away."""
         run = FlowRunContext.get()
         if run is not None and run.flow_run is not None:
-            self._describe(tags=sorted({*run.flow_run.tags, *tags}))
+            self._describe(tags=sorted({*run.flow_run.tags, *tags} - {without}))
 
     def show(self, make: Callable[[], Sequence[Artifact]]) -> None:
         """Leave artifacts, under keys that are the same from update to update."""

@@ -15,16 +15,19 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
+from graceful.errors import GracefulError
 from graceful.flows.runtime.flow_ui import FlowProgress
 from graceful.flows.runtime.progress import Progress, SilentProgress
 from graceful.flows.runtime.service import log_runs
 from graceful.flows.runtime.session import open_session
 from graceful.flows.settings.config import load_config, load_workspace_config
+from graceful.flows.store.approvals import awaited
 from graceful.flows.store.claim import SERVICE_VARIABLE
 from graceful.flows.store.evaluations import read_evaluation
+from graceful.flows.store.workspace import open_workspace
 from graceful.flows.update import order
 from graceful.flows.update import replay as history
-from graceful.flows.update.form import AWAITING_APPROVAL, Word, is_resumed, suspend, word_in_form
+from graceful.flows.update.form import AWAITING_APPROVAL, is_resumed, suspend, word_in_form
 from graceful.flows.update.order import Step, UpdateResult
 from graceful.flows.update.publish import question
 from graceful.flows.update.replay import ReplayResult
@@ -113,16 +116,18 @@ def update(
     if is_alone:
         log_runs(workspace)
     progress = FlowProgress(BESIDE.get())
-    given = word_in_form()
-    if given is not None:
-        _record_word(workspace, *given, progress)
+    if is_resumed():
+        _record_word(workspace, progress)
     result = (_BOX.get() or _Box[UpdateResult]()).fill(
         lambda: update_plainly(
             workspace, progress, as_task, again and not is_resumed(), train_paragon, adopted, wait_hours
         )
     )
     waits = result.approval == "waiting"
-    progress.tag(AWAITING_APPROVAL if waits else NOTHING_NEW if result.repeated else result.outcome)
+    if waits:
+        progress.tag(AWAITING_APPROVAL)
+    else:
+        progress.tag(NOTHING_NEW if result.repeated else result.outcome, without=AWAITING_APPROVAL)
     progress.close()
     if is_alone:
         end_in_time(_SECONDS_TO_HAND_OVER)
@@ -167,13 +172,23 @@ def update_plainly(
         return order.update(session, again=again, adopted=adopted, wait_s=wait_s, step=step)
 
 
-def _record_word(workspace: str, evaluation: str, word: Word, progress: Progress) -> None:
-    """Record what was said in the form of a run that was suspended; the update that follows carries it out."""
+def _record_word(workspace: str, progress: Progress) -> None:
+    """Record what was said in the form of this run; the update that follows carries it out.
+
+    Where it cannot be carried out any more, that is said, and the update judges anew, or holds.
+    """
+    asked = awaited(open_workspace(workspace).registry)
+    word = None if asked is None else word_in_form(asked.evaluation)
+    if asked is None or word is None:
+        return
     with open_session(workspace, load_workspace_config(workspace), progress) as session:
-        asked = order.answer_in_form(
-            session, evaluation, accepts=word.answer == "accept", by=word.by, reason=word.reason
-        )
-        progress.say("What was answered in the form is not asked any more." if asked is None else asked.said)
+        try:
+            given = order.answer_in_form(
+                session, asked, accepts=word.answer == "accept", by=word.by, reason=word.reason
+            )
+            progress.say(given.said)
+        except GracefulError as error:
+            progress.say(str(error))
 
 
 def replay_plainly(

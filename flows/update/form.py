@@ -44,17 +44,11 @@ def is_resumed() -> bool:
     return run is not None and run.run_count > 1
 
 
-def word_in_form() -> tuple[str, Word] | None:
-    """What was filled in for this run, with the evaluation that it was asked about; None where nothing was."""
+def word_in_form(evaluation: str) -> Word | None:
+    """What was filled in for this run about the decision of an evaluation; None where nothing was."""
     run = _run_of_deployment()
-    if run is None or not is_resumed():
-        return None
-    with get_client(sync_client=True) as client:
-        for evaluation in client.read_flow_run(run.id).empirical_policy.pause_keys or ():
-            found = read_flow_run_input(_keyset(evaluation)["response"], flow_run_id=run.id)
-            if found is not None:  # else it was started again without an answer
-                return evaluation, Word.model_validate(found)
-    return None
+    found = None if run is None else read_flow_run_input(_keyset(evaluation)["response"], flow_run_id=run.id)
+    return None if found is None else Word.model_validate(found)
 
 
 def suspend(evaluation: str, description: str) -> None:

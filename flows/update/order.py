@@ -18,7 +18,7 @@ from graceful.flows.runtime.notify import Kind, Notice, tell
 from graceful.flows.runtime.progress import Artifact
 from graceful.flows.runtime.session import Session
 from graceful.flows.settings.rollout import RolloutConfig
-from graceful.flows.store.approvals import Approval, answer, approval_of, awaited
+from graceful.flows.store.approvals import Approval, answer, approval_of
 from graceful.flows.store.claim import claim
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
 from graceful.flows.store.events import Decided, Overridden, Promoted
@@ -218,24 +218,19 @@ def accept(session: Session, generation: str, order: Order, *, by: str = "", ste
     return decided
 
 
-def answer_in_form(session: Session, evaluation: str, *, accepts: bool, by: str, reason: str) -> Approval | None:
-    """Record what a person says to the decision of an evaluation, for an update that follows to carry it out.
-
-    None, and nothing is recorded, where the decision does not wait any more: another one took its place.
+def answer_in_form(session: Session, asked: Approval, *, accepts: bool, by: str, reason: str) -> Approval:
+    """Record what a person says to a decision that waits, for an update that follows to carry it out.
 
     Raises as `accept`.
     """
     workspace = session.workspace
-    asked = awaited(workspace.registry)
-    if asked is None or asked.evaluation != evaluation:
-        return None
     if not accepts:
         return answer(workspace.registry, asked, "rejected", by=by, reason=reason)
-    stored = read_evaluation(workspace.evaluation_uri(evaluation))
     act = f"accepting {asked.generation}"
     refuse_retired(workspace, act, asked.generation)
     _refuse_other_champion(workspace, act, asked.generation, asked.champion)
-    return _approve(session, asked, stored, by=by, reason=reason)
+    evaluation = read_evaluation(workspace.evaluation_uri(asked.evaluation))
+    return _approve(session, asked, evaluation, by=by, reason=reason)
 
 
 def _approve(session: Session, asked: Approval, evaluation: Evaluation, *, by: str, reason: str) -> Approval:

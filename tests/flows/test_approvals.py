@@ -295,6 +295,7 @@ def test_a_deployed_run_is_suspended_and_goes_on_when_its_form_is_filled_in(aske
     ask("POST", f"/flow_runs/{run}/resume", {"run_input": {"answer": "accept", "reason": "seen", "by": "Ada"}})
     done = carry_out(run)
     assert (done["state_type"], done["state_name"]) == ("COMPLETED", "COMPATIBLE_ROLLOUT 50 %")
+    assert "AWAITING APPROVAL" not in done["tags"]
     registry = Workspace(str(root)).registry
     assert registry.serving().champion == candidate
     (given,) = registry.events(ApprovalAnswered)

@@ -15,8 +15,8 @@ from graceful.flows.cli import app, reported_errors
 from tests.flows import tiny
 
 COMMANDS = [
-    "accept", "adopt", "blame", "check", "cluster", "collect", "debt", "decide", "delete", "demo", "doctor", "flips",
-    "history", "ingest", "init", "plan", "promote", "reject", "replay", "report", "retire", "revoke", "rollback",
+    "accept", "adopt", "blame", "check", "cluster", "collect", "debt", "decide", "delete", "demo", "deploy", "doctor",
+    "flips", "history", "ingest", "init", "plan", "promote", "reject", "replay", "report", "retire", "revoke", "rollback",
     "search", "selftest", "serve", "status", "update",
 ]  # fmt: skip
 IN_GROUPS = ["evalset create", "evalset grow", "evalset label", "evalset show"]
