@@ -161,7 +161,9 @@ def _approval(case: Case, decided: Decided, decision: Decision) -> Approval | No
     if known is not None and known.is_late:
         return answer(registry, known, "expired", by="", reason="not accepted in time")
     if not case.approval.asks_for(decided.outcome):
-        return known if known is not None and known.word is not None else None
+        if known is None or known.word is not None:
+            return known
+        return answer(registry, known, "accepted", by=operator(), reason="rollout.approval asks nobody any more")
     return known or ask(
         registry,
         decided,

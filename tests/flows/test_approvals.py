@@ -104,6 +104,8 @@ def test_approvals_switched_off_carry_out_what_waits_but_not_what_was_rejected(w
     other = crash_table.open_world(str(tiny.copy_workspace(workspace.root, tmp_path / "other")))
     answer(other.registry, awaited(other.registry), "rejected", by="Ada", reason="no")
     assert update(workspace, "never") == G3
+    (given,) = workspace.registry.events(ApprovalAnswered)
+    assert given.payload.reason == "rollout.approval asks nobody any more"
     assert update(other, "never") == G2
     assert awaited(other.registry) is None
 
@@ -253,7 +255,7 @@ def test_a_suspended_run_whose_decision_was_answered_elsewhere_is_started_again(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_deployed_run_is_suspended_and_goes_on_when_its_form_is_filled_in(asked, spawn, flow_server, tmp_path):
     """A real server; the process of the run ends while it waits, and another one carries the answer out."""
     root, candidate = asked

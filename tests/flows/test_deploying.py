@@ -25,7 +25,7 @@ def ask(flow_server):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_team_s_own_worker_carries_out_what_was_deployed(
     bootstrapped, digits_file, tmp_path, spawn, flow_server, command_environment, ask
 ):

@@ -138,20 +138,19 @@ def test_items_that_cannot_be_read_are_told_above_the_limit(workspace_root, digi
     assert (told["event"], told["unreadable"], told["items"]) == ("graceful.unreadable", 10, 110)
 
 
-def test_an_update_under_way_for_too_long_is_stuck(tmp_path, monkeypatch):
-    assert stuck_update(str(tmp_path), 0.001) is None
+def test_an_update_under_way_for_too_long_is_stuck(tmp_path):
+    assert stuck_update(str(tmp_path), 1e-6) is None
     with claim(str(tmp_path), "an update"):
         assert stuck_update(str(tmp_path), 24) is None
-        later = time.time() + 25 * 3600
-        monkeypatch.setattr("graceful.flows.runtime.service.time.time", lambda: later)
-        found = stuck_update(str(tmp_path), 24)
+        found = stuck_update(str(tmp_path), 1e-6)
         assert found.kind == "stuck"
-        assert "an update has been under way for more than 24 hours (process " in found.summary
-        assert stuck_update(str(tmp_path), 24).key == found.key, "the same one, told once"
-    assert stuck_update(str(tmp_path), 24) is None
+        assert "an update has been under way for more than 1e-06 hours (process " in found.summary
+        assert stuck_update(str(tmp_path), 1e-6).key == found.key, "the same one, told once"
+    assert stuck_update(str(tmp_path), 1e-6) is None
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_flow_server_has_it_as_an_event(flow_server, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", flow_server["PREFECT_API_URL"])
     assert tell("/srv/shop", "shop", NotifyConfig(timeout_s=30), NOTICE) == []
