@@ -167,7 +167,7 @@ def update(
         asked = Artifact(
             f"{session.config.name}-approval", "A decision waits for you", question(evaluation, result.word)
         )
-        session.progress.show([asked])
+        session.progress.show(lambda: [asked])
     return result
 
 

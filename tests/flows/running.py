@@ -2,10 +2,13 @@
 
 import os
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 from uuid import UUID
 
+import httpx
 import torch
 from prefect.exceptions import Pause
 from prefect.flow_engine import load_flow_run, run_flow
@@ -28,6 +31,17 @@ def update(root: object, *, again: bool = False, adopted: str | None = None) -> 
     config = load_workspace_config(str(root))
     with open_session(str(root), config) as session:
         return order.update(session, again=again, adopted=adopted)
+
+
+def ask_server(api: str, method: str, path: str, body: object = None) -> Any:
+    """What a flow server answers; SQLite refuses some writes while others write, and is asked again."""
+    deadline = time.monotonic() + 60
+    while True:
+        found = httpx.request(method, f"{api}{path}", json=body, timeout=30)
+        if found.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
+            assert found.is_success, f"{found.status_code}: {found.text}"
+            return found.json() if found.content else None
+        time.sleep(0.2)
 
 
 def command_in_child(

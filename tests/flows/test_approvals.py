@@ -1,13 +1,13 @@
 """Decisions that wait for a person: nothing moves before an answer, the first one counts, a stale one is refused."""
 
 import asyncio
+import functools
 import json
 import time
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from uuid import uuid4
 
-import httpx
 import pyarrow as pa
 import pytest
 from prefect.client.schemas.objects import StateType
@@ -259,12 +259,7 @@ def test_a_suspended_run_whose_decision_was_answered_elsewhere_is_started_again(
 def test_a_deployed_run_is_suspended_and_goes_on_when_its_form_is_filled_in(asked, spawn, flow_server, tmp_path):
     """A real server; the process of the run ends while it waits, and another one carries the answer out."""
     root, candidate = asked
-    api = flow_server["PREFECT_API_URL"]
-
-    def ask(method, path, body=None):
-        found = httpx.request(method, f"{api}{path}", json=body, timeout=30)
-        assert found.is_success, found.text
-        return found.json() if found.content else None
+    ask = functools.partial(running.ask_server, flow_server["PREFECT_API_URL"])
 
     def carry_out(run):
         log = tmp_path / "log"

@@ -1,10 +1,10 @@
 """`graceful deploy` against a real flow server: what is registered, what is refused, and a run by a real worker."""
 
+import functools
 import json
 import subprocess
 import sys
 
-import httpx
 import pytest
 
 from graceful.flows import deploying
@@ -14,21 +14,12 @@ from tests.flows import running, tiny
 SCHEDULE = {"schedule": {"cron": "5 3 * * 1", "timezone": "Asia/Kathmandu"}}
 
 
-@pytest.fixture
-def ask(flow_server):
-    def ask(method, path, body=None):
-        found = httpx.request(method, flow_server["PREFECT_API_URL"] + path, json=body, timeout=30)
-        assert found.is_success, found.text
-        return found.json()
-
-    return ask
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_team_s_own_worker_carries_out_what_was_deployed(
-    bootstrapped, digits_file, tmp_path, spawn, flow_server, command_environment, ask
+    bootstrapped, digits_file, tmp_path, spawn, flow_server, command_environment
 ):
+    ask = functools.partial(running.ask_server, flow_server["PREFECT_API_URL"])
     root = tiny.copy_workspace(bootstrapped, tmp_path / "workspace")
     tiny.write_config(root, digits_file, SCHEDULE)  # decided about before: the run finds nothing new
     ask("POST", "/work_pools/", {"name": "team", "type": "process"})
