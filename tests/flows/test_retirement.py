@@ -53,4 +53,3 @@ def test_weights_by_share_are_frozen_with_the_update_and_reach_the_training(work
         tuple(max(0.1, 2 * rows[name] / 100) for name in names),
     ]
     assert [tuple(reference.weight for reference in job.predecessors) for job in jobs] == [(1.0,), frozen[-1].weights]
-    assert min(rows.values()) > 0
