@@ -255,7 +255,7 @@ def test_a_suspended_run_whose_decision_was_answered_elsewhere_is_started_again(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(500)
 def test_a_deployed_run_is_suspended_and_goes_on_when_its_form_is_filled_in(asked, spawn, flow_server, tmp_path):
     """A real server; the process of the run ends while it waits, and another one carries the answer out."""
     root, candidate = asked
@@ -278,7 +278,7 @@ def test_a_deployed_run_is_suspended_and_goes_on_when_its_form_is_filled_in(aske
     assert (waiting["state_type"], waiting["state_name"]) == ("PAUSED", "AWAITING APPROVAL")
     assert "AWAITING APPROVAL" in waiting["tags"]
     keys = waiting["state"]["state_details"]["run_input_keyset"]
-    form = json.loads(ask("GET", f"/flow_runs/{run}/input/{keys['schema']}"))
+    form = ask("GET", f"/flow_runs/{run}/input/{keys['schema']}")
     assert set(form["properties"]) == {"answer", "reason", "by"}
     assert form["properties"]["answer"]["enum"] == ["accept", "reject"]
     described = ask("GET", f"/flow_runs/{run}/input/{keys['description']}")
@@ -291,7 +291,8 @@ def test_a_deployed_run_is_suspended_and_goes_on_when_its_form_is_filled_in(aske
     assert missing["status"] == "REJECT", "a reason is needed"
     ask("POST", f"/flow_runs/{run}/resume", {"run_input": {"answer": "accept", "reason": "seen", "by": "Ada"}})
     done = carry_out(run)
-    assert (done["state_type"], done["state_name"]) == ("COMPLETED", "COMPATIBLE_ROLLOUT 50 %")
+    assert done["state_type"] == "COMPLETED"
+    assert done["state_name"].startswith("COMPATIBLE_ROLLOUT ")
     assert "AWAITING APPROVAL" not in done["tags"]
     registry = Workspace(str(root)).registry
     assert registry.serving().champion == candidate

@@ -15,7 +15,7 @@ SCHEDULE = {"schedule": {"cron": "5 3 * * 1", "timezone": "Asia/Kathmandu"}}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(500)
 def test_a_team_s_own_worker_carries_out_what_was_deployed(
     bootstrapped, digits_file, tmp_path, spawn, flow_server, command_environment
 ):

@@ -150,7 +150,7 @@ def test_an_update_under_way_for_too_long_is_stuck(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(400)
 def test_the_flow_server_has_it_as_an_event(flow_server, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", flow_server["PREFECT_API_URL"])
     assert tell("/srv/shop", "shop", NotifyConfig(timeout_s=30), NOTICE) == []
