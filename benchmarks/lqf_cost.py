@@ -14,6 +14,7 @@ from graceful.training.generation import BackboneSpec, Preprocessing
 from graceful.training.job import AugmentationConfig, LqfConfig, TrainingConfig, TrainingJob
 from graceful.training.linear import Linearised, SquaredHead
 from graceful.training.material import Material
+from graceful.training.pixels import Held
 from graceful.training.predecessors import Predecessors
 from graceful.training.progress import TrailReporter
 from graceful.training.starting import Trainee, build_trainee
@@ -53,7 +54,9 @@ def _stepper(folder: str, is_linear: bool) -> tuple[Run, Stepper]:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(4 * _BATCH) % _CLASSES
     pixels = torch.randint(0, 256, (len(labels), 1, 28, 28), dtype=torch.uint8, generator=generator)
-    material = Material([f"{c:03d}" for c in range(_CLASSES)], labels, pixels, Predecessors([], labels.numpy(), _CPU))
+    material = Material(
+        [f"{c:03d}" for c in range(_CLASSES)], labels, Held(pixels), Predecessors([], labels.numpy(), _CPU)
+    )
     job = TrainingJob(
         config=recipe, name="step", manifest_uri=str(Path(folder) / "none.parquet"), output_uri=folder, ordinal=1,
         storage_uri=folder,

@@ -199,7 +199,7 @@ def _job_of(folder: str, manifest: str, side: int, batch: int, backbone: Backbon
         preprocessing=Preprocessing(image_size=side, channels=channels, mean=mean, std=std),
         augmentation=AugmentationConfig(kind="none"),
         constraints=(),
-        interpolation=0.0,
+        mixture=0.0,
         batch_size=batch,
         precision="float32",
         pixel_memory_mib=0,
