@@ -17,6 +17,7 @@ from graceful.evaluation.plots import STYLE, WIDTH, deferred, finish
 
 _NOT_DRAWN = (
     "epoch", "epochs", "step", "steps", "seconds", "images_per_s", "eta_s", "workers", "workers_before", "loss",
+    "format_version",
 )  # fmt: skip
 DEV = "dev"  # recall@1 on the dev part; "dev on g001-..." against a predecessor's vectors
 Lines = Sequence[Mapping[str, Any]]
