@@ -109,13 +109,6 @@ def test_debug_shows_the_traceback(monkeypatch):
         raise LostError("it is gone")
 
 
-def test_interrupted_command_says_how_to_go_on(capsys):
-    with pytest.raises(typer.Exit) as end, reported_errors():
-        raise KeyboardInterrupt
-    assert end.value.exit_code == 130
-    assert "run the same command again" in capsys.readouterr().err
-
-
 def test_init_creates_a_workspace_and_leaves_what_is_there_alone(tmp_path):
     root = tmp_path / "new"
     assert invoke("init", root).exit_code == 0
