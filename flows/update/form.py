@@ -19,7 +19,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.context import FlowRunContext
 from prefect.exceptions import Pause
-from prefect.input import RunInput, read_flow_run_input
+from prefect.input import RunInput, filter_flow_run_input, read_flow_run_input
 from prefect.input.run_input import keyset_from_base_key
 from prefect.states import Paused
 from pydantic import Field
@@ -27,6 +27,7 @@ from pydantic import Field
 AWAITING_APPROVAL = "AWAITING APPROVAL"
 """Name of the state, and tag, of a run that waits for a person."""
 
+_PREFIX = "approval-"  # of the keys of a run's forms
 logger = logging.getLogger(__name__)
 
 
@@ -39,9 +40,16 @@ class Word(RunInput):
 
 
 def is_resumed() -> bool:
-    """Whether this run was suspended, or ended, and has been started again."""
+    """Whether this run was suspended with a form, and has been started again."""
     run = _run_of_deployment()
-    return run is not None and run.run_count > 1
+    if run is None:
+        return False
+    try:
+        # Not by the run's count: the server does not count a start after a suspension.
+        return bool(filter_flow_run_input(_PREFIX, limit=1, flow_run_id=run.id))
+    except Exception as error:  # the flow server is no dependency
+        logger.warning("whether the run was suspended is not known (%s: %s)", type(error).__name__, error)
+        return False
 
 
 def word_in_form(evaluation: str) -> Word | None:
@@ -95,4 +103,4 @@ def _waiting(client: SyncPrefectClient, run: FlowRun) -> bool:
 
 
 def _keyset(evaluation: str) -> Any:
-    return keyset_from_base_key(f"approval-{evaluation}")
+    return keyset_from_base_key(f"{_PREFIX}{evaluation}")

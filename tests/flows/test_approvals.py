@@ -289,7 +289,8 @@ def test_a_deployed_run_is_suspended_and_goes_on_when_its_form_is_filled_in(aske
 
     missing = ask("POST", f"/flow_runs/{run}/resume", {"run_input": {"answer": "accept", "by": "Ada"}})
     assert missing["status"] == "REJECT", "a reason is needed"
-    ask("POST", f"/flow_runs/{run}/resume", {"run_input": {"answer": "accept", "reason": "seen", "by": "Ada"}})
+    given = ask("POST", f"/flow_runs/{run}/resume", {"run_input": {"answer": "accept", "reason": "seen", "by": "Ada"}})
+    assert given["status"] == "ACCEPT", given
     done = carry_out(run)
     assert done["state_type"] == "COMPLETED"
     assert done["state_name"].startswith("COMPATIBLE_ROLLOUT ")
