@@ -20,7 +20,7 @@ class Advance(Protocol):
     """Counts pieces of work that are done."""
 
     def __call__(self, count: int, note: str = "") -> None:
-        """Count; `note` says something about the newest piece, such as its loss."""
+        """Count; `note` says something about the newest piece, such as its loss, and how long is left."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class _Lines:
         if now - self._said < _SECONDS_BETWEEN_LINES and self._done < self._total:
             return
         self._said = now
-        left = (now - self._started) / max(self._done, 1) * max(self._total - self._done, 0)
+        left = 0.0 if note else (now - self._started) / max(self._done, 1) * max(self._total - self._done, 0)
         parts = [f"{self._label}: {self._done:,} of {self._total:,}", note, f"about {left:.0f} s left" if left else ""]
         self._say("  " + ", ".join(part for part in parts if part))
 
