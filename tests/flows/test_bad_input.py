@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from graceful.files import set_crash_hook
 from graceful.flows.cli import app, reported_errors
 from graceful.flows.commands.adopt import adopt_generation
 from graceful.flows.search.searcher import GallerySearcher
+from graceful.flows.store.claim import holder
 from graceful.flows.store.events import Promoted, UpdateStarted
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.order import UpdateResult
@@ -317,10 +319,14 @@ def test_corrupted_weights_are_refused_by_their_digest(workspace_root, tmp_path,
 @pytest.mark.timeout(200)
 def test_of_two_updates_started_at_once_one_is_refused(spawn, flow_server, bootstrapped, tmp_path, digits_file):
     root = tiny.copy_workspace(bootstrapped, tmp_path / "workspace")
-    write(root, digits_file, training__epochs=60)  # long enough that the second meets the first
+    write(root, digits_file, training__epochs=150)  # long enough that the second meets the first
     logs = [tmp_path / "first.log", tmp_path / "second.log"]
     arguments = ["update", "--root", str(root)]
-    processes = [spawn(running.command_in_child, arguments, "", str(log), flow_server) for log in logs]
+    processes = [spawn(running.command_in_child, arguments, "", str(logs[0]), flow_server)]
+    deadline = time.monotonic() + 120
+    while not holder(str(root))[1] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    processes.append(spawn(running.command_in_child, arguments, "", str(logs[1]), flow_server))
     for process in processes:
         process.join(150)
     texts = [log.read_text() for log in logs]
