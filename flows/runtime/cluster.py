@@ -137,7 +137,7 @@ class RaySession:
 def log_with_processes() -> None:
     """Let Ray's Python write where Ray's processes do, which a command sends to a log."""
     for handler in logging.getLogger("ray").handlers:
-        if isinstance(handler, logging.StreamHandler) and sys.__stderr__ is not None:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr and sys.__stderr__ is not None:
             handler.setStream(sys.__stderr__)
 
 
