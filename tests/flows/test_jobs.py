@@ -348,32 +348,6 @@ with RaySession(ClusterConfig(address="auto")) as session:
 print("left", not ray.is_initialized(), flush=True)
 """
 
-LOSE = """
-import os, signal, sys, time
-import ray
-from graceful.flows.runtime import head
-from graceful.flows.runtime.cluster import RaySession
-from graceful.flows.settings.config import ClusterConfig
-
-head.SECONDS_OF_SILENCE = 3.0
-
-@ray.remote(num_cpus=1)
-def work():
-    time.sleep(100)
-
-try:
-    with RaySession(ClusterConfig(address="auto")) as session:
-        session.ensure()
-        answer = work.remote()
-        os.kill(int(sys.argv[1]), signal.SIGKILL)
-        killed = time.monotonic()
-        while True:
-            ray.wait([answer], timeout=1)
-except head.ClusterLostError as error:
-    print(round(time.monotonic() - killed), error, flush=True)
-    os._exit(7)
-"""
-
 
 def joined(head: Head, script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
     environment = {**os.environ, "RAY_ADDRESS": head.gcs, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(CODE)}
@@ -394,13 +368,3 @@ def test_a_running_cluster_is_joined_proven_and_left_running(head: Head, tmp_pat
     assert "'problem': ''" in lines["proven"]
     assert "expected this version of the code (another)" in lines["refused"]
     assert answers(f"{head.job_server}/api/version")
-
-
-def test_whoever_works_on_a_cluster_whose_head_goes_is_told_before_ray_ends_the_process(head: Head) -> None:
-    """The last test of this head."""
-    (gcs,) = [pid for pid in living(head.folder) if "gcs_server" in Path(f"/proc/{pid}/cmdline").read_text()]
-    ended = joined(head, LOSE, str(gcs))
-    assert ended.returncode == 7, ended.stderr[-3000:]
-    seconds, words = ended.stdout.splitlines()[-1].split(" ", 1)
-    assert words.startswith("working on the Ray cluster at")
-    assert int(seconds) < 40, "three seconds of silence, the end of the session, and Ray would end it after sixty"

@@ -43,6 +43,7 @@ BASE: dict[str, Any] = {
         "width": 16,
         "epochs": 2,
         "batch_size": 64,
+        "precision": "float32",  # auto measures, and a busy machine may choose otherwise
         "first_max_lr": 0.001,  # too low: what comes after it is better by far, and its re-index pays
         "max_lr": 0.005,
         "backbone": {"name": "small_cnn", "kwargs": {"block_widths": [8, 16]}},

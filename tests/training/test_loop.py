@@ -99,6 +99,7 @@ def test_every_constraint_brings_the_spaces_together(
         recipe = config.model_copy(
             update={
                 "constraints": (ConstraintConfig(name=name, weight=weight),),
+                "precision": "float32",
                 "start": "scratch",
                 "rows_from_parent": False,
                 "interpolation": 0.0,
