@@ -4,8 +4,8 @@ Ray itself tries for a minute and then ends the process from C++ without a word;
 address waits in silence. So the head is asked for a connection before a cluster is joined, and every few seconds while
 it is used. Where it does not answer, `ClusterLostError` is raised in the main thread; where that does not come to hear
 it, the process is ended with the same line. Where Ray waits for the head and holds the interpreter meanwhile, no thread
-of Python runs, this one included, and it is Ray that ends the process after its minute. What a head that answers and does nothing
-holds up is bounded by `cluster.deadline_hours` alone.
+of Python runs, this one included, and it is Ray that ends the process after its minute. What a head that answers and
+does nothing holds up is bounded by `cluster.deadline_hours` alone.
 """
 
 import os
