@@ -218,10 +218,12 @@ def test_another_policy_judges_again_and_trains_nothing(held, digits_file):
     before, decisions = weights_of(root), len(registry.events(Decided))
     tiny.write_config(root, digits_file, {**tiny.grown(5), **UNLEARNING, "policy": UNSURE})
     result = running.update(root)
-    assert (result.candidate, result.outcome) == (candidate, "INCONCLUSIVE")
+    assert result.candidate == candidate
+    assert result.outcome in ("HOLD", "INCONCLUSIVE")  # how much it has unlearned is the processor's
     assert len(registry.events(Decided)) == decisions + 1
     assert weights_of(root) == before
-    assert document("status", "--root", root)["pending"] == candidate
+    pending = candidate if result.outcome == "INCONCLUSIVE" else None
+    assert document("status", "--root", root)["pending"] == pending
 
 
 def test_rejecting_settles_what_was_pending(undecided):
