@@ -20,6 +20,7 @@ _NOT_DRAWN = (
     "format_version",
 )  # fmt: skip
 DEV = "dev"  # recall@1 on the dev part; "dev on g001-..." against a predecessor's vectors
+WEIGHT = "weight of "  # a predecessor's weight in the loss, by its name
 Lines = Sequence[Mapping[str, Any]]
 
 
@@ -45,7 +46,7 @@ def learning_figure(lines: Lines) -> Figure:
 def _draw_dev(axes: Axes, lines: Lines) -> None:
     """Draw recall@1 on the dev part on an axis of its own: against its own vectors, and against predecessors'."""
     beside = axes.twinx()
-    names = dict.fromkeys(name for line in lines for name in line if name == DEV or name.startswith(f"{DEV} on "))
+    names = dict.fromkeys(name for line in lines for name in line if _is_dev(name))
     for name in names:
         shown = [(line["epoch"] + 1, 100 * line[name]) for line in lines if name in line]
         look: dict[str, Any] = {"color": "0.2", "linewidth": 2} if name == DEV else {"color": "0.6", "linewidth": 1}
@@ -73,8 +74,8 @@ def learning_caption(lines: Lines) -> str:
 def term_names(lines: Lines) -> list[str]:
     """Return the names of the loss's terms, in the order of their first appearance."""
     names = dict.fromkeys(name for line in lines for name, value in line.items() if isinstance(value, int | float))
-    return [name for name in names if name not in _NOT_DRAWN and not _is_beside(name)]
+    return [name for name in names if name not in _NOT_DRAWN and not _is_dev(name) and not name.startswith(WEIGHT)]
 
 
-def _is_beside(name: str) -> bool:
-    return name == DEV or name.startswith((f"{DEV} on ", "weight of "))
+def _is_dev(name: str) -> bool:
+    return name == DEV or name.startswith(f"{DEV} on ")

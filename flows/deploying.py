@@ -8,10 +8,10 @@ import asyncio
 import os
 import urllib.error
 import urllib.request
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from graceful.errors import GracefulError
+from graceful.flows.schedule import schedule_of
 
 if TYPE_CHECKING:
     from graceful.flows.settings.config import PipelineConfig
@@ -73,7 +73,7 @@ async def _deploy(root: str, config: "PipelineConfig", pool: str, name: str, sch
         await _refuse_foreign(client, root, name)
     deployment: Any = await update.ato_deployment(
         name,
-        schedules=[_schedule(config)] if scheduled else None,
+        schedules=[schedule_of(config.schedule)] if scheduled else None,
         parameters={"workspace": root},
         description=f"Updates of {root}. Registered by 'graceful deploy'.",
         tags=["graceful"],
@@ -87,7 +87,7 @@ async def _deploy(root: str, config: "PipelineConfig", pool: str, name: str, sch
         "deployment": f"{FLOW}/{name}",
         "id": str(identity),
         "pool": pool,
-        "schedule": _in_words(config) if scheduled else None,
+        "schedule": config.schedule.in_words if scheduled else None,
         "page": f"{page}/deployments/deployment/{identity}",
     }
 
@@ -120,17 +120,3 @@ async def _refuse_foreign(client: Any, root: str, name: str) -> None:
             f"deploying updates: expected {FLOW}/{name} to be of this workspace, found that it is of {other}; give "
             "another --name, or another name in the configuration"
         )
-
-
-def _schedule(config: "PipelineConfig") -> Any:
-    from prefect.schedules import Cron, Interval
-
-    wanted = config.schedule
-    if wanted.every_minutes is None:
-        return Cron(wanted.cron, timezone=wanted.timezone)
-    return Interval(timedelta(minutes=wanted.every_minutes), timezone=wanted.timezone)
-
-
-def _in_words(config: "PipelineConfig") -> str:
-    wanted = config.schedule
-    return f"cron {wanted.cron!r}" if wanted.every_minutes is None else f"every {wanted.every_minutes:g} minutes"

@@ -37,7 +37,7 @@ from graceful.processes import end_in_time, process_start
 if TYPE_CHECKING:
     from prefect.runner import Runner
 
-    from graceful.flows.settings.config import PipelineConfig
+    from graceful.flows.settings.config import PipelineConfig, ScheduleConfig
 
 # Runs prove every 30 s that they live (the shortest that Prefect allows); three silent minutes are a crash.
 HEARTBEAT_S = 30
@@ -79,18 +79,13 @@ async def _run(root: str, config: "PipelineConfig", api_url: str, *, at_once: bo
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
     from prefect.deployments.runner import EntrypointType
     from prefect.runner import Runner
-    from prefect.schedules import Cron, Interval
 
     from graceful.flows.settings.config import ConfigError
     from graceful.flows.update.flow import update
 
     wanted = config.schedule
-    schedule: Any
     try:
-        if wanted.every_minutes is None:
-            schedule = Cron(wanted.cron, timezone=wanted.timezone)
-        else:
-            schedule = Interval(timedelta(minutes=wanted.every_minutes), timezone=wanted.timezone)
+        schedule = schedule_of(wanted)
         times = await _next_times(config, 1)
     except ValueError as error:
         line = " ".join(str(error).split())
@@ -114,8 +109,7 @@ async def _run(root: str, config: "PipelineConfig", api_url: str, *, at_once: bo
             await client.create_flow_run_from_deployment(identity)
     print(f"Flow UI: {api_url.removesuffix('/api')}/deployments", flush=True)
     print(f"Log of the runs: {os.path.join(root, '.prefect', RUNS_LOG)}", flush=True)
-    often = f"cron {wanted.cron!r}" if wanted.every_minutes is None else f"every {wanted.every_minutes:g} minutes"
-    print(f"Next update of {config.name}: {times[0]:%Y-%m-%d %H:%M %Z} ({often})", flush=True)
+    print(f"Next update of {config.name}: {times[0]:%Y-%m-%d %H:%M %Z} ({wanted.in_words})", flush=True)
     beside = [
         asyncio.create_task(keep_from_piling_up(identity, wanted.overlap, lambda name: is_answered(root, name))),
         asyncio.create_task(_tell_when_stuck(root, config)),
@@ -125,6 +119,15 @@ async def _run(root: str, config: "PipelineConfig", api_url: str, *, at_once: bo
     finally:
         for task in beside:
             task.cancel()
+
+
+def schedule_of(wanted: "ScheduleConfig") -> Any:
+    """Prefect's schedule of a configuration. Raises ValueError for one that Prefect cannot use."""
+    from prefect.schedules import Cron, Interval
+
+    if wanted.every_minutes is None:
+        return Cron(wanted.cron, timezone=wanted.timezone)
+    return Interval(timedelta(minutes=wanted.every_minutes), timezone=wanted.timezone)
 
 
 async def _tell_when_stuck(root: str, config: "PipelineConfig") -> None:

@@ -6,7 +6,6 @@ the same way in whatever process and batch it is decoded.
 """
 
 import difflib
-import importlib
 import inspect
 import math
 import random
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from graceful.errors import UsageError, in_one_line
+from graceful.training.choices import imported
 from graceful.training.encoder import normalise
 from graceful.training.generation import Preprocessing
 from graceful.training.job import AugmentationConfig, TransformConfig
@@ -140,13 +140,7 @@ def _reflect(positions: Tensor, size: int) -> Tensor:
 
 def _build(entry: TransformConfig, size: int) -> Callable[[Any], Any]:
     if ":" in entry.name:
-        module_name, _, attribute = entry.name.partition(":")
-        try:
-            factory = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UsageError(
-                f"augmentation: expected an importable {entry.name}, found {error}; check the name and PYTHONPATH"
-            ) from error
+        factory = imported("augmentation", entry.name)
     else:
         factory = _of_torchvision(entry.name)
     parameters = dict(entry.parameters)

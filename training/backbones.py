@@ -5,7 +5,6 @@ network's. Arguments are JSON values, so that a generation's card can rebuild th
 """
 
 import difflib
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from graceful.errors import UsageError
+from graceful.training.choices import imported
 from graceful.training.generation import BackboneSpec
 
 TIMM = "timm/"
@@ -290,24 +290,14 @@ def stated_preprocessing(name: str) -> dict[str, Any]:
 
     Raises: UsageError where it cannot be imported, or states something else than a mapping.
     """
-    stated = getattr(_factory(name), "preprocessing", {})
+    stated = getattr(imported("building a backbone", name), "preprocessing", {})
     if not isinstance(stated, dict):
         raise UsageError(f"reading {name}.preprocessing: expected a dict, found {type(stated).__name__}")
     return stated
 
 
-def _factory(name: str) -> Any:
-    module_name, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"building a backbone: expected an importable {name}, found {error}; check the name and PYTHONPATH"
-        ) from error
-
-
 def _call_factory(name: str, kwargs: dict[str, Any], offered: dict[str, int]) -> nn.Module:
-    factory = _factory(name)
+    factory = imported("building a backbone", name)
     parameters = inspect.signature(factory).parameters
     arguments = {key: value for key, value in offered.items() if key in parameters and key not in kwargs}
     network = factory(**kwargs, **arguments)

@@ -4,12 +4,24 @@ The networks and losses themselves stand in `training.heads.HEADS` and `training
 these names and parameters to them.
 """
 
+import importlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from graceful.errors import UsageError
 
 HEAD_NAMES = ("additive_margin", "arcface", "cosine_softmax", "simplex")
+
+
+def imported(what: str, name: str) -> Any:
+    """Return what `package.module:attribute` names; `what` begins the refusal. Raises UsageError."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"{what}: expected an importable {name}, found {error}; check the name and PYTHONPATH"
+        ) from error
 
 
 class Range(NamedTuple):

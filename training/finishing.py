@@ -29,6 +29,12 @@ def interpolate(network: nn.Module, parent_state: Mapping[str, Tensor], share: f
                 tensor.lerp_(parent_state[name].to(tensor), share)
 
 
+def mixed(own: Tensor, theirs: Tensor, share: float) -> Tensor:
+    """Return n((1 - share) own + share theirs) of unit rows (N, d) and (N, d_k); a narrower space is filled with 0."""
+    theirs = functional.pad(theirs, (0, own.shape[1] - theirs.shape[1]))
+    return functional.normalize(torch.lerp(own, theirs, share), dim=1)
+
+
 def interpolate_rows(rows: Tensor, parent_rows: Tensor, share: float) -> Tensor:
     """Return the classifier rows (C, d) that go with interpolated weights.
 
@@ -36,7 +42,7 @@ def interpolate_rows(rows: Tensor, parent_rows: Tensor, share: float) -> Tensor:
     so do the rows. `parent_rows` holds the parent's class mean where it has no row of its own.
     """
     own, earlier = functional.normalize(rows, dim=1), functional.normalize(parent_rows, dim=1)
-    return functional.normalize(torch.lerp(own, earlier.to(own), share), dim=1)
+    return mixed(own, earlier.to(own), share)
 
 
 def calibrate(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from graceful.training.datasets import check_classes
 from graceful.training.distributed import once_per_machine, world_size
-from graceful.training.job import TrainingJob
+from graceful.training.job import TrainingConfig, TrainingJob
 from graceful.training.manifest import count_images, read_classes, read_manifest
 from graceful.training.pixels import Draw, Images, Look, Streamed, held
 from graceful.training.predecessors import Predecessors, load_predecessors
@@ -109,12 +109,17 @@ def open_images(job: TrainingJob, manifest_uri: str, look: Look, device: torch.d
 
     Raises: ChangedImagesError, UnreadableImageError, ScratchFullError, UsageError for transforms that do not fit.
     """
-    if look.size_bytes(count_images(manifest_uri)) <= job.config.pixel_memory_mib * 2**20:
+    if not is_streamed(job.config, look, count_images(manifest_uri)):
         return held(read_manifest(manifest_uri), look)
     folder = once_per_machine(partial(_written_records, manifest_uri, scratch))
     ahead = 2 * -(-job.config.batch_size // world_size())
     processes = decoding_processes(job)
     return Streamed(Records(folder, manifest_uri), look, processes, ahead, pinned=device.type == "cuda")
+
+
+def is_streamed(config: TrainingConfig, look: Look, num_images: int) -> bool:
+    """Whether so many images are decoded while they are used, because they are too large together to be held."""
+    return look.size_bytes(num_images) > config.pixel_memory_mib * 2**20
 
 
 def decoding_processes(job: TrainingJob) -> int:

@@ -1,6 +1,6 @@
 """The last epochs of a training: the mixture of two generations, put into one encoder.
 
-n((1 - b) f_t(x) + b f_(t-1)(x) flips less than f_t alone and is read better by and from older generations (a mean of
+n((1 - b) f_t(x) + b f_(t-1)(x)) flips less than f_t alone and is read better by and from older generations (a mean of
 two networks errs less than either, and it lies between their spaces), but a query would cost two encoder runs. So the
 trained network is kept as the teacher, and for some more epochs, with a schedule of their own, the network learns the
 task, its constraints and the mixture: w |n(f(x)) - n((1 - b) teacher(x) + b v)|^2, v the parent's stored vector of
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from graceful.training.encoder import autocast
+from graceful.training.finishing import mixed
 from graceful.training.starting import Trainee
 from graceful.training.step import Run
 
@@ -42,8 +43,7 @@ class Mixture:
         with torch.no_grad(), autocast(images.device, self._run.dtype):
             own = functional.normalize(self._teacher(images).float(), dim=1)
         theirs = self._run.material.predecessors.vectors_of(self._parent_id, rows)
-        theirs = functional.pad(theirs, (0, own.shape[1] - theirs.shape[1]))
-        target = functional.normalize(torch.lerp(own, theirs, self.share), dim=1)
+        target = mixed(own, theirs, self.share)
         weight = self._run.job.config.mixture_weight
         return weight * (functional.normalize(embeddings, dim=1) - target).square().sum(dim=1).mean()
 

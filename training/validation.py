@@ -20,7 +20,7 @@ from torch.nn import functional
 from graceful.errors import UsageError
 from graceful.training.choosing import RULE, Option, choose
 from graceful.training.encoder import embed
-from graceful.training.finishing import calibrate, interpolate
+from graceful.training.finishing import calibrate, interpolate, mixed
 from graceful.training.job import TrainingConfig, TrainingJob
 from graceful.training.manifest import read_classes
 from graceful.training.material import open_images
@@ -197,9 +197,7 @@ class Validation:
         with buffers_put_back(network):
             own = self._calibrated_vectors(network, run.job.config.calibration_images)
         theirs = self.dev.references[parent_id]
-        theirs = functional.pad(theirs, (0, own.shape[1] - theirs.shape[1]))
-        mixed = [(share, functional.normalize(torch.lerp(own, theirs, share), dim=1)) for share in SHARES]
-        return self._chosen([self.dev.option(share, vectors, parent_id) for share, vectors in mixed])
+        return self._chosen([self.dev.option(share, mixed(own, theirs, share), parent_id) for share in SHARES])
 
     def _chosen(self, options: Sequence[Option]) -> tuple[float, dict[str, Any]]:
         """Return the value that the rule takes, rank 0's on every rank, and what is told of it."""

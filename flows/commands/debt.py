@@ -5,15 +5,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from graceful.evaluation.debt import ForecastGeneration, MeasuredTraining, fitted_step_cost, forecast
-from graceful.evaluation.matrix import compatibility_tax
-from graceful.evaluation.outcomes import pair_state
-from graceful.evaluation.retrieval import metric_of
 from graceful.files import file_stats, join
 from graceful.flows.settings.config import load_workspace_config
 from graceful.flows.store.evaluations import read_evaluation
 from graceful.flows.store.events import Adopted, Decided, Trained, UpdateStarted
 from graceful.flows.store.registry import Registry
 from graceful.flows.store.workspace import Workspace, open_workspace
+from graceful.flows.update.diagnosis import tax_points
 from graceful.flows.update.predecessors import predecessors_of
 
 
@@ -57,7 +55,7 @@ def compatibility_debt(root: str, num_generations: int = 5) -> Debt:
         [tax for _, tax in taxes],
         next_ordinal=len(registry.generations()) + 1,
         num_predecessors=len(taking_part),
-        bytes_per_image=_bytes_per_image(workspace, taking_part, trainings),
+        bytes_per_image=_bytes_per_image([sizes[name] for name in taking_part], trainings),
         num_generations=num_generations,
     )
     cost = fitted_step_cost(trainings)
@@ -105,12 +103,7 @@ def _taxes(workspace: Workspace) -> list[tuple[str, float]]:
         paragon = event.payload.paragon
         if paragon is not None:
             evaluation = read_evaluation(workspace.evaluation_uri(event.payload.evaluation))
-            outcomes, evidence = evaluation.outcomes, evaluation.evidence
-            best, own = (
-                metric_of(outcomes, pair_state(name, name), evidence.metric, evidence.k)
-                for name in (paragon, event.generation)
-            )
-            found[event.generation] = 100 * compatibility_tax(own, best)
+            found[event.generation] = tax_points(evaluation, event.generation, paragon)
     return list(found.items())
 
 
@@ -118,9 +111,8 @@ def _cache_bytes(workspace: Workspace, generation: str) -> int:
     return sum(size for _, size in file_stats(join(workspace.root, "caches", generation)).values())
 
 
-def _bytes_per_image(workspace: Workspace, generations: list[str], trainings: list[MeasuredTraining]) -> float | None:
+def _bytes_per_image(sizes: list[int], trainings: list[MeasuredTraining]) -> float | None:
     """Of one predecessor's cache, by what the caches take now."""
-    if not generations or not trainings:
+    if not sizes or not trainings:
         return None
-    mean = sum(_cache_bytes(workspace, name) for name in generations) / len(generations)
-    return mean / trainings[-1].num_images
+    return sum(sizes) / len(sizes) / trainings[-1].num_images

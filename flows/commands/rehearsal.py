@@ -25,7 +25,7 @@ from graceful.training.generation import PredecessorRef
 from graceful.training.job import TrainingJob
 from graceful.training.known import KnownImages
 from graceful.training.manifest import LabelledImages, write_manifest
-from graceful.training.material import decoding_processes
+from graceful.training.material import decoding_processes, is_streamed
 from graceful.training.pixels import Look
 from graceful.training.rehearsal import rehearse
 
@@ -115,8 +115,8 @@ def dry_run(root: str, say: Callable[[str], None] = lambda text: None) -> DryRun
         to_embed = sum(len(session.workspace.cache(name).missing(images.content_sha256)) for name in names)
         steps = math.ceil(len(images) / config.training.batch_size) * recipe.epochs
         load_s, embed_s = full.load_s_per_image * len(images), to_embed / rate if to_embed and rate else None
-        pixels = Look.of(recipe.preprocessing, recipe.augmentation).size_bytes(len(images))
-        streamed = pixels > recipe.pixel_memory_mib * 2**20
+        look = Look.of(recipe.preprocessing, recipe.augmentation)
+        streamed = is_streamed(recipe, look, len(images))
         training_s = steps * full.step_s
         if streamed:
             processes = decoding_processes(job.model_copy(update={"num_workers": config.cluster.num_workers}))
@@ -136,7 +136,7 @@ def dry_run(root: str, say: Callable[[str], None] = lambda text: None) -> DryRun
             step_s=round(full.step_s, 5),
             images_per_s=round(workers * full.batch_images / full.step_s, 1),
             memory_mib=full.memory_mib,
-            pixels_mib=math.ceil(pixels / 2**20),
+            pixels_mib=math.ceil(look.size_bytes(len(images)) / 2**20),
             streamed=streamed,
             steps=steps,
             load_s=round(load_s, 1),

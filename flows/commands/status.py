@@ -77,19 +77,13 @@ def _awaiting_approval(registry: Registry) -> dict[str, Any] | None:
     asked = awaited(registry)
     if asked is None:
         return None
-    champion = registry.serving().champion
-    stale = None
-    if asked.is_late:
-        stale = "nobody accepted it in time; the next update holds it"
-    elif champion != asked.champion:
-        stale = f"judged against {asked.champion}, and {champion} serves; the next update judges it anew"
     return {
         "generation": asked.generation,
         "outcome": asked.outcome,
         "evaluation": asked.evaluation,
         "since": _when(asked.asked_at),
         "until": _when(asked.until),
-        "stale": stale,
+        "stale": asked.stale_with(registry.serving().champion),
     }
 
 

@@ -36,7 +36,7 @@ def settling_commands(root: str) -> list[str]:
     registry = workspace.registry
     asked = awaited(registry)
     if asked is not None:
-        stale = asked.is_late or registry.serving().champion != asked.champion
+        stale = asked.stale_with(registry.serving().champion) is not None
         place = shlex.quote(shortest(root))
         return [f"graceful update --root {place}"] if stale else _word_on(asked.generation, place)
     decided = registry.events(Decided)

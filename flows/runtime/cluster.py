@@ -26,7 +26,7 @@ from graceful.errors import GracefulError
 from graceful.flows.runtime.head import ClusterLostError, HeadWatch, require_head
 from graceful.flows.settings.config import ClusterConfig
 
-_PACKAGES = ("training", "indexing", "evaluation", "flows")
+PACKAGES = ("training", "indexing", "evaluation", "flows")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.pyc")
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -174,6 +174,6 @@ def _staged_checkout() -> str | None:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     package = Path(folder, "graceful")
     shutil.copytree(checkout / "graceful", package, ignore=_LEFT_OUT)
-    for name in _PACKAGES:
+    for name in PACKAGES:
         shutil.copytree(checkout / name, package / name, ignore=_LEFT_OUT)
     return str(package)

@@ -18,13 +18,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from graceful import files
 from graceful.errors import GracefulError
 from graceful.files import join, list_files, read_json, resolve, write_json
-from graceful.flows.runtime.cluster import RaySession
+from graceful.flows.runtime.cluster import PACKAGES, RaySession
 from graceful.flows.runtime.jobs import run_job
 
 SECONDS_TO_ANSWER = 180.0
 _SECONDS_TO_SEE = 10.0  # storage of several clients may show a new file late
 _FOLDER = "preflight"
-_PACKAGES = ("training", "indexing", "evaluation", "flows")
 
 
 class ClusterNotReadyError(GracefulError):
@@ -118,9 +117,9 @@ def prove_nodes(shared: str, code: str) -> list[dict[str, str]]:
 def code_digest() -> str:
     """Digest of this code, wherever it is installed."""
     package = Path(files.__file__).parent
-    folders = [package, *(package.parent / name for name in _PACKAGES)]
+    folders = [package, *(package.parent / name for name in PACKAGES)]
     if not folders[1].is_dir():  # installed: the packages lie inside
-        folders = [package, *(package / name for name in _PACKAGES)]
+        folders = [package, *(package / name for name in PACKAGES)]
     digest = hashlib.sha256()
     for number, folder in enumerate(folders):
         depth = "*.py" if number == 0 else "**/*.py"

@@ -148,6 +148,11 @@ class ScheduleConfig(BaseModel):
         "latest_only: the newest one waits, those before it end as Skipped; queue: all wait and run in turn.",
     )
 
+    @property
+    def in_words(self) -> str:
+        """How often, for people."""
+        return f"cron {self.cron!r}" if self.every_minutes is None else f"every {self.every_minutes:g} minutes"
+
     _cron = field_validator("cron")(check_cron)
     _timezone = field_validator("timezone")(check_timezone)
 

@@ -46,6 +46,14 @@ class Approval:
         """Whether nobody has answered in time."""
         return self.word is None and time.time() > self.until
 
+    def stale_with(self, champion: str | None) -> str | None:
+        """Why it can no longer be accepted while `champion` serves, and what comes of it; None where it can."""
+        if self.is_late:
+            return "nobody accepted it in time; the next update holds it"
+        if champion != self.champion:
+            return f"judged against {self.champion}, and {champion} serves; the next update judges it anew"
+        return None
+
     @property
     def said(self) -> str:
         """What became of it, in one line."""

@@ -37,22 +37,24 @@ def conclude(
     for readable in workspace.protected(supported):
         rows = workspace.gallery.view(readable).rows_by_generation()
         owners |= {name for name, count in rows.items() if count}
+    retired = _retired(registry)
     for name in registry.served_generations():
-        if name not in owners and not _is_retired(registry, name):
+        if name not in owners and name not in retired:
             registry.record(Retired(), update_key=update_key, generation=name)
     completed = UpdateCompleted(compute_s=round(compute_s, 3))
     registry.record(completed, update_key=update_key, generation=decision.candidate)
 
 
-def _is_retired(registry: "Registry", name: str) -> bool:
-    """Whether the lineage says so already, and the generation has not served since."""
-    found = False
+def _retired(registry: "Registry") -> set[str]:
+    """Generations of which the lineage says so already, and which have not served since."""
+    found: set[str] = set()
     for event in registry.history():
-        moved = isinstance(event.payload, Promoted | Forwarded) and event.generation == name
-        if moved or (isinstance(event.payload, RolledBack) and event.payload.to == name):
-            found = False
-        elif isinstance(event.payload, Retired) and event.generation == name:
-            found = True
+        if isinstance(event.payload, Promoted | Forwarded):
+            found.discard(event.generation)
+        elif isinstance(event.payload, RolledBack):
+            found.discard(event.payload.to)
+        elif isinstance(event.payload, Retired):
+            found.add(event.generation)
     return found
 
 

@@ -66,6 +66,16 @@ def constrained_pairs(registry: Registry, generations: tuple[str, ...]) -> list[
     return pairs
 
 
+def tax_points(evaluation: Evaluation, generation: str, paragon: str) -> float:
+    """Points of the metric by which a paragon's self-test is above a generation's."""
+    evidence = evaluation.evidence
+    own, best = (
+        metric_of(evaluation.outcomes, pair_state(name, name), evidence.metric, evidence.k)
+        for name in (generation, paragon)
+    )
+    return 100 * compatibility_tax(own, best)
+
+
 def diagnosis(registry: Registry, evaluation: Evaluation, matrix: CompatibilityMatrix) -> list[dict[str, str]]:
     """Published scores of the lineage: AC, AM, update gain and tax against a paragon, where one was trained."""
     outcomes, evidence = evaluation.outcomes, evaluation.evidence
@@ -77,10 +87,10 @@ def diagnosis(registry: Registry, evaluation: Evaluation, matrix: CompatibilityM
         paragon = event.payload.paragon
         if event.generation != evidence.candidate or not paragon:
             continue
-        best = metric_of(outcomes, pair_state(paragon, paragon), evidence.metric, evidence.k)
-        own = metric_of(outcomes, pair_state(evidence.candidate, evidence.candidate), evidence.metric, evidence.k)
-        rows.append({"score": "Compatibility tax (points)", "value": f"{100 * compatibility_tax(own, best):+.2f}"})
+        tax = tax_points(evaluation, evidence.candidate, paragon)
+        rows.append({"score": "Compatibility tax (points)", "value": f"{tax:+.2f}"})
         if evidence.champion is not None:
+            best = metric_of(outcomes, pair_state(paragon, paragon), evidence.metric, evidence.k)
             old = metric_of(outcomes, pair_state(evidence.champion, evidence.champion), evidence.metric, evidence.k)
             cross = metric_of(outcomes, pair_state(evidence.candidate, evidence.champion), evidence.metric, evidence.k)
             rows.append({"score": "Update gain", "value": _text(update_gain(cross, old, best))})

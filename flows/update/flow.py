@@ -116,12 +116,11 @@ def update(
     if is_alone:
         log_runs(workspace)
     progress = FlowProgress(BESIDE.get())
-    if is_resumed():
+    resumed = is_resumed()
+    if resumed:
         _record_word(workspace, progress)
     result = (_BOX.get() or _Box[UpdateResult]()).fill(
-        lambda: update_plainly(
-            workspace, progress, as_task, again and not is_resumed(), train_paragon, adopted, wait_hours
-        )
+        lambda: update_plainly(workspace, progress, as_task, again and not resumed, train_paragon, adopted, wait_hours)
     )
     waits = result.approval == "waiting"
     if waits:

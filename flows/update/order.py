@@ -139,7 +139,7 @@ def update(
         def settled() -> None:
             held.close()
             if not claimed:  # a history that is replayed is no news
-                _tell_what_was_decided(inputs)
+                _tell_what_was_decided(inputs, candidate)
 
         case = Case(
             workspace=session.workspace,
@@ -308,7 +308,7 @@ def _conclude(inputs: Inputs, decision: Decision) -> None:
     conclude(session.workspace, inputs.frozen.update_key, decision, compute_s, supported)
 
 
-def _tell_what_was_decided(inputs: Inputs) -> None:
+def _tell_what_was_decided(inputs: Inputs, candidate: str) -> None:
     """Tell that a decision was made and acted on, that it holds, or that it waits; before the waves that may follow."""
     decided, registry = recorded(inputs), inputs.registry
     assert decided is not None
@@ -323,7 +323,6 @@ def _tell_what_was_decided(inputs: Inputs) -> None:
     }
     key = f"{decided.evaluation}/{None if asked is None else asked.word}"
     kind: Kind = "awaiting_approval" if waits else "hold" if held else "decision"
-    candidate = read_evaluation(inputs.workspace.evaluation_uri(decided.evaluation)).decision.candidate
     _tell(inputs.session, Notice(kind, decided.summary, key, candidate, details))
 
 

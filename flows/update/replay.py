@@ -29,7 +29,7 @@ from graceful.flows.store.items import item_table
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update import train as making
 from graceful.flows.update.bench import Bench
-from graceful.flows.update.diagnosis import classification_nfr, constrained_pairs, matrices
+from graceful.flows.update.diagnosis import classification_nfr, constrained_pairs, matrices, tax_points
 from graceful.flows.update.order import Step, UpdateResult, plain, update
 from graceful.flows.update.serving import ingest
 from graceful.training.datasets import DatasetConfig, column_values, load_images
@@ -223,9 +223,7 @@ def _line(session: Session, result: UpdateResult, seconds: float) -> GenerationL
     shown = [s for s in evidence.states if s.scope == "overall" and s.fraction == fraction]
     after = fraction_state(fraction)
     own = metric_of(outcomes, pair_state(result.candidate, result.candidate), metric, k)
-    tax = None
-    if result.paragon:
-        tax = 100 * (metric_of(outcomes, pair_state(result.paragon, result.paragon), metric, k) - own)
+    tax = tax_points(evaluation, result.candidate, result.paragon) if result.paragon else None
     return GenerationLine(
         candidate=result.candidate,
         outcome=result.outcome,

@@ -1,5 +1,6 @@
 """Updates for tests: the real order in this process, and the real command in a process that can be killed."""
 
+import json
 import os
 import shutil
 import sys
@@ -12,9 +13,11 @@ from uuid import UUID
 
 import httpx
 import torch
+from click.testing import Result
 from prefect.exceptions import Pause
 from prefect.flow_engine import load_flow_run, run_flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from typer.testing import CliRunner
 
 from graceful.files import CRASH_VARIABLE, set_crash_hook
 from graceful.flows import cli
@@ -33,6 +36,18 @@ def update(root: object, *, again: bool = False, adopted: str | None = None) -> 
     config = load_workspace_config(str(root))
     with open_session(str(root), config) as session:
         return order.update(session, again=again, adopted=adopted)
+
+
+def command(*arguments: object, code: int = 0) -> Result:
+    """Run a command of the command line in this process; it must end with `code`."""
+    done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert done.exit_code == code, done.output
+    return done
+
+
+def document(*arguments: object, code: int = 0) -> Any:
+    """What a command prints with --json."""
+    return json.loads(command(*arguments, "--json", code=code).stdout)
 
 
 def ask_server(api: str, method: str, path: str, body: object = None) -> Any:

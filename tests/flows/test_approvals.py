@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import json
 import time
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -11,10 +10,8 @@ from uuid import uuid4
 import pyarrow as pa
 import pytest
 from prefect.client.schemas.objects import StateType
-from typer.testing import CliRunner
 
 from graceful.flows import overlap
-from graceful.flows.cli import app
 from graceful.flows.commands.suggestions import settling_commands
 from graceful.flows.settings.rollout import RolloutConfig
 from graceful.flows.store.approvals import AlreadyAnsweredError, answer, approval_of, awaited, is_answered
@@ -23,18 +20,10 @@ from graceful.flows.store.workspace import Workspace
 from graceful.indexing.items import NEW_ITEM_COLUMNS
 from tests.flows import crash_table, running, tiny
 from tests.flows.crash_table import G2, G3
+from tests.flows.running import command as run
+from tests.flows.running import document
 
 ASKING = {**tiny.grown(5), "rollout.approval": "always"}
-
-
-def run(*arguments, code=0):
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert done.exit_code == code, done.output
-    return done
-
-
-def document(*arguments, code=0):
-    return json.loads(run(*arguments, "--json", code=code).stdout)
 
 
 # A small world of known vectors: what an update does behind the judgement -----------------------------------------

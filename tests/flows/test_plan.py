@@ -1,30 +1,19 @@
 """`graceful plan` on a workspace, and what an update does that would most likely end undecided. Real commands."""
 
-import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from graceful.flows.cli import app
 from graceful.flows.runtime.encoders import GenerationEncoders
 from graceful.flows.store.events import Trained
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.foresee import UnderpoweredError
 from tests.flows import running, tiny
+from tests.flows.running import command as run
+from tests.flows.running import document
 
 HOPELESS = {"policy.max_nfr": 0.001, "policy.quality_margin_points": 0.1}
 NO_PRICES = {"prices": {}}
-
-
-def run(*arguments, code=0):
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert done.exit_code == code, done.output
-    return done
-
-
-def document(*arguments, code=0):
-    return json.loads(run(*arguments, "--json", code=code).stdout)
 
 
 def files(root: Path) -> dict[str, int]:

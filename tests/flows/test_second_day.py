@@ -9,13 +9,11 @@ import pytest
 import torch
 import torchvision
 from torch import nn
-from typer.testing import CliRunner
 
 import graceful
 from graceful.errors import GracefulError, UsageError
 from graceful.evaluation.outcomes import pair_state
 from graceful.files import CRASH_EXIT_CODE
-from graceful.flows.cli import app
 from graceful.flows.commands import updates
 from graceful.flows.commands.adopt import AdoptionError, adopt_generation
 from graceful.flows.commands.flips import flips_of
@@ -41,22 +39,14 @@ from graceful.flows.update.serving import go_forward, rollback
 from graceful.flows.update.train import EmbeddingFailuresError
 from graceful.training.generation import read_card
 from tests.flows import running, tiny
+from tests.flows.running import command as run
+from tests.flows.running import document
 
 UNSURE = {**tiny.WIDE, "max_nfr": 0.1, "num_resamples": 200, "fractions": [0.0, 0.5, 1.0]}
 STRICT = {"quality_margin_points": 0.0, "max_nfr": 0.0001, "num_resamples": 200, "fractions": [0.0, 0.5, 1.0]}
 
 UNLEARNING = {"training.max_lr": 0.3}
 """So fast that a candidate is worse on every processor."""
-
-
-def run(*arguments, code: int = 0):
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert done.exit_code == code, done.output
-    return done
-
-
-def document(*arguments, code: int = 0):
-    return json.loads(run(*arguments, "--json", code=code).stdout)
 
 
 def judged(bootstrapped, folder, digits_file, **changes):

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+from graceful.training.generation import GenerationCard
 from graceful.training.job import TrainingJob
+from graceful.training.loop import train_worker
 from graceful.training.progress import TrailReporter
 
 
@@ -34,3 +36,19 @@ class MortalReporter(TrailReporter):
         self.lives -= 1
         if not self.before and not self.lives:
             raise Killed
+
+
+def trained_with_kills(job: TrainingJob, most: int, **how: Any) -> tuple[GenerationCard, list[dict[str, Any]]]:
+    """Start a training again after every kill until it ends, at most so often; its card, and what each kill left."""
+    left = []
+    for _ in range(most):
+        try:
+            card = train_worker(job, MortalReporter(job, **how))
+        except Killed:
+            state = TrailReporter(job.storage_uri, job.name).latest()
+            assert state is not None
+            left.append(state)
+        else:
+            assert card is not None
+            return card, left
+    raise AssertionError(f"not trained after {most} kills")

@@ -14,7 +14,6 @@ from graceful.training.encoder import open_encoder, open_network, read_classifie
 from graceful.training.generation import GenerationCard, PredecessorRef
 from graceful.training.job import DevPart, TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
-from graceful.training.loop import train_worker
 from graceful.training.manifest import LabelledImages, write_manifest
 from graceful.training.material import load_material
 from graceful.training.mixing import Mixture
@@ -22,7 +21,7 @@ from graceful.training.progress import TrailReporter
 from graceful.training.starting import build_trainee
 from graceful.training.step import Run
 from graceful.training.validation import SHARES
-from tests.training.mortal import Killed, MortalReporter
+from tests.training.mortal import trained_with_kills
 
 MakeJob = Callable[..., TrainingJob]
 CPU = torch.device("cpu")
@@ -107,17 +106,8 @@ def test_a_mixture_lies_between_its_members_and_stands_on_the_card(second: MakeJ
 def test_killed_at_every_checkpoint_it_ends_with_the_same_weights(second: MakeJob, before: bool) -> None:
     whole = run_training(second("whole", mixture=0.5, batch_size=200))
     job = second("killed", mixture=0.5, batch_size=200)
-    places = []
-    card = None
-    for _ in range(40):
-        try:
-            card = train_worker(job, MortalReporter(job, lives=1, before=before))
-            break
-        except Killed:
-            state = TrailReporter(job.storage_uri, job.name).latest()
-            assert state is not None
-            places.append((state["mixing_from"], state["epoch"]))
-    assert card is not None
+    card, left = trained_with_kills(job, 40, lives=1, before=before)
+    places = [(state["mixing_from"], state["epoch"]) for state in left]
     assert card.digest == whole.digest
     assert {epoch for since, epoch in places if since is None} == {0, 1}
     assert {epoch for since, epoch in places if since == 2} >= {2}

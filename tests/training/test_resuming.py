@@ -17,7 +17,7 @@ from graceful.training.loop import TrainingDeadlineError, train_worker
 from graceful.training.pace import Meetings
 from graceful.training.progress import TrailReporter
 from graceful.training.resuming import ChangedTrainingError
-from tests.training.mortal import Killed, MortalReporter
+from tests.training.mortal import Killed, MortalReporter, trained_with_kills
 
 MakeJob = Callable[..., TrainingJob]
 
@@ -36,14 +36,8 @@ def test_a_training_killed_at_every_single_step_ends_with_the_same_weights(
     recipe = config.model_copy(update={"epochs": 2, "batch_size": 200})
     whole = run_training(make_job(name="whole", config=recipe))
     job = make_job(name="killed", config=recipe, checkpoint_minutes=0.0)
-    places = []
-    for _ in range(20):
-        try:
-            card = train_worker(job, MortalReporter(job, lives=1, before=before))
-            break
-        except Killed:
-            state = TrailReporter(job.storage_uri, job.name).latest()
-            places.append((state["epoch"], state["step"]))
+    card, left = trained_with_kills(job, 20, lives=1, before=before)
+    places = [(state["epoch"], state["step"]) for state in left]
     assert places == [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3)][: 5 if before else 6]
     assert card.digest == whole.digest
     lines = [TrailReporter(job.storage_uri, name).metrics() for name in ("whole", "killed")]

@@ -11,20 +11,23 @@ from graceful.training.encoder import open_encoder
 from graceful.training.generation import PredecessorRef
 from graceful.training.job import DevPart, TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
-from graceful.training.loop import train_worker
 from graceful.training.manifest import LabelledImages, write_manifest
 from graceful.training.predecessors import PredecessorGroup, Predecessors
 from graceful.training.progress import TrailReporter
 from graceful.training.weighing import MOST, RATE, DualWeights
-from tests.training.mortal import Killed, MortalReporter
+from tests.training.mortal import trained_with_kills
 
 
 def three() -> Predecessors:
     """Two predecessors of one width and one of another; only ids and weights matter."""
     groups = [
         PredecessorGroup(
-            names, torch.ones(len(names)), torch.zeros(4, len(names), d), *[torch.zeros(len(names), 2, d)] * 2
-        )
+            names,
+            torch.ones(len(names)),
+            torch.zeros(4, len(names), d),
+            *[torch.zeros(len(names), 2, d)] * 2,
+            torch.ones(len(names), 2, dtype=torch.bool),
+        )  # fmt: skip
         for names, d in ((("g001", "g003"), 2), (("g002",), 3))
     ]
     return Predecessors(groups, np.array([0, 0, 1, 1]), torch.device("cpu"))
@@ -82,13 +85,7 @@ def test_a_training_moves_them_tells_them_and_resumes_with_them(
         make_job(images, name="equal", config=config.model_copy(update={"epochs": 3, "batch_size": 200}), **fields)
     ).digest != (card.digest)
     killed = make_job(images, name="killed", config=recipe, **fields)
-    for _ in range(40):
-        try:
-            resumed = train_worker(killed, MortalReporter(killed, lives=1))
-            break
-        except Killed:
-            continue
-    assert resumed is not None
+    resumed, _ = trained_with_kills(killed, 40, lives=1)
     assert resumed.digest == card.digest
 
 

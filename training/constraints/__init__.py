@@ -5,13 +5,12 @@ Their contract stands in `contract.py`. To add one: a file with a class, an entr
 `mixbct` is none of these losses: it changes what the task sees, and the objective asks it before the task.
 """
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from graceful.errors import UsageError
-from graceful.training.choices import check_parameters
+from graceful.training.choices import check_parameters, imported
 from graceful.training.constraints.bct import InfluenceLoss
 from graceful.training.constraints.contract import REFERENCES, Constraint
 from graceful.training.constraints.cross_contrast import CrossContrast
@@ -51,13 +50,7 @@ def build_constraint(name: str, parameters: Mapping[str, float]) -> Constraint |
         check_parameters(name, parameters)
         ours: Constraint | MixedFeatures = known[name](**parameters)
         return ours
-    module_name, _, attribute = name.partition(":")
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            f"constraint: expected an importable {name}, found {error}; check the name and PYTHONPATH"
-        ) from error
+    factory = imported("constraint", name)
     try:
         inspect.signature(factory).bind(**parameters)
     except (TypeError, ValueError) as error:
