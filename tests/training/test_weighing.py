@@ -27,7 +27,7 @@ def three() -> Predecessors:
             torch.zeros(4, len(names), d),
             *[torch.zeros(len(names), 2, d)] * 2,
             torch.ones(len(names), 2, dtype=torch.bool),
-        )  # fmt: skip
+        )
         for names, d in ((("g001", "g003"), 2), (("g002",), 3))
     ]
     return Predecessors(groups, np.array([0, 0, 1, 1]), torch.device("cpu"))
