@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import graceful
+from graceful.evaluation.arrays import outcomes_from_ranks
 from graceful.evaluation.decision import decide
 from graceful.evaluation.evidence import Question, gather_evidence
 from graceful.evaluation.outcomes import SERVED, fraction_state
@@ -53,7 +54,7 @@ def test_plain_arrays_are_judged_as_stored_outcomes_are(losses, wins, metric):
     served, full = outcomes.first_rank[SERVED], outcomes.first_rank[fraction_state(1)]
     states = {"live/champion/champion": served, "live/candidate/champion": outcomes.first_rank[fraction_state(0)]}
     states["pair/candidate/candidate"] = full
-    named = graceful.evaluation.arrays.outcomes_from_ranks(
+    named = outcomes_from_ranks(
         {
             **{name: (rank, 1 / rank) for name, rank in states.items()},
             **{name: (rank, 1 / rank) for name, rank in outcomes.first_rank.items() if "g1" not in name},

@@ -225,13 +225,14 @@ def _next(decoded: Iterator[Any]) -> Tensor:
     while found is None:
         try:
             found = next(decoded)
-        except RuntimeError as error:  # torch's, for processes that died or did not answer in time
+        except (RuntimeError, OSError, EOFError) as error:  # processes that died (also while they sent) or are late
             if "timed out" in str(error) and time.monotonic() < until:
                 continue
+            cause = (str(error) or type(error).__name__).splitlines()[0]
             raise DecodingStoppedError(
-                f"decoding training images: expected pixels within {STALL_S:.0f} s, found "
-                f"{str(error).splitlines()[0]}; is there room in memory and in /dev/shm? lower "
-                "cluster.decoding_processes, then run it again to go on from the last checkpoint"
+                f"decoding training images: expected pixels within {STALL_S:.0f} s, found {cause}; "
+                "is there room in memory and in /dev/shm? lower cluster.decoding_processes, then run it again to go on "
+                "from the last checkpoint"
             ) from error
     if isinstance(found, GracefulError):
         setattr(found, OF_ONE_RANK, True)

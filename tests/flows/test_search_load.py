@@ -159,6 +159,13 @@ def test_images_that_are_encoded_together_get_the_answers_that_they_get_alone(
         assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 
+def assert_same_but_for_rounding(found: Any, expected: Any) -> None:
+    """An encoder answers a picture among others with another last digit than alone."""
+    for ours, theirs in zip(found["hits"], expected["hits"], strict=True):
+        assert ours.pop("score") == pytest.approx(theirs.pop("score"), abs=1e-5)
+    assert found == expected
+
+
 def test_a_question_that_cannot_be_answered_does_not_touch_those_beside_it(
     served: ServedSnapshot, payloads: list[bytes]
 ) -> None:
@@ -167,7 +174,11 @@ def test_a_question_that_cannot_be_answered_does_not_touch_those_beside_it(
         served, [good, ImageQuestion(b"none", 5, with_sources=False), good], max_pixels=MAX_PIXELS, mapper=map
     )
     assert isinstance(answers[1], UnreadableQueryError)
-    assert answers[0] == answers[2] == answer_images(served, [good], max_pixels=MAX_PIXELS, mapper=map)[0]
+    (alone,) = answer_images(served, [good], max_pixels=MAX_PIXELS, mapper=map)
+    assert answers[0] == answers[2]
+    assert isinstance(answers[0], bytes)
+    assert isinstance(alone, bytes)
+    assert_same_but_for_rounding(json.loads(answers[0]), json.loads(alone))
     vector = np.ones(served.width, np.float32)
     right = VectorQuestion(vector, None, 5, with_sources=False)
     wrong = [
@@ -375,7 +386,7 @@ def test_a_half_sent_body_is_dropped_after_its_time(workspace: Path, caplog: pyt
         with half, trickling, silent:
             assert half.recv(4_096).startswith(b"HTTP/1.1 408")
             assert half.recv(4_096) == b"", "and the connection is closed"
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < 15
 
             def goes_on_trickling() -> bool:
                 try:
@@ -384,8 +395,8 @@ def test_a_half_sent_body_is_dropped_after_its_time(workspace: Path, caplog: pyt
                     return False
                 return not is_closed(trickling)
 
-            until(lambda: not goes_on_trickling(), 5)  # headers that never end
-            until(lambda: is_closed(silent), 5)  # a connection that says nothing
+            until(lambda: not goes_on_trickling(), 15)  # headers that never end
+            until(lambda: is_closed(silent), 15)  # a connection that says nothing
         assert num_errors(address, "timeout") == 1
     assert caplog.records == []
 

@@ -111,6 +111,6 @@ def ray_cluster() -> Iterator[None]:
         if ray.is_initialized():
             yield
             return
-        ray.init(num_cpus=4, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False)
+        ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False)
         yield
         ray.shutdown()

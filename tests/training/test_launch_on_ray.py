@@ -130,7 +130,7 @@ from graceful.training.job import TrainingJob
 from graceful.training.launch import run_training
 
 if __name__ == "__main__":
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False)
     job = TrainingJob.model_validate_json(open(sys.argv[1]).read())
     card = run_training(job, on_progress=lambda line: print("epoch", line["epoch"], flush=True))
     print(card.generation_id, flush=True)
