@@ -40,7 +40,8 @@ class ShownUpdate:
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShownUpdate]:
     """The second update of a workspace, run by the command line under the workspace's own flow server."""
-    changes: dict[str, Any] = {"name": "digits", "training.epochs": 6, "training.first_max_lr": 0.1, "policy": {}, "prices": {}}
+    changes: dict[str, Any] = {"name": "digits", "training.epochs": 6, "training.first_max_lr": 0.1}
+    changes |= {"policy": {}, "prices": {}}
     root = tiny.new_workspace(tmp_path_factory.mktemp("ui") / "ws", changes)
     running.update(root)
     tiny.write_config(root, root / "digits.parquet", {**changes, "training.epochs": 2, **tiny.grown(5)})
