@@ -50,7 +50,7 @@ class Data:
 
     def training(self, count: int, full: bool) -> LabelledImages:
         """The images of one generation."""
-        return load_images(_training(self, count, full))
+        return load_images(training_config(self, count, full))
 
     def evaluation(self) -> tuple[LabelledImages, LabelledImages | None]:
         """Queries and gallery; None: the queries are the gallery, their own item left out."""
@@ -182,26 +182,26 @@ def train_chain(folder: Path, data: Data, chain: Chain, seed: int, full: bool = 
         if isinstance(recipe["epochs"], float):
             recipe["epochs"] = int(recipe["epochs"] * data.recipe["epochs"])
         known = predecessors[-chain.latest :] if chain.latest is not None else predecessors
-        references = [_reference(folder, data, f"{count}", reference, images) for reference in known]
-        job = _job(folder / data.name, manifest, recipe, number, parent, references)
+        references = [reference_to(folder, data, f"{count}", reference, images) for reference in known]
+        job = training_job(folder / data.name, manifest, recipe, number, parent, references)
         if job.config.needs_dev:
-            job = job.model_copy(update={"dev": _dev_part(folder, data, queries, gallery, known)})
+            job = job.model_copy(update={"dev": dev_part(folder, data, queries, gallery, known)})
         card = run_training(job)
         uri = f"{job.output_uri}/{card.generation_id}"
         kept[f"seconds/{number}"] = time.process_time() - started
         encode = open_encoder(uri)
         for part, shown in (("queries", queries), ("gallery", gallery)):
             if shown is not None:
-                kept[f"{part}/{number}"] = _vectors(encode, shown.sources)
+                kept[f"{part}/{number}"] = vectors_of(encode, shown.sources)
         stored = read_classifier(uri)
         assert stored is not None
         kept[f"rows/{number}"], kept[f"classes/{number}"] = stored[1].numpy(), np.array(stored[0].classes)
         sample = np.random.default_rng(number).permutation(len(images))[:SAMPLE]
         kept[f"sample/{number}"] = np.array(images.content_sha256)[sample]
         chosen = [images.sources[i] for i in sample]
-        kept[f"training/{number}/{number}"] = _vectors(encode, chosen)
+        kept[f"training/{number}/{number}"] = vectors_of(encode, chosen)
         if predecessors:
-            kept[f"training/{number}/{number - 1}"] = _vectors(open_encoder(predecessors[-1].generation_uri), chosen)
+            kept[f"training/{number}/{number - 1}"] = vectors_of(open_encoder(predecessors[-1].generation_uri), chosen)
         predecessors.append(PredecessorRef(generation_id=card.generation_id, generation_uri=uri, embeddings_uri=""))
         parent = None if chain.without_parent else uri
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ def train_chain(folder: Path, data: Data, chain: Chain, seed: int, full: bool = 
     return place
 
 
-def _training(data: Data, count: int, full: bool) -> DatasetConfig:
+def training_config(data: Data, count: int, full: bool) -> DatasetConfig:
     root = os.environ["GRACEFUL_DATA"]
     if data.is_closed:
         path, column, labels = f"{root}/cifar100/train.parquet", "fine_name", ["fine_name"]
@@ -229,7 +229,7 @@ def _characters(whole: dict[str, Any], alphabet: str) -> list[str]:
     return column_values(DatasetConfig.model_validate({**whole, "where": {"alphabet": [alphabet]}}), "character")
 
 
-def _job(
+def training_job(
     folder: Path,
     manifest: Path,
     recipe: dict[str, Any],
@@ -257,7 +257,7 @@ def _job(
     )  # fmt: skip
 
 
-def _dev_part(
+def dev_part(
     folder: Path,
     data: Data,
     queries: LabelledImages,
@@ -272,20 +272,20 @@ def _dev_part(
     )
     manifest = folder / data.name / "dev.parquet"
     write_manifest(str(manifest), images)
-    references = tuple(_reference(folder, data, "dev", reference, images) for reference in predecessors)
+    references = tuple(reference_to(folder, data, "dev", reference, images) for reference in predecessors)
     return DevPart(manifest_uri=str(manifest), predecessors=references, max_flips=MAX_NFR)
 
 
-def _reference(folder: Path, data: Data, name: str, known: PredecessorRef, images: LabelledImages) -> PredecessorRef:
+def reference_to(folder: Path, data: Data, name: str, known: PredecessorRef, images: LabelledImages) -> PredecessorRef:
     place = folder / data.name / "caches" / f"{known.generation_id}-{name}.parquet"
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
-        vectors = _vectors(open_encoder(known.generation_uri), images.sources)
+        vectors = vectors_of(open_encoder(known.generation_uri), images.sources)
         write_embedding_file(str(place), pa.table({"content_sha256": images.content_sha256}), vectors)
     return known.model_copy(update={"embeddings_uri": str(place)})
 
 
-def _vectors(encode: Any, sources: list[str]) -> np.ndarray:
+def vectors_of(encode: Any, sources: list[str]) -> np.ndarray:
     vectors, failures = encode(sources)
     assert not failures, failures
     return np.asarray(vectors, np.float32)

@@ -110,7 +110,7 @@ def _bare_seconds(recipe: TrainingConfig, images: LabelledImages) -> float:
     names, codes = np.unique(images.labels, return_inverse=True)
     labels = torch.from_numpy(codes.astype(np.int64))
     network = build_backbone(recipe.backbone, recipe.width, look.channels, look.image_size)
-    head = build_head("additive_margin", len(names), recipe.width, recipe.head.scale, recipe.head.margin)
+    head = build_head(recipe.head, len(names), recipe.width)
     network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     parameters = [*network.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=recipe.first_max_lr, fused=True)

@@ -77,6 +77,14 @@ def test_the_expansion_is_the_derivative_along_the_change(network: nn.Module, im
     torch.testing.assert_close(linear(images) * first.norm(dim=1, keepdim=True) - first, 3 * found)
 
 
+def test_an_expansion_moves_with_its_network(network: nn.Module, images: Tensor) -> None:
+    linear = Linearised(network)
+    before = linear(images)
+    found = linear.float()(images.float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, before.float(), rtol=1e-4, atol=1e-5)
+
+
 def test_a_training_mode_leaves_the_network_in_evaluation_mode(network: nn.Module, images: Tensor) -> None:
     linear = Linearised(network)
     before = {name: value.clone() for name, value in network.state_dict().items()}
