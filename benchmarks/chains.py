@@ -14,7 +14,9 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +185,8 @@ def train_chain(folder: Path, data: Data, chain: Chain, seed: int, full: bool = 
             recipe["epochs"] = int(recipe["epochs"] * data.recipe["epochs"])
         known = predecessors[-chain.latest :] if chain.latest is not None else predecessors
         references = [reference_to(folder, data, f"{count}", reference, images) for reference in known]
-        job = training_job(folder / data.name, manifest, recipe, number, parent, references)
-        if job.config.needs_dev:
-            job = job.model_copy(update={"dev": dev_part(folder, data, queries, gallery, known)})
+        dev = partial(dev_part, folder, data, queries, gallery, known)
+        job = training_job(folder / data.name, manifest, recipe, number, parent, references, dev)
         card = run_training(job)
         uri = f"{job.output_uri}/{card.generation_id}"
         kept[f"seconds/{number}"] = time.process_time() - started
@@ -236,7 +237,9 @@ def training_job(
     number: int,
     parent: str | None,
     references: list[PredecessorRef],
+    dev: Callable[[], DevPart],
 ) -> TrainingJob:
+    """The job of generation `number`; what is asked of `dev` is what a recipe chooses on, where it chooses."""
     config = TrainingConfig.model_validate(
         recipe if parent is not None else {**recipe, "start": "scratch", "interpolation": 0.0, "mixture": 0.0}
     )
@@ -254,6 +257,7 @@ def training_job(
     return TrainingJob(
         config=config, name=f"g{number}-{digest}", manifest_uri=str(manifest), output_uri=str(folder / "generations"),
         ordinal=number, parent_uri=parent, predecessors=tuple(references), storage_uri=str(folder / "runs"),
+        dev=dev() if config.needs_dev else None,
     )  # fmt: skip
 
 

@@ -14,7 +14,15 @@ from typing import Any
 from benchmarks.error_rates import RUNS, RUNS_DECISION, RUNS_POWER, exceeds
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("operation.md", "results.md", "scale.md", "statistics.md", "error_rates.md", "comparison.md")
+PAGES = (
+    "operation.md",
+    "results.md",
+    "scale.md",
+    "statistics.md",
+    "error_rates.md",
+    "comparison.md",
+    "howto/congruent.md",
+)
 EXAMPLES = ("digits", "omniglot", "cifar100")
 
 
@@ -259,6 +267,21 @@ def long_chains(stored: dict[str, Any], data: str) -> str:
     return "\n".join([*lines, "", f"{stored['hardware']}, {' and '.join(dates)}."])
 
 
+def congruent(stored: dict[str, Any], data: str) -> str:
+    """Ways of training one update, by how many images of a class it has; means over seeds, half 95 % intervals."""
+    lines = [
+        "| images of a class | update | self-test | gain | cross-test | NFR | classifier right | its NFR | CPU s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = [row for row in stored["rows"] if row["data"] == data]
+    for row in rows:
+        cells = (row["images"], row["way"], _spread(row["self_test"]), f"{100 * row['gain']['mean']:+.1f}")
+        cells += tuple(_spread(row[name]) for name in ("cross_test", "nfr", "classified", "classifier_nfr"))
+        lines.append(f"| {' | '.join(cells)} | {row['seconds']['mean']:.0f} |")
+    seeds, dates = {row["seeds"] for row in rows}, sorted({row["measured"] for row in rows})
+    return "\n".join([*lines, "", f"{max(seeds, default=0)} seeds; {stored['hardware']}, {' and '.join(dates)}."])
+
+
 def _spread(value: dict[str, Any]) -> str:
     half = value["half_width"]
     return _percent(value["mean"]) + (f" +- {100 * half:.1f}" if half == half else "")
@@ -293,6 +316,8 @@ def with_tables(text: str) -> str:
     for data in ("omniglot", "cifar100"):
         tables |= {f"comparison {data} {count}": comparison(compared, data, count) for count in (1, 2)}
     tables |= {f"long chains {data}": long_chains(compared, data) for data in ("omniglot-10", "omniglot-30")}
+    trained = json.loads((ROOT / "benchmarks" / "results-congruent.json").read_text())
+    tables |= {f"congruent {data}": congruent(trained, data) for data in ("omniglot", "cifar100")}
     for name, table in tables.items():
         opening, closing = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         block = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)

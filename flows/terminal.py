@@ -148,6 +148,22 @@ def print_blame(console: Console, found: dict[str, Any]) -> None:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     if not any(found[name] for name, _ in parts):
         console.print("It has nothing to do with any lost search.", highlight=False)
+    if "training" in found:
+        _print_training_images(console, found["training"])
+
+
+def _print_training_images(console: Console, found: dict[str, Any]) -> None:
+    of = "all" if found["num_taken"] == found["num_images"] else f"{found['num_taken']:,} of"
+    console.print(
+        f"Training images, of {of} {found['num_images']:,}, by their part in the last layer:", highlight=False
+    )
+    for query, search in found["searches"].items():
+        lead = f"{search['margin']:+.3f}, {search['margin_without']:+.3f} without those against it"
+        console.print(f"  {query}: lead of the right answer {lead}", highlight=False, markup=False, soft_wrap=True)
+        for side in ("against", "for"):
+            for image in search[side]:
+                line = f"    {side:<7}  {image['effect']:+.4f}  {image['label']}  {image['source']}"
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _lines_about(found: dict[str, Any]) -> Iterator[str]:

@@ -90,18 +90,27 @@ def flips(
 def blame(
     item: Annotated[str, typer.Argument(help="Id of an item of the gallery, or source of an evaluation image.")],
     generation: Annotated[str | None, typer.Argument(help="Candidate; by default that of the newest decision.")] = None,
+    training: Annotated[
+        int,
+        typer.Option(min=0, help="Name so many training images that each of the first 5 lost queries hangs on."),
+    ] = 0,
     root: RootOption = ".",
     as_json: JsonOption = False,
 ) -> None:
     """List the lost queries that one item has to do with: as the wrong answer, or as the right one that is lost.
 
-    Says whose vector answers, and whether the model or the mix of old and new vectors is to blame.
+    Says whose vector answers, and whether the model or the mix of old and new vectors is to blame. With --training also
+    which training images the wrong answer hangs on, through the last layer of the network: a wrong label, a duplicate.
     """
     with reported_errors(as_json):
         from graceful.flows.commands.flips import blame as blame_item
         from graceful.flows.terminal import print_blame
 
         found = blame_item(place(root), item, generation)
+        if training:
+            from graceful.flows.commands.influence import add_training_images
+
+            found = add_training_images(place(root), found, training)
         output(as_json, found, lambda console: print_blame(console, found))
 
 

@@ -29,6 +29,7 @@ from graceful.flows.store.events import (
     Promoted,
     Rejected,
     Retired,
+    Trained,
     UpdateStarted,
 )
 from graceful.flows.store.workspace import Workspace
@@ -38,6 +39,7 @@ from graceful.flows.update.gate import MoveRefusedError
 from graceful.flows.update.serving import go_forward, rollback
 from graceful.flows.update.train import EmbeddingFailuresError
 from graceful.training.generation import read_card
+from graceful.training.manifest import read_manifest
 from tests.flows import running, tiny
 from tests.flows.running import command as run
 from tests.flows.running import document
@@ -326,6 +328,27 @@ def test_blame_names_the_searches_that_an_item_spoils(held):
     assert by_id["owner_now"] == found["against"]
     assert "comes first, wrongly" in run("blame", item, "--root", root).stdout
     assert "found neither" in run("blame", "nobody", "--root", root, code=1).stderr
+
+
+def test_blame_names_the_training_images_that_a_lost_search_hangs_on(held):
+    root, candidate = held
+    flip = next(flip for flip in document("flips", "--root", root)["flips"] if flip["wrong_item"])
+    found = document("blame", flip["query"], "--training", "4", "--root", root)["training"]
+    search = found["searches"][flip["query"]]
+    workspace = Workspace(str(root))
+    trained = next(event for event in workspace.registry.events(Trained) if event.generation == candidate)
+    sources = read_manifest(workspace.manifest_uri(trained.update_key)).sources
+    assert (found["num_images"], found["num_taken"]) == (len(sources), len(sources))
+    assert search["margin"] <= -flip["margin"] + 1e-3, "the wrong answer leads the best right one by so much"
+    effects = [image["effect"] for image in search["against"]]
+    assert len(effects) == 4
+    assert effects == sorted(effects, reverse=True)
+    assert search["margin_without"] == pytest.approx(search["margin"] + sum(effects), rel=0.2)
+    assert all(image["effect"] < 0 for image in search["for"])
+    assert {image["source"] for side in ("for", "against") for image in search[side]} <= set(sources)
+    told = run("blame", flip["query"], "--training", "4", "--root", root).stdout
+    assert search["against"][0]["source"] in told
+    assert "training" not in document("blame", flip["query"], "--root", root)
 
 
 def test_promote_goes_forward_again_after_a_rollback(held):
