@@ -138,10 +138,20 @@ def search(
     image: Annotated[Path, typer.Argument(help="Image to search with.")],
     root: RootOption = ".",
     k: Annotated[int, typer.Option("-k", min=1, help="How many items to return.")] = 10,
-    generation: Annotated[str | None, typer.Option(help="Query as this generation instead of the champion.")] = None,
+    generation: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            "--generation",
+            help="Query as another than the champion: a variant by its name (edge), or a generation (g002).",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Search the gallery with an image, as production would."""
+    """Search the gallery with an image, as production would; with --as edge, as a phone would.
+
+    A variant reads the vectors that it is certified for; items without one cannot be found by it, and are counted.
+    """
     with reported_errors(as_json):
         from graceful.flows.commands.images import search_image
 
@@ -236,6 +246,8 @@ def _print_trials(console: Console, found: dict[str, Any]) -> None:
 
 
 def _print_hits(console: Console, found: dict[str, Any]) -> None:
+    unreadable = f"; it cannot read {found['unreadable']:,} items" if found["unreadable"] else ""
+    console.print(f"Asked by {found['query_generation']}{unreadable}.", highlight=False)
     for number, hit in enumerate(found["hits"], 1):
         label = f"  {hit['label']}" if hit["label"] else ""
         above = [f"{'above' if yes else 'below'} {name}" for name, yes in hit["above"].items()]

@@ -32,10 +32,11 @@ from graceful.flows.update.foresee import foresee
 from graceful.flows.update.freeze import Inputs, freeze
 from graceful.flows.update.gate import MoveRefusedError
 from graceful.flows.update.judge import class_distance, judge, recorded
-from graceful.flows.update.publish import publish, question
+from graceful.flows.update.publish import publish, publish_newest, question
 from graceful.flows.update.rollout import ACTED_ON
 from graceful.flows.update.serving import operator, refuse_retired
 from graceful.flows.update.train import embed_evaluation, extend_cache, train_candidate, train_paragon
+from graceful.flows.update.variants import make_variants
 from graceful.indexing.reindex import ReindexReport
 
 T = TypeVar("T")
@@ -120,6 +121,7 @@ def update(
             report = do("re-index", lambda: carry_on(session.workspace, session.config.gallery, session.progress))
             if not claimed:
                 _tell_what_is_unreadable(session)
+            _make_variants(inputs, wait_s, claimed=claimed, do=do)
             return _result(inputs, known, evaluation, report, repeated=True)
         if known is None:
             foresee(inputs)
@@ -165,6 +167,7 @@ def update(
         )
     if not claimed:
         _tell_what_is_unreadable(session)
+    _make_variants(inputs, wait_s, claimed=claimed, do=do)
     result = _result(inputs, decided, evaluation, report)
     if result.approval == "waiting":
         asked = Artifact(
@@ -172,6 +175,23 @@ def update(
         )
         session.progress.show(lambda: [asked])
     return result
+
+
+def _make_variants(inputs: Inputs, wait_s: float, *, claimed: bool, do: Step) -> None:
+    """Give the generation that serves its variants, now that the decision about it has been carried out."""
+    session, champion = inputs.session, inputs.registry.serving().champion
+    if not session.config.variants or champion is None:
+        return
+    with ExitStack() as held:
+        if not claimed:
+            held.enter_context(claim(session.workspace.root, f"variants of {champion}", wait_s=wait_s))
+        make_variants(session, list(session.config.variants), do)
+    do(
+        "publish variants",
+        lambda: publish_newest(
+            session.workspace, champion, session.config.report, session.config.name, session.progress
+        ),
+    )
 
 
 def accept(session: Session, generation: str, order: Order, *, by: str = "", step: Step = plain) -> Decided:
