@@ -96,7 +96,7 @@ ORDER = {
         "flows.commands.status", "flows.commands.doctor",
         "flows.commands.selftest", "flows.commands.evaluations", "flows.commands.evalset",
         "flows.commands.history", "flows.commands.debt", "flows.commands.flips",
-        "flows.commands.adopt", "flows.commands.accept",
+        "flows.commands.adopt", "flows.commands.accept", "flows.commands.variants",
         "flows.commands.images", "flows.commands.plan",
         "flows.commands.clusters", "flows.commands.updates", "flows.commands.rehearsal", "flows.commands.suggestions",
         "flows.commands.demo_world", "flows.commands.demo", "flows.api", "flows.terminal", "flows.terminal_debt",

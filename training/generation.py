@@ -289,7 +289,12 @@ def ordinal_of(generation_id: str) -> int:
     >>> ordinal_of("g012-9f2c1a"), ordinal_of("g012.edge-77a0b2")
     (12, 12)
     """
-    return int(_parsed(generation_id).group(1))
+    match = _ID_PATTERN.fullmatch(generation_id)
+    if match is None:
+        raise UsageError(
+            f"reading a generation id: expected a form like g003-9f2c1a or g003.edge-77a0b2, found {generation_id!r}"
+        )
+    return int(match.group(1))
 
 
 def variant_in(generation_id: str) -> str | None:
@@ -298,16 +303,8 @@ def variant_in(generation_id: str) -> str | None:
     >>> variant_in("g012.edge-77a0b2"), variant_in("g012-9f2c1a")
     ('edge', None)
     """
-    return _parsed(generation_id).group(2)
-
-
-def _parsed(generation_id: str) -> re.Match[str]:
     match = _ID_PATTERN.fullmatch(generation_id)
-    if match is None:
-        raise UsageError(
-            f"reading a generation id: expected a form like g003-9f2c1a or g003.edge-77a0b2, found {generation_id!r}"
-        )
-    return match
+    return match.group(2) if match is not None else None
 
 
 def write_card(uri: str, card: GenerationCard) -> None:

@@ -9,6 +9,7 @@ generation is kept may be asked for by its id, as an older client may.
 from collections.abc import Iterable
 
 from graceful.errors import GracefulError
+from graceful.files import crash_point
 from graceful.flows.store.events import VariantJudged
 from graceful.flows.store.registry import Registry, read_by
 from graceful.training.generation import ordinal_of, variant_in
@@ -20,6 +21,17 @@ class QueryOnlyError(GracefulError):
 
 class NoVariantError(GracefulError):
     """No approved variant of this name may read what is served."""
+
+
+def settle(registry: Registry, variant: str, made: VariantJudged, *, update_key: str) -> None:
+    """Issue or revoke a variant's certificates, then record the judgement that lets it answer, or not."""
+    wanted = [(variant, variant), *((variant, name) for name in made.readable)] if made.approved else []
+    held = {pair for pair in registry.certificates() if pair[0] == variant}
+    registry.revoke(sorted(held.difference(wanted)), reason=made.reason)
+    registry.certify(wanted, reason=made.reason)
+    crash_point("variant-certified")
+    registry.record(made, update_key=update_key, generation=variant)
+    crash_point("variant-judged")
 
 
 def judged(registry: Registry) -> dict[str, VariantJudged]:

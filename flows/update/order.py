@@ -6,8 +6,9 @@ and goes on, so that an update killed anywhere and called again ends where one e
 to hold is an update that went well.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -22,7 +23,7 @@ from graceful.flows.settings.rollout import RolloutConfig
 from graceful.flows.store.approvals import Approval, answer, approval_of
 from graceful.flows.store.claim import claim
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
-from graceful.flows.store.events import Decided, Overridden, Promoted
+from graceful.flows.store.events import Decided, Overridden, Promoted, VariantJudged
 from graceful.flows.store.reports import REPORT_FILE
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.act import Case, Order, Step, carry_on, decide_and_act, plain
@@ -107,6 +108,10 @@ def update(
         crash_point(f"after {name}")
         return result
 
+    def make_all() -> None:
+        if session.config.variants and session.workspace.registry.serving().champion is not None:
+            give_variants(session, list(session.config.variants), wait_s=wait_s, claimed=claimed, step=do)
+
     with ExitStack() as held:
         if not claimed:
             held.enter_context(claim(session.workspace.root, "an update", wait_s=wait_s))
@@ -121,7 +126,7 @@ def update(
             report = do("re-index", lambda: carry_on(session.workspace, session.config.gallery, session.progress))
             if not claimed:
                 _tell_what_is_unreadable(session)
-            _make_variants(inputs, wait_s, claimed=claimed, do=do)
+            make_all()
             return _result(inputs, known, evaluation, report, repeated=True)
         if known is None:
             foresee(inputs)
@@ -167,7 +172,7 @@ def update(
         )
     if not claimed:
         _tell_what_is_unreadable(session)
-    _make_variants(inputs, wait_s, claimed=claimed, do=do)
+    make_all()
     result = _result(inputs, decided, evaluation, report)
     if result.approval == "waiting":
         asked = Artifact(
@@ -177,21 +182,23 @@ def update(
     return result
 
 
-def _make_variants(inputs: Inputs, wait_s: float, *, claimed: bool, do: Step) -> None:
-    """Give the generation that serves its variants, now that the decision about it has been carried out."""
-    session, champion = inputs.session, inputs.registry.serving().champion
-    if not session.config.variants or champion is None:
-        return
+def give_variants(
+    session: Session, names: Sequence[str], *, wait_s: float = 0.0, claimed: bool = False, step: Step = plain
+) -> dict[str, VariantJudged]:
+    """Train and judge variants of the generation that serves, and show them in its report. Killed, it goes on.
+
+    Raises: ConfigError, UpdateInProgressError.
+    """
+    workspace, config = session.workspace, session.config
     with ExitStack() as held:
         if not claimed:
-            held.enter_context(claim(session.workspace.root, f"variants of {champion}", wait_s=wait_s))
-        make_variants(session, list(session.config.variants), do)
-    do(
-        "publish variants",
-        lambda: publish_newest(
-            session.workspace, champion, session.config.report, session.config.name, session.progress
-        ),
-    )
+            held.enter_context(claim(workspace.root, f"making {', '.join(names)}", wait_s=wait_s))
+        found = make_variants(session, names, step)
+    champion = workspace.registry.serving().champion
+    if champion is not None:
+        shown = partial(publish_newest, workspace, champion, config.report, config.name, session.progress)
+        step("publish variants", shown)
+    return found
 
 
 def accept(session: Session, generation: str, order: Order, *, by: str = "", step: Step = plain) -> Decided:

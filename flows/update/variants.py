@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from graceful.evaluation.decision import JUDGING_VERSION
 from graceful.evaluation.outcomes import Outcomes
-from graceful.evaluation.variants import VariantVerdict, judge_variant, metrics_on
-from graceful.files import crash_point, join, remove
+from graceful.evaluation.variants import judge_variant, metrics_on
+from graceful.files import join, remove
 from graceful.flows.runtime.session import Session
 from graceful.flows.settings.config import ConfigError
 from graceful.flows.store.evaluation_set import EvaluationSet, load_evaluation_set, save_evaluation_set
 from graceful.flows.store.events import Trained, UpdateStarted, VariantJudged, VariantTrained
 from graceful.flows.store.leaks import refuse_trained_on
 from graceful.flows.store.registry import Registry, read_by
+from graceful.flows.store.variants import settle
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.act import Step
 from graceful.flows.update.bench import Bench, production_owners
@@ -101,23 +102,9 @@ def judge(session: Session, name: str, variant: str, cloud: str) -> VariantJudge
         row=metrics_on(outcomes, policy, variant, [*view.readable, variant]),
         of_self_test=metrics_on(outcomes, policy, cloud, [cloud]).get(cloud),
     )
-    settle(workspace, variant, made, verdict, update_key=f"variant-{key}")
+    settle(workspace.registry, variant, made, update_key=f"variant-{key}")
     session.progress.say(f"{variant} {made.reason}")
     return made
-
-
-def settle(
-    workspace: Workspace, variant: str, made: VariantJudged, verdict: VariantVerdict, *, update_key: str
-) -> None:
-    """Issue or revoke the variant's certificates, then record the judgement that lets it answer, or not."""
-    registry = workspace.registry
-    wanted = [(variant, variant), *((variant, name) for name in verdict.readable)] if verdict.approved else []
-    held = [pair for pair in registry.certificates() if pair[0] == variant and pair not in wanted]
-    registry.revoke(sorted(held), reason=made.reason)
-    registry.certify(wanted, reason=made.reason)
-    crash_point("variant-certified")
-    registry.record(made, update_key=update_key, generation=variant)
-    crash_point("variant-judged")
 
 
 def _measure(
