@@ -1,10 +1,13 @@
 """Variants that only query: trained after the decision, judged, and never anything but another query generation."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from graceful.files import set_crash_hook
@@ -21,7 +24,9 @@ from graceful.indexing.maintenance import collect
 from graceful.indexing.reindex import embed_missing
 from graceful.training.datasets import load_images
 from graceful.training.encoder import open_encoder
+from graceful.training.exporting import MIN_COSINE
 from graceful.training.generation import read_card
+from graceful.training.images import decode, read_payloads
 from tests.flows import running, tiny
 
 pytestmark = pytest.mark.timeout(300)
@@ -308,6 +313,28 @@ def test_the_report_and_the_command_have_a_row_for_every_variant(second):
     text = running.command("variant", "--root", second).output
     assert "Queries by row, gallery of column" in text
     assert f"{variants[1]} answers for edge" in text
+
+
+# Taken elsewhere ------------------------------------------------------------------------------------------------------
+
+
+def test_a_variant_is_exported_by_its_name_with_what_was_measured_beside_it(second, tmp_path):
+    (_, newer), file = variants_of(second), tmp_path / "edge.pt2"
+    found = running.document("export", "edge", "--root", second, "--out", file)
+    assert found == json.loads(Path(f"{file}.json").read_text())
+    assert (found["generation"], found["size_bytes"]) == (newer, file.stat().st_size)
+    encoder = open_encoder(open_workspace(str(second)).generation_uri(newer), precision="float32")
+    program = torch.export.load(file).module()
+    sources = load_images(tiny.open_config(second).evaluation.queries).sources[:20]
+    pixels = np.stack([decode(payload, encoder.card.preprocessing) for payload in read_payloads(sources)])
+    cosines = (program(torch.from_numpy(pixels)).detach().numpy() * encoder(sources)[0]).sum(axis=1)
+    assert cosines.min() >= MIN_COSINE
+    text = running.command("export", "g001", "--root", second, "--out", file).output
+    assert "multiply-adds" in text
+    assert "outside the graph" in text
+    for wrong, said in ((("edge", "--format", "coreml"), "torch or onnx"), (("watch",), "approved variant")):
+        refused = running.document("export", *wrong, "--root", second, "--out", file, code=2 if said[0] == "t" else 1)
+        assert said in refused["error"]
 
 
 # The configuration ----------------------------------------------------------------------------------------------------
