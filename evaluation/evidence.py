@@ -234,7 +234,7 @@ def gather_evidence(
         "quality_margin_points": policy.quality_margin_points,
         "num_queries": len(outcomes),
         "self_test": self_test,
-        "self_test_lower": _self_test_lower(outcomes, policy, candidate),
+        "self_test_lower": metric_lower(outcomes, policy, pair_state(candidate, candidate)),
         "near_copy_share": question.near_copy_share,
         "chance": question.chance,
         "cost_inputs": cost,
@@ -390,8 +390,8 @@ def _self_test(outcomes: Outcomes, policy: RolloutPolicy, candidate: str) -> flo
     return _finite(np.nanmean(metric_values(outcomes, state, policy.metric, policy.k)))
 
 
-def _self_test_lower(outcomes: Outcomes, policy: RolloutPolicy, candidate: str) -> float | None:
-    state = pair_state(candidate, candidate)
+def metric_lower(outcomes: Outcomes, policy: RolloutPolicy, state: str) -> float | None:
+    """Lower bound of the metric in a state, clusters respected; None where it has none (mAP) or nothing is measured."""
     counted = measured(outcomes, state)
     if policy.metric != "recall@k" or not counted.any():
         return None

@@ -167,7 +167,8 @@ class WorkspaceHandle:
         Args:
             images: Files or URIs.
             k: How many items to return for each.
-            generation: Query as this generation (its id, or g002) instead of the champion: an old client, a canary.
+            generation: Query as another than the champion: a generation (its id, or g002: an old client, a canary), or
+                a variant by its name (edge), as a phone would.
 
         Returns:
             For each image up to k hits, best first; scores are cosines, higher is better.
@@ -175,12 +176,11 @@ class WorkspaceHandle:
         Raises:
             NothingServedError: no generation serves yet.
             UnreadableQueryError: an image cannot be read, decoded or embedded.
+            NoVariantError: no variant of this name may read what is served.
         """
         from graceful.flows.search.searcher import GallerySearcher
 
         sources = [_place(image) for image in _several(images, "searching")]
-        if generation is not None:
-            generation = open_workspace(self.root).registry.resolve(generation)
         searcher = self._searchers.get(generation)
         if searcher is None:
             searcher = self._searchers[generation] = GallerySearcher(open_workspace(self.root), generation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -70,9 +70,35 @@ def print_status(console: Console, status: dict[str, Any]) -> None:
         if name == "last_updates":
             lines = [f"{found['when']}  {found['generation']}  {found['summary']}" for found in value]
             table.add_row("last updates", Text("\n".join(lines) or "none"))
+        elif name == "variants":
+            table.add_row("variants", Text("\n".join(map(_variant_line, value)) or "none"))
         else:
             table.add_row(name.replace("_", " "), Text(in_words(value)))
     console.print(table)
+
+
+def print_variants(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A row of the compatibility matrix for each variant, and what was found about it."""
+    galleries = list(
+        dict.fromkeys(gallery for row in rows for gallery in row["metric_on"] if gallery != row["variant"])
+    )
+    table = Table("queries", *(name.split("-")[0] for name in galleries), "its own", box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        values = [_share(row["metric_on"].get(gallery)) for gallery in (*galleries, row["variant"])]
+        table.add_row(row["variant"], *values)
+    if rows:
+        console.print("Queries by row, gallery of column (%)", table, sep="\n", highlight=False)
+    for row in rows:
+        console.print(_variant_line(row), highlight=False, soft_wrap=True, markup=False)
+
+
+def _variant_line(row: Mapping[str, Any]) -> str:
+    if row["answers"]:
+        said = f"answers for {row['name']}"
+    else:
+        said = "may query by its id" if row["may_query"] else "does not query"
+    hidden = f", cannot read {row['unreadable']:,} items" if row["unreadable"] else ""
+    return f"{row['variant']} {said}{hidden}: {row['reason']}"
 
 
 def print_next(console: Console, commands: Sequence[str]) -> None:

@@ -71,13 +71,18 @@ class VectorCommit:
 class Gallery:
     """A handle on the gallery below one location. Any number of handles and processes may be open at once."""
 
-    def __init__(self, location: str, *, create: bool = False) -> None:
+    def __init__(
+        self, location: str, *, create: bool = False, check_owner: Callable[[str], object] = lambda _: None
+    ) -> None:
         """Open the gallery; with `create` it is made empty where there is none.
+
+        `check_owner` is asked before a vector is written, and raises for a generation that may own none.
 
         Raises:
             MissingTableError: there is none, or a part of it is gone: an empty table does not take its place.
         """
         self.location = location
+        self._check_owner = check_owner
         create = create and not in_use(location, ("items", "vectors"))
         self.items_table = VersionedTable(
             join(location, "items"), ITEMS_SCHEMA, key="revision", repeated=REPEATED_COLUMNS, create=create
@@ -120,8 +125,9 @@ class Gallery:
 
         Another handle that embeds the same unit has another place, and its file another name after the commit: what one
         takes back because the other was faster is never what the other has committed. A commit moves the file away: a
-        worker believed dead that writes once more cannot touch committed rows.
+        worker believed dead that writes once more cannot touch committed rows. Raises what `check_owner` raises.
         """
+        self._check_owner(generation)
         return join(self.staging_location(), generation, f"{unit}-{self._handle}.parquet")
 
     def staging_location(self) -> str:

@@ -31,6 +31,7 @@ from graceful.training.generation import (
     BackboneSpec,
     GenerationCard,
     Preprocessing,
+    VariantOf,
     make_generation_id,
     read_card,
     write_card,
@@ -216,19 +217,22 @@ def save_generation(
     width: int,
     origin: Literal["trained", "adopted"] = "trained",
     classifier: tuple[Sequence[str], Tensor, Tensor] | None = None,
+    variant: VariantOf | None = None,
     **card_fields: Any,
 ) -> tuple[str, GenerationCard]:
     """Store a generation below `root_uri`; return its folder and card.
 
-    classifier: class names, rows (C, d) and class means (C, d); both are stored with unit length. The same network with
-    the same description gives the same id; writing it again changes nothing.
+    classifier: class names, rows (C, d) and class means (C, d); both are stored with unit length. `variant`: it is one,
+    and only queries. The same network with the same description gives the same id; writing it again changes nothing.
     """
     # One metadata entry only: safetensors writes several in an arbitrary order, and the digest would change.
     description = json.dumps([backbone.model_dump(), preprocessing.model_dump()], sort_keys=True)
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
     payload = dump_tensors(state, metadata={"description": description})
     digest = hashlib.sha256(payload).hexdigest()
-    generation_id = make_generation_id(ordinal, digest)
+    generation_id = make_generation_id(ordinal, digest, None if variant is None else variant.name)
+    if variant is not None:
+        card_fields |= {"role": "query_only", "of": variant.of}
     uri = join(root_uri, generation_id)
     classifier_digest: str | None = None
     write_bytes(join(uri, WEIGHTS_FILE), payload)

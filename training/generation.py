@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 WEIGHTS_FILE = "weights.safetensors"
 CLASSIFIER_FILE = "classifier.safetensors"
 CARD_FILE = "card.json"
-_ID_PATTERN = re.compile(r"g(\d{3,})-([0-9a-f]{6})")
+_ID_PATTERN = re.compile(r"g(\d{3,})(?:\.([a-z][a-z0-9_]*))?-([0-9a-f]{6})")
 
 
 class GenerationNotFoundError(GracefulError, FileNotFoundError):
@@ -202,6 +202,15 @@ class GenerationCard(BaseModel):
         default=0, ge=0, description="Clean images behind the batch norm statistics; 0: nothing to calibrate."
     )
     training: dict[str, Any] = Field(default_factory=dict, description="Summary of the training (JSON values only).")
+    role: Literal["full", "query_only"] = Field(
+        default="full", description="full: its vectors are stored and searched; query_only: a variant, which only asks."
+    )
+    of: str | None = Field(default=None, description="query_only: the generation that it is a variant of.")
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual_role(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = write(self)
+        return {key: value for key, value in values.items() if key not in ("role", "of") or self.role != "full"}
 
     @model_validator(mode="before")
     @classmethod
@@ -220,10 +229,17 @@ class GenerationCard(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "GenerationCard":
-        if make_generation_id(self.ordinal, self.digest) != self.generation_id:
+        variant = variant_in(self.generation_id)
+        expected = make_generation_id(self.ordinal, self.digest, variant)
+        if expected != self.generation_id:
             raise UsageError(
-                f"card of {self.generation_id}: expected the id {make_generation_id(self.ordinal, self.digest)} that "
-                "ordinal and digest give; the card was edited or mixed up"
+                f"card of {self.generation_id}: expected the id {expected} that ordinal and digest give; the card was "
+                "edited or mixed up"
+            )
+        if (variant is not None, self.of is not None) != (self.role == "query_only",) * 2:
+            raise UsageError(
+                f"card of {self.generation_id}: expected the role query_only, a generation in 'of' and a variant's "
+                f"name in the id together, found role {self.role}, of {self.of}; the card was edited or mixed up"
             )
         if self.preprocessing.fingerprint() != self.preprocessing_fingerprint:
             raise UsageError(
@@ -247,25 +263,48 @@ class PredecessorRef(BaseModel):
     weight: float = Field(default=1.0, ge=0, description="Factor of this predecessor in every constraint.")
 
 
-def make_generation_id(ordinal: int, weights_sha256: str) -> str:
-    """Return the id of a generation.
+class VariantOf(BaseModel):
+    """Which variant of which generation a training makes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Name of the variant, such as edge.")
+    of: str = Field(description="Id of the generation that it queries for.")
+
+
+def make_generation_id(ordinal: int, weights_sha256: str, variant: str | None = None) -> str:
+    """Return the id of a generation; that of a variant names the variant too, under its generation's ordinal.
 
     >>> make_generation_id(3, "9f2c1a" + "0" * 58)
     'g003-9f2c1a'
+    >>> make_generation_id(3, "77a0b2" + "0" * 58, "edge")
+    'g003.edge-77a0b2'
     """
-    return f"g{ordinal:03d}-{weights_sha256[:6]}"
+    return f"g{ordinal:03d}{f'.{variant}' if variant else ''}-{weights_sha256[:6]}"
 
 
 def ordinal_of(generation_id: str) -> int:
     """Return the ordinal that an id carries.
 
-    >>> ordinal_of("g012-9f2c1a")
-    12
+    >>> ordinal_of("g012-9f2c1a"), ordinal_of("g012.edge-77a0b2")
+    (12, 12)
     """
     match = _ID_PATTERN.fullmatch(generation_id)
     if match is None:
-        raise UsageError(f"reading a generation id: expected a form like g003-9f2c1a, found {generation_id!r}")
+        raise UsageError(
+            f"reading a generation id: expected a form like g003-9f2c1a or g003.edge-77a0b2, found {generation_id!r}"
+        )
     return int(match.group(1))
+
+
+def variant_in(generation_id: str) -> str | None:
+    """Return the variant's name that an id carries; None for a generation whose vectors are stored.
+
+    >>> variant_in("g012.edge-77a0b2"), variant_in("g012-9f2c1a")
+    ('edge', None)
+    """
+    match = _ID_PATTERN.fullmatch(generation_id)
+    return match.group(2) if match is not None else None
 
 
 def write_card(uri: str, card: GenerationCard) -> None:

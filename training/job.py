@@ -20,7 +20,7 @@ from pydantic import (
 
 from graceful.errors import UsageError
 from graceful.training.choices import CONSTRAINT_PARAMETERS, HEAD_NAMES, OF_LOGITS, PER_IMAGE, check_parameters
-from graceful.training.generation import BackboneSpec, PredecessorRef, Preprocessing
+from graceful.training.generation import BackboneSpec, PredecessorRef, Preprocessing, VariantOf
 
 TRAINING_VERSION = 3
 """Version of what a recipe means. Raise it with every change after which the same job gives other weights: a loss, the
@@ -409,6 +409,7 @@ class TrainingJob(BaseModel):
     parent_uri: str | None = Field(default=None, description="Folder of the generation to start from.")
     predecessors: tuple[PredecessorRef, ...] = Field(default=(), description="Generations to stay compatible with.")
     dev: DevPart | None = Field(default=None, description="What is looked at and chosen by.")
+    variant: VariantOf | None = Field(default=None, description="Make a variant of a generation, which only queries.")
     storage_uri: str = Field(description="Where checkpoints, progress and the result are kept.")
     num_workers: int = Field(default=0, ge=0, description="Ray Train workers; 0 trains in this process without Ray.")
     min_workers: int | None = Field(

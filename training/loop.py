@@ -248,6 +248,7 @@ def _finish(
         preprocessing=preprocessing,
         width=config.width,
         classifier=(material.classes, rows, means),
+        variant=job.variant,
         prefix_widths=tuple(sorted({*config.prefix_widths, *narrower})),
         parent=parent.card.generation_id if parent is not None else None,
         predecessors=tuple(reference.generation_id for reference in job.predecessors if config.constraints),

@@ -138,15 +138,47 @@ def search(
     image: Annotated[Path, typer.Argument(help="Image to search with.")],
     root: RootOption = ".",
     k: Annotated[int, typer.Option("-k", min=1, help="How many items to return.")] = 10,
-    generation: Annotated[str | None, typer.Option(help="Query as this generation instead of the champion.")] = None,
+    generation: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            "--generation",
+            help="Query as another than the champion: a variant by its name (edge), or a generation (g002).",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Search the gallery with an image, as production would."""
+    """Search the gallery with an image, as production would; with --as edge, as a phone would.
+
+    A variant reads the vectors that it is certified for; items without one cannot be found by it, and are counted.
+    """
     with reported_errors(as_json):
         from graceful.flows.commands.images import search_image
 
         found = search_image(place(root), place(image), k, generation)
         output(as_json, found, lambda console: _print_hits(console, found))
+
+
+@command()
+def export(
+    name: Annotated[str, typer.Argument(help="A variant's name (edge), or the id of a generation or variant (g002).")],
+    out: Annotated[Path, typer.Option("--out", help="File to write; what was measured is written to FILE.json.")],
+    root: RootOption = ".",
+    output_format: Annotated[
+        str, typer.Option("--format", help="torch (torch.export), or onnx (needs graceful\\[onnx]).")
+    ] = "torch",
+    as_json: JsonOption = False,
+) -> None:
+    """Write an encoder for another runtime, such as a phone's: decoded pixels in, vectors of length 1 out.
+
+    Says its size, its multiply-adds, how long one image takes here, and what must be done to an image before. Kept only
+    where its vectors agree with the encoder's own.
+    """
+    with reported_errors(as_json):
+        from graceful.flows.commands.export import export_generation
+
+        found = export_generation(place(root), name, output_format, place(out))
+        output(as_json, found, lambda console: _print_exported(console, found))
 
 
 @command()
@@ -235,7 +267,22 @@ def _print_trials(console: Console, found: dict[str, Any]) -> None:
     console.print(f"{found['storage']}, {found['seconds']:.0f} s.{kept}", highlight=False, soft_wrap=True)
 
 
+def _print_exported(console: Console, found: dict[str, Any]) -> None:
+    lines = [
+        f"{found['generation']} as {found['format']}: {found['file']}, {found['size_bytes']:,} bytes.",
+        f"{found['num_parameters']:,} weights, {found['multiply_adds']:,} multiply-adds for an image, "
+        f"{found['latency_ms']:.2f} ms here ({found['threads']} threads, {found['machine']}).",
+        f"Takes {found['input']}; gives {found['output']}. Cosine with the encoder: {found['min_cosine']:.6f} or more.",
+        "Before it, outside the graph:",
+        *(f"  {number}. {step}" for number, step in enumerate(found["steps_outside"], 1)),
+    ]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 def _print_hits(console: Console, found: dict[str, Any]) -> None:
+    unreadable = f"; it cannot read {found['unreadable']:,} items" if found["unreadable"] else ""
+    console.print(f"Asked by {found['query_generation']}{unreadable}.", highlight=False)
     for number, hit in enumerate(found["hits"], 1):
         label = f"  {hit['label']}" if hit["label"] else ""
         above = [f"{'above' if yes else 'below'} {name}" for name, yes in hit["above"].items()]

@@ -95,6 +95,7 @@ def check_workspace(root: str, adopt: str | None = None) -> list[Finding]:
             else []
         ),
         partial(_check_network, root, config, adopt),
+        partial(_check_variants, config),
         partial(_check_cluster, config.cluster),
         partial(_check_disk, root, config, sets),
     ]
@@ -297,6 +298,17 @@ def _check_network(root: str, config: PipelineConfig, adopt: str | None) -> Iter
         )
     if adopt is None:
         yield from _check_parent(root, config)
+
+
+def _check_variants(config: PipelineConfig) -> Iterator[Finding]:
+    for variant, described in config.variants.items():
+        name = f"variants.{variant}.backbone {described.backbone.name}"
+        problem = problem_with_network(described.backbone.name)
+        yield (
+            Finding("ok", f"{name}: there")
+            if problem is None
+            else Finding("error", f"{name}: {problem[0]}", problem[1])
+        )
 
 
 def _check_parent(root: str, config: PipelineConfig) -> Iterator[Finding]:

@@ -19,13 +19,15 @@ from graceful.flows.store.events import (
     Retired,
     RolledBack,
     Trained,
+    VariantJudged,
+    VariantTrained,
 )
 from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.training.generation import ordinal_of
 
 TOLD = (
     Trained, Adopted, Decided, ApprovalAsked, ApprovalAnswered, Overridden, Rejected, Promoted, RolledBack, Forwarded,
-    CertificateRevoked, PreviousReleased, Retired,
+    CertificateRevoked, PreviousReleased, Retired, VariantTrained, VariantJudged,
 )  # fmt: skip
 """Kinds of events that a history tells; the others are the machine's own bookkeeping."""
 _FIELDS = ("outcome", "answer", "to", "ordered", "name", "factory", "gallery_generation", "reason", "by")

@@ -65,12 +65,11 @@ def ingest_images(
 
 def search_image(root: str, image: str, k: int, generation: str | None) -> dict[str, Any]:
     """Search with one image."""
-    workspace = open_workspace(root)
-    name = None if generation is None else workspace.registry.resolve(generation)
-    searcher = GallerySearcher(workspace, name)
+    searcher = GallerySearcher(open_workspace(root), generation)
     hits = searcher.search_images([image], k)[0]
     return {
         "query_generation": searcher.generation,
+        "unreadable": searcher.served.num_unreadable,
         "thresholds": {name: dict(values) for name, values in searcher.served.thresholds.items()},
         "hits": [asdict(hit) for hit in hits],
     }

@@ -20,6 +20,7 @@ from graceful.flows.store.events import Decided, Looked, Trained, UpdateStarted
 from graceful.flows.store.labels import forget_label_page
 from graceful.flows.store.registry import Registry
 from graceful.flows.store.reports import forget_pictures
+from graceful.flows.store.variants import answering, judged, live_variants
 from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.flows.update.serving import delete, go_forward, operator, reject, retire, revoke, rollback
 from graceful.indexing.maintenance import collect, forget, survey
@@ -45,6 +46,7 @@ def workspace_status(root: str) -> dict[str, Any]:
         "moved_by": serving.moved_by or None,
         "active_plan": serving.active_plan,
         "generations": registry.generations(),
+        "variants": variant_rows(workspace),
         "items": None,
         "unreadable": None,
         "rows_by_generation": {},
@@ -70,6 +72,35 @@ def workspace_status(root: str) -> dict[str, Any]:
         plan = registry.plan(serving.active_plan)[0]
         found["plan"] = {"generation": plan.generation, "fraction": plan.fraction, "items": plan.num_items}
     return found
+
+
+def list_variants(root: str) -> list[dict[str, Any]]:
+    """A row for every variant of a workspace that was judged."""
+    return variant_rows(open_workspace(root))
+
+
+def variant_rows(workspace: Workspace) -> list[dict[str, Any]]:
+    """A row for every variant that was judged: what it was found to be, whether it answers, what it cannot read."""
+    from graceful.flows.settings.config import load_supported_clients
+
+    registry = workspace.registry
+    supported = load_supported_clients(workspace.root)
+    live, answers = live_variants(registry, workspace.kept(supported), supported), set(answering(registry).values())
+    return [
+        {
+            "variant": variant,
+            "name": verdict.name,
+            "of": verdict.of,
+            "approved": verdict.approved,
+            "answers": variant in answers,
+            "may_query": variant in live,
+            "may_read": registry.readable(variant) if variant in live else [],
+            "unreadable": len(workspace.view(variant).unreadable()) if variant in live else None,
+            "metric_on": verdict.row,
+            "reason": verdict.reason,
+        }
+        for variant, verdict in judged(registry).items()
+    ]
 
 
 def _awaiting_approval(registry: Registry) -> dict[str, Any] | None:

@@ -8,8 +8,9 @@ Shapes: Q questions, D width, K results.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graceful.errors import GracefulError
 from graceful.flows.search.searcher import Hit, Mapper, ServedSnapshot
+from graceful.flows.store.variants import NoVariantError
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
+from graceful.training.generation import variant_in
 
 MAX_K = 1_000
 
@@ -36,6 +39,14 @@ class VectorQuery(BaseModel):
         default=None, description="Who made it; a query of another generation than the serving one is refused."
     )
     k: int | None = Field(default=None, ge=1, le=MAX_K, description="How many items to return.")
+    asked_as: str | None = Field(
+        default=None, alias="as", description="A variant that made it, such as edge, instead of the serving generation."
+    )
+
+    @property
+    def asker(self) -> str | None:
+        """The variant that asks: named, or known by its id in `generation`; None for the serving generation."""
+        return self.asked_as or (self.generation if variant_in(self.generation or "") else None)
 
 
 class FoundItem(BaseModel):
@@ -52,7 +63,7 @@ class FoundItem(BaseModel):
 class Answer(BaseModel):
     """Hits, best first, and what they come from."""
 
-    query_generation: str
+    query_generation: str = Field(description="Who asked: the champion, or the variant that answers for ?as=.")
     snapshot_id: str
     thresholds: dict[str, dict[str, float]] = Field(
         description="Consumer of scores, generation of the hit's vector: threshold for queries of this generation."
@@ -67,6 +78,8 @@ class ImageQuestion:
     payload: bytes
     k: int
     with_sources: bool
+    asked_as: str | None = None
+    """The variant that asks; None: the champion."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,28 @@ class VectorQuestion:
     generation: str | None
     k: int
     with_sources: bool
+    asked_as: str | None = None
+
+
+Q = TypeVar("Q", "ImageQuestion", "VectorQuestion")
+
+
+def answer_by_asker(
+    served_as: Callable[[str | None], ServedSnapshot],
+    questions: Sequence[Q],
+    answer: Callable[[ServedSnapshot, Sequence[Q]], Sequence[bytes | Exception]],
+) -> list[bytes | Exception]:
+    """Answer the questions of each asker from what is served to it; who may not ask gets the refusal."""
+    answers: list[bytes | Exception] = [b""] * len(questions)
+    for asker in dict.fromkeys(question.asked_as for question in questions):
+        rows = [row for row, question in enumerate(questions) if question.asked_as == asker]
+        try:
+            found = answer(served_as(asker), [questions[row] for row in rows])
+        except NoVariantError as error:
+            found = [error] * len(rows)
+        for row, one in zip(rows, found, strict=True):
+            answers[row] = one
+    return answers
 
 
 def answer_images(

@@ -47,6 +47,11 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         "unauthorized",
         "expected 'Authorization: Bearer <token>' with this service's token",
     ),
+    404: _refusal(
+        "No approved variant of this name answers.",
+        "unknown_variant",
+        "querying as watch: expected a variant that answers here, found edge",
+    ),
     408: _refusal(
         "The body did not come in time.",
         "timeout",

@@ -4,7 +4,7 @@
     GET  /status    who serves, which snapshot, and whether the last look at the serving state succeeded
     GET  /metrics   the same and more, for Prometheus
     GET  /docs      this page as HTML, made from /openapi.json; loads nothing from elsewhere
-    POST /search    an image (raw bytes, or a form with one file) or {"vector": [...]}; ?k=10&sources=false
+    POST /search    an image (raw bytes, or a form with one file) or {"vector": [...]}; ?k=10&sources=false&as=edge
 
 Three kinds of threads beside the event loop: one looks at the serving state, one answers vectors, one answers images
 (with others that decode for it). The event loop itself reads bodies and writes answers, and waits for nobody: a probe
@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from graceful.flows.search.answering import (
     ImageQuestion,
     VectorQuery,
     VectorQuestion,
+    answer_by_asker,
     answer_images,
     answer_vectors,
 )
@@ -59,7 +61,8 @@ class Endpoint:
 
     def __init__(self, root: str, config: EndpointConfig, open_searcher: OpenSearcher) -> None:
         self.config = config
-        self.state = SearchState(root, open_searcher)
+        # A searcher in several processes follows the champion alone.
+        self.state = SearchState(root, open_searcher, GallerySearcher if open_searcher is GallerySearcher else None)
         self.budget = BodyBudget(config.max_waiting_mib * 2**20)
         limits = {"max_waiting": config.max_waiting, "max_batch": config.batch_searches}
         self.images = Batches[ImageQuestion, bytes]("images", self._answer_images, **limits)
@@ -83,8 +86,8 @@ class Endpoint:
             await asyncio.gather(*(asyncio.to_thread(end) for end in ending))
             self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    async def search(self, request: Request, k: int, with_sources: bool) -> bytes:
-        """The body of the answer to one request.
+    async def search(self, request: Request, k: int, with_sources: bool, asked_as: str | None = None) -> bytes:
+        """The body of the answer to one request, of the champion or of the variant that it is asked as.
 
         Raises:
             Refused, or an error of `refusals.ANSWERABLE`: it is not answered.
@@ -106,19 +109,20 @@ class Endpoint:
                 is_form=kind == "multipart/form-data",
             )
             started = time.perf_counter()
-            question = _vector_question(body, k, with_sources) if is_vector else _image(body, k, with_sources)
+            asked = (body, k, with_sources, asked_as)
+            question = _vector_question(*asked) if is_vector else _image(*asked)
             answer = await _unless_gone(request, lane.ask(question))
         self.metrics.answered("vector" if is_vector else "image", time.perf_counter() - started)
         return answer
 
     def _answer_images(self, questions: Sequence[ImageQuestion]) -> Sequence[bytes | Exception]:
         self.metrics.together("image", len(questions))
-        served = self.state.served()
-        return answer_images(served, questions, max_pixels=self.config.max_pixels, mapper=self._decoders.map)
+        limits = {"max_pixels": self.config.max_pixels, "mapper": self._decoders.map}
+        return answer_by_asker(self.state.served, questions, partial(answer_images, **limits))
 
     def _answer_vectors(self, questions: Sequence[VectorQuestion]) -> Sequence[bytes | Exception]:
         self.metrics.together("vector", len(questions))
-        return answer_vectors(self.state.served(), questions)
+        return answer_by_asker(self.state.served, questions, answer_vectors)
 
 
 def make_app(
@@ -182,9 +186,12 @@ def make_app(
         request: Request,
         k: Annotated[int, Query(ge=1, le=MAX_K, description="How many items to return.")] = 10,
         sources: Annotated[bool, Query(description="Also name the server's file of each hit.")] = config.sources,
+        asked_as: Annotated[
+            str | None, Query(alias="as", description="Query as a variant, such as edge, instead of the champion.")
+        ] = None,
     ) -> Response:
         try:
-            return Response(await endpoint.search(request, k, sources), media_type="application/json")
+            return Response(await endpoint.search(request, k, sources, asked_as), media_type="application/json")
         except ANSWERABLE as error:
             raise refusal_of(error) from None
 
@@ -222,14 +229,14 @@ async def _until_gone(request: Request) -> None:
         pass
 
 
-def _image(body: bytes, k: int, with_sources: bool) -> ImageQuestion:
+def _image(body: bytes, k: int, with_sources: bool, asked_as: str | None) -> ImageQuestion:
     if not body:
         line = "searching: expected an image or a vector in the body, found nothing"
         raise Refused(400, "wrong_request", line)
-    return ImageQuestion(body, k, with_sources)
+    return ImageQuestion(body, k, with_sources, asked_as)
 
 
-def _vector_question(body: bytes, k: int, with_sources: bool) -> VectorQuestion:
+def _vector_question(body: bytes, k: int, with_sources: bool, asked_as: str | None) -> VectorQuestion:
     try:
         query = VectorQuery.model_validate_json(body)
     except ValidationError as error:
@@ -239,4 +246,4 @@ def _vector_question(body: bytes, k: int, with_sources: bool) -> VectorQuestion:
         raise Refused(422, "wrong_request", line) from None
     with np.errstate(over="ignore"):  # too large for float32 is infinite, and refused as that
         vector = np.asarray(query.vector, np.float32)
-    return VectorQuestion(vector, query.generation, query.k or k, with_sources)
+    return VectorQuestion(vector, query.generation, query.k or k, with_sources, query.asker or asked_as)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graceful.flows.search.searcher import NothingServedError, ServedSnapshot, ServingSearcher
+from graceful.flows.settings.config import load_supported_clients
+from graceful.flows.store.variants import NoVariantError, answering, live_variants
 from graceful.flows.store.workspace import Workspace, open_workspace
 
 # Counting rows passes over all of them: at most one part in so many of the time is spent on it.
@@ -24,6 +26,7 @@ _SECONDS_TO_END = 2.0
 _log = logging.getLogger("graceful.search")
 
 OpenSearcher = Callable[[Workspace], ServingSearcher]
+OpenVariant = Callable[[Workspace, str], ServingSearcher]
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,74 @@ class Figures:
     plan_items: int = 0
 
 
+class FollowedVariants:
+    """What every variant that may query searches, by its id; and which of them answers for a name.
+
+    One that cannot be followed keeps what it has, and disturbs nobody else.
+    """
+
+    def __init__(self, open_variant: OpenVariant | None) -> None:
+        self._open = open_variant
+        self._searchers: dict[str, ServingSearcher] = {}
+        self._answering: dict[str, str] = {}
+        self._errors: dict[str, str] = {}
+
+    def refresh(self, workspace: Workspace) -> None:
+        """Open what has come, follow what is there, drop what may query no longer."""
+        if self._open is None:
+            return
+        supported = load_supported_clients(workspace.root)
+        names = live_variants(workspace.registry, workspace.kept(supported), supported)
+        found, errors = {}, {}
+        for variant in names:
+            searcher = self._searchers.get(variant)
+            try:
+                if searcher is None:
+                    searcher = self._open(workspace, variant)
+                else:
+                    searcher.refresh()
+            except Exception as error:
+                errors[variant] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                if errors[variant] != self._errors.get(variant):
+                    _log.warning("following %s: %s", variant, errors[variant])
+            if searcher is not None:
+                found[variant] = searcher
+        self._searchers, self._answering, self._errors = found, answering(workspace.registry), errors
+
+    def served(self, asked_as: str) -> ServedSnapshot:
+        """What a variant searches. Raises NoVariantError."""
+        searcher = self._searchers.get(self._answering.get(asked_as, asked_as))
+        if searcher is None:
+            raise NoVariantError(
+                f"querying as {asked_as}: expected a variant that answers here, found "
+                f"{', '.join(self._answering) or 'none'}; leave it out, or look at 'graceful status'"
+            )
+        return searcher.served
+
+    def status(self) -> dict[str, Any]:
+        """Each variant that may query, for a person."""
+        names = {variant: name for name, variant in self._answering.items()}
+        return {
+            variant: {
+                "answers_for": names.get(variant),
+                "snapshot_id": searcher.served.snapshot_id,
+                "unreadable": searcher.served.num_unreadable,
+                "error": self._errors.get(variant),
+            }
+            for variant, searcher in self._searchers.items()
+        }
+
+
 class SearchState:
     """The searcher behind an endpoint, and how the last look at the serving state went."""
 
-    def __init__(self, root: str, open_searcher: OpenSearcher) -> None:
+    def __init__(self, root: str, open_searcher: OpenSearcher, open_variant: OpenVariant | None = None) -> None:
+        """`open_variant` opens what a variant searches; without it variants are not answered here."""
         self.root = root
         self.open_searcher = open_searcher
         self.searcher: ServingSearcher | None = None
         self.error: str | None = None
+        self.variants = FollowedVariants(open_variant)
         self.looked_at = 0.0
         self.moved_at = 0.0
         self.figures = Figures()
@@ -92,6 +155,8 @@ class SearchState:
                 moved = self.searcher.refresh()
             self._count(self.searcher.served)
             self.error = None
+            assert self._workspace is not None
+            self.variants.refresh(self._workspace)
         except Exception as error:
             moved, line = False, f"{type(error).__name__}: {' '.join(str(error).split())}"
             if line != self.error:
@@ -103,12 +168,15 @@ class SearchState:
             served = self.searcher.served
             _log.info("serving %s (snapshot %s)", served.generation, served.snapshot_id)
 
-    def served(self) -> ServedSnapshot:
-        """What answers now; take it once for an answer.
+    def served(self, asked_as: str | None = None) -> ServedSnapshot:
+        """What answers now, or what answers a variant by its name or id; take it once for an answer.
 
         Raises:
             NothingServedError: nothing does.
+            NoVariantError: no such variant may ask here.
         """
+        if asked_as is not None:
+            return self.variants.served(asked_as)
         if self.searcher is None:
             raise NothingServedError(self.error or "searching: no generation serves yet; the first look is under way")
         return self.searcher.served
@@ -122,6 +190,7 @@ class SearchState:
             "width": served.width if served else None,
             "rows_by_generation": self.figures.rows_by_generation if served else {},
             "unreadable": served.num_unreadable if served else None,
+            "variants": self.variants.status(),
             "serving_since": self.moved_at or None,
             "last_look": {"at": self.looked_at or None, "ok": self.error is None, "error": self.error},
         }

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from graceful.errors import GracefulError
 from graceful.flows.search.views import open_follower, target_of, thresholds_of
 from graceful.flows.settings.config import load_supported_clients
+from graceful.flows.store.variants import resolve_query
 from graceful.flows.store.workspace import Workspace
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
 from graceful.indexing.following import Followed
@@ -233,7 +234,10 @@ class GallerySearcher:
     """Searches what production serves; safe to use from several threads. `refresh` follows the serving state."""
 
     def __init__(self, workspace: Workspace, query_generation: str | None = None) -> None:
-        """Open the champion's view, or that of a named generation (an old client, a canary)."""
+        """Open the champion's view, or another query generation's: an old client's by its id, a variant's by its name.
+
+        A name is looked up at every refresh: which variant answers moves with the champion.
+        """
         self._workspace = workspace
         self._pinned = query_generation
         self._lock = threading.Lock()
@@ -289,10 +293,12 @@ def serving_encoder(
     Raises:
         NothingServedError: no generation serves yet.
         UnsupportedGenerationError: one was asked for by name whose items are no longer kept.
+        NoVariantError: a variant was asked for, and none may answer.
     """
-    generation = pinned or workspace.registry.serving().champion
+    generation = workspace.registry.serving().champion
     if pinned is not None:
-        workspace.may_query(pinned, load_supported_clients(workspace.root))
+        generation = resolve_query(workspace.registry, pinned)
+        workspace.may_query(generation, load_supported_clients(workspace.root))
     if generation is None:
         raise NothingServedError("searching: expected a serving generation, found none; run 'graceful update' first")
     if served is not None and served.generation == generation:

@@ -24,6 +24,7 @@ from graceful.flows.settings.endpoint import EndpointConfig
 from graceful.flows.settings.notify import NotifyConfig
 from graceful.flows.settings.rollout import RolloutConfig
 from graceful.flows.settings.template import TEMPLATE
+from graceful.flows.settings.variants import VariantConfig, check_variants
 from graceful.flows.store.evaluation_set import EvaluationConfig
 from graceful.indexing.cluster_choice import ClusteringConfig
 from graceful.indexing.index_choice import SearchConfig
@@ -215,6 +216,11 @@ class PipelineConfig(BaseModel):
     training_data: DatasetConfig = Field(description="Images to train on.")
     evaluation: EvaluationConfig = Field(description="Images to decide by.")
     training: TrainingConfig = Field(description="Recipe of a generation.")
+    variants: dict[str, VariantConfig] = Field(
+        default_factory=dict,
+        description="Variants that only query, by name: a table [variants.edge] for each. Every generation that comes "
+        "to serve gets them.",
+    )
     train_paragon: bool = Field(
         default=False, description="Also train every generation without constraints, to measure gain and tax."
     )
@@ -248,6 +254,13 @@ class PipelineConfig(BaseModel):
             )
         return training
 
+    @field_validator("variants")
+    @classmethod
+    def _variants_can_search(cls, variants: dict[str, VariantConfig], info: ValidationInfo) -> dict[str, VariantConfig]:
+        if "training" in info.data:
+            check_variants(variants, info.data["training"])
+        return variants
+
     @field_validator("policy")
     @classmethod
     def _clusters_can_be_judged(cls, policy: RolloutPolicy, info: ValidationInfo) -> RolloutPolicy:
@@ -266,8 +279,8 @@ class PipelineConfig(BaseModel):
         return cluster
 
     def digest(self) -> str:
-        """Digest of what shapes a generation and its decision; where it runs does not."""
-        without: dict[str, Any] = {**_WHERE_IT_RUNS, "gallery": {"collect_after_update"}}
+        """Digest of what shapes a generation and its decision; where it runs does not, nor what only queries it."""
+        without: dict[str, Any] = {**_WHERE_IT_RUNS, "gallery": {"collect_after_update"}, "variants": True}
         if self.policy.max_cluster_churn is None:
             without["clusters"] = True
         shaping = self.model_dump(mode="json", exclude=without)

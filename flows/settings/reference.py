@@ -35,8 +35,9 @@ def reference() -> str:
 def _tables(model: type[BaseModel], place: str) -> Iterator[tuple[str, type[BaseModel]]]:
     yield place, model
     for name, field in model.model_fields.items():
+        named = ".NAME" if get_origin(field.annotation) is dict else ""
         for inner in _models(field.annotation):
-            yield from _tables(inner, f"{place}.{name}" if place else name)
+            yield from _tables(inner, f"{place}.{name}{named}" if place else f"{name}{named}")
 
 
 def _table(model: type[BaseModel]) -> str:
@@ -57,7 +58,8 @@ def _default(field: Any) -> str:
 
 def _type(annotation: Any) -> str:
     if _models(annotation):
-        return "table" if get_origin(annotation) is not tuple else "list of tables"
+        origin = get_origin(annotation)
+        return "tables by name" if origin is dict else "table" if origin is not tuple else "list of tables"
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) in (Union, types.UnionType):
@@ -70,9 +72,10 @@ def _type(annotation: Any) -> str:
 def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) is dict:
+    parts = get_args(annotation)
+    if get_origin(annotation) is dict and not isinstance(parts[1], type):  # values of several forms
         return []
-    return [model for part in get_args(annotation) for model in _models(part)]
+    return [model for part in parts for model in _models(part)]
 
 
 if __name__ == "__main__":

@@ -183,6 +183,30 @@ class Retired(_Happened):
     by: str = ""
 
 
+class VariantTrained(_Happened):
+    """A variant of a generation is there: another encoder, which only queries."""
+
+    kind: Literal["variant_trained"] = "variant_trained"
+    name: str
+    of: str
+    training_key: str
+    summary: dict[str, Any] = {}
+
+
+class VariantJudged(_Happened):
+    """A variant was judged. `row`: its metric on a gallery of each generation's vectors, its own included."""
+
+    kind: Literal["variant_judged"] = "variant_judged"
+    name: str
+    of: str
+    approved: bool
+    reason: str
+    evaluation_set: str
+    readable: tuple[str, ...] = ()
+    row: dict[str, float] = {}
+    of_self_test: float | None = None
+
+
 class UpdateCompleted(_Happened):
     """An update has nothing left to do. `compute_s`: seconds that its stages say they computed."""
 
@@ -193,7 +217,7 @@ class UpdateCompleted(_Happened):
 Happened = Annotated[
     UpdateStarted | Trained | Adopted | Looked | Decided | Promoted | Held | Pending | Overridden | Rejected
     | ApprovalAsked | ApprovalAnswered | RolledBack | Forwarded | CertificateRevoked | ThresholdsSet | PlanCompleted
-    | PreviousReleased | Retired | UpdateCompleted,
+    | PreviousReleased | Retired | VariantTrained | VariantJudged | UpdateCompleted,
     Field(discriminator="kind"),
 ]  # fmt: skip
 KINDS = tuple(model.model_fields["kind"].default for model in get_args(get_args(Happened)[0]))

@@ -11,7 +11,7 @@ import hashlib
 import random
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -31,12 +31,13 @@ from graceful.flows.store.events import (
     Retired,
     ThresholdsSet,
     Trained,
+    VariantTrained,
     from_row,
     to_text,
 )
 from graceful.indexing.planner import PLAN_ITEMS_SCHEMA
 from graceful.indexing.tables import TableConflictError, VersionedTable, in_use
-from graceful.training.generation import ordinal_of
+from graceful.training.generation import ordinal_of, variant_in
 
 LINEAGE_SCHEMA = pa.schema(
     [
@@ -118,6 +119,12 @@ class Plan(BaseModel):
     before_move: Literal["all", "wave_zero"]
     decision: str
     ordered: bool = False
+
+
+def read_by(query_generation: str, certificates: Iterable[tuple[str, str]]) -> list[str]:
+    """Generations whose rows a query generation has certificates for, oldest first; variants have no rows."""
+    found = {gallery for query, gallery in certificates if query == query_generation and variant_in(gallery) is None}
+    return sorted(found, key=ordinal_of)
 
 
 class Registry:
@@ -209,13 +216,17 @@ class Registry:
         ids = {event.generation for kind in (Trained, Adopted) for event in self.events(kind)}
         return sorted(ids, key=ordinal_of)
 
+    def variants(self) -> dict[str, str]:
+        """Every variant ever trained, in that order, with the generation that it is a variant of."""
+        return {event.generation: event.payload.of for event in self.events(VariantTrained)}
+
     def resolve(self, name: str) -> str:
-        """The full id of a generation that is called by its id or by its ordinal (`g002`).
+        """The full id of a generation or variant that is called by its id or by what stands before the dash (`g002`).
 
         Raises:
             UnknownGenerationError: there is none, or the ordinal is that of several.
         """
-        known = self.generations()
+        known = [*self.generations(), *self.variants()]
         found = [generation for generation in known if name in (generation, generation.partition("-")[0])]
         if len(found) != 1:
             raise UnknownGenerationError(
@@ -264,7 +275,7 @@ class Registry:
         return {pair for pair, in_force in latest.items() if in_force}
 
     def readable(self, query_generation: str) -> list[str]:
-        """Generations whose vectors a query generation may be scored against, oldest first.
+        """Generations whose vectors a query generation may be scored against, oldest first; a variant has none itself.
 
         Raises:
             UncertifiedGenerationError: the generation has no certificate for itself.
@@ -276,7 +287,7 @@ class Registry:
                 f"reading the gallery as {query_generation}: expected a certificate for itself, found none; "
                 f"generations that may query: {', '.join(allowed) or 'none yet'}"
             )
-        return sorted((gallery for query, gallery in pairs if query == query_generation), key=ordinal_of)
+        return read_by(query_generation, pairs)
 
     def _write_certificates(self, pairs: Sequence[tuple[str, str]], *, in_force: bool, reason: str) -> None:
         at = time.time()

@@ -10,12 +10,13 @@ from functools import cached_property
 
 from graceful.errors import GracefulError
 from graceful.files import crash_point, exists, is_remote, join, write_json
-from graceful.flows.store.registry import Registry
+from graceful.flows.store.registry import Registry, read_by
+from graceful.flows.store.variants import live_variants, refuse_variant
 from graceful.indexing.cache import EmbeddingCache
 from graceful.indexing.gallery import Gallery, GalleryVersion, View
 from graceful.indexing.reindex import EmbedFunction
 from graceful.indexing.tables import MissingTableError, in_use
-from graceful.training.generation import ordinal_of
+from graceful.training.generation import variant_in
 
 _CREATED = "created.json"
 EmbedWith = Callable[[str], EmbedFunction]
@@ -42,7 +43,11 @@ class Workspace:
     @cached_property
     def gallery(self) -> Gallery:
         """The gallery."""
-        return Gallery(join(self.root, "gallery"), create=self._create)
+
+        def check_owner(generation: str) -> None:
+            refuse_variant(self.registry, f"writing vectors of {generation}", generation)
+
+        return Gallery(join(self.root, "gallery"), create=self._create, check_owner=check_owner)
 
     @cached_property
     def registry(self) -> Registry:
@@ -133,14 +138,14 @@ class Workspace:
         return list(dict.fromkeys(name for name in names if name is not None))
 
     def protected(self, supported: Sequence[str] = ()) -> list[list[str]]:
-        """Readable lists of every generation that is kept."""
+        """Readable lists of every generation that is kept, and of the variants that query for them."""
         names, pairs = self.kept(supported), self.registry.certificates()
-        # A generation that is being embedded before it is certified protects its own vectors.
+        # A generation that is being embedded before it is certified protects its own vectors; a variant has none.
+        own = [name for name in names if variant_in(name) is None]
+        variants = live_variants(self.registry, names, supported)
         return [
-            sorted({name, *(gallery for query, gallery in pairs if query == name)}, key=ordinal_of)
-            if (name, name) in pairs
-            else [name]
-            for name in names
+            *(read_by(name, pairs) if (name, name) in pairs else [name] for name in own),
+            *(read_by(variant, pairs) for variant in variants),
         ]
 
     def fence(self) -> None:
@@ -156,6 +161,7 @@ class Workspace:
         """
         self.registry.readable(generation)
         names = self.kept(supported)
+        names = [*names, *live_variants(self.registry, names, supported)]
         if generation not in names:
             certified = {query for query, gallery in self.registry.certificates() if query == gallery}
             others = ", ".join(name for name in names if name in certified) or "none yet"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from graceful.errors import GracefulError
 from graceful.flows.store.registry import ServingMovedError, ServingState
+from graceful.flows.store.variants import refuse_variant
 from graceful.flows.store.workspace import Workspace
 from graceful.indexing.gallery import GalleryVersion, View
 
@@ -92,9 +93,11 @@ def move(
 
     Raises:
         MoveRefusedError: more items would be hidden, or a first generation could read nothing; nothing was moved.
+        QueryOnlyError: a variant, which never serves itself.
         ServingMovedError: others moved the serving state first again and again.
     """
     registry, mends_left, moved_first = workspace.registry, num_mends, None
+    refuse_variant(registry, act, generation)
     for attempt in range(_ATTEMPTS + num_mends):
         serving = registry.serving()
         changes = change(serving)

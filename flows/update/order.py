@@ -6,8 +6,9 @@ and goes on, so that an update killed anywhere and called again ends where one e
 to hold is an update that went well.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -22,7 +23,7 @@ from graceful.flows.settings.rollout import RolloutConfig
 from graceful.flows.store.approvals import Approval, answer, approval_of
 from graceful.flows.store.claim import claim
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
-from graceful.flows.store.events import Decided, Overridden, Promoted
+from graceful.flows.store.events import Decided, Overridden, Promoted, VariantJudged
 from graceful.flows.store.reports import REPORT_FILE
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.act import Case, Order, Step, carry_on, decide_and_act, plain
@@ -32,10 +33,11 @@ from graceful.flows.update.foresee import foresee
 from graceful.flows.update.freeze import Inputs, freeze
 from graceful.flows.update.gate import MoveRefusedError
 from graceful.flows.update.judge import class_distance, judge, recorded
-from graceful.flows.update.publish import publish, question
+from graceful.flows.update.publish import publish, publish_newest, question
 from graceful.flows.update.rollout import ACTED_ON
 from graceful.flows.update.serving import operator, refuse_retired
 from graceful.flows.update.train import embed_evaluation, extend_cache, train_candidate, train_paragon
+from graceful.flows.update.variants import make_variants
 from graceful.indexing.reindex import ReindexReport
 
 T = TypeVar("T")
@@ -106,6 +108,10 @@ def update(
         crash_point(f"after {name}")
         return result
 
+    def make_all() -> None:
+        if session.config.variants and session.workspace.registry.serving().champion is not None:
+            give_variants(session, list(session.config.variants), wait_s=wait_s, claimed=claimed, step=do)
+
     with ExitStack() as held:
         if not claimed:
             held.enter_context(claim(session.workspace.root, "an update", wait_s=wait_s))
@@ -120,6 +126,7 @@ def update(
             report = do("re-index", lambda: carry_on(session.workspace, session.config.gallery, session.progress))
             if not claimed:
                 _tell_what_is_unreadable(session)
+            make_all()
             return _result(inputs, known, evaluation, report, repeated=True)
         if known is None:
             foresee(inputs)
@@ -165,6 +172,7 @@ def update(
         )
     if not claimed:
         _tell_what_is_unreadable(session)
+    make_all()
     result = _result(inputs, decided, evaluation, report)
     if result.approval == "waiting":
         asked = Artifact(
@@ -172,6 +180,25 @@ def update(
         )
         session.progress.show(lambda: [asked])
     return result
+
+
+def give_variants(
+    session: Session, names: Sequence[str], *, wait_s: float = 0.0, claimed: bool = False, step: Step = plain
+) -> dict[str, VariantJudged]:
+    """Train and judge variants of the generation that serves, and show them in its report. Killed, it goes on.
+
+    Raises: ConfigError, UpdateInProgressError.
+    """
+    workspace, config = session.workspace, session.config
+    with ExitStack() as held:
+        if not claimed:
+            held.enter_context(claim(workspace.root, f"making {', '.join(names)}", wait_s=wait_s))
+        found = make_variants(session, names, step)
+    champion = workspace.registry.serving().champion
+    if champion is not None:
+        shown = partial(publish_newest, workspace, champion, config.report, config.name, session.progress)
+        step("publish variants", shown)
+    return found
 
 
 def accept(session: Session, generation: str, order: Order, *, by: str = "", step: Step = plain) -> Decided:

@@ -5,6 +5,7 @@ stable (`<pipeline>-decision`, ...), so that the UI shows their history from upd
 """
 
 import base64
+from collections.abc import Sequence
 from typing import Any
 
 from graceful.evaluation.captions import matrix_markdown
@@ -15,9 +16,11 @@ from graceful.evaluation.ways import lived_states
 from graceful.files import exists, is_remote, join, read_json, write_bytes, write_json
 from graceful.flows.runtime.progress import Artifact, Progress
 from graceful.flows.settings.config import ReportConfig
-from graceful.flows.store.evaluations import FLIPS_FILE, Evaluation, read_flips
+from graceful.flows.store.evaluations import FLIPS_FILE, Evaluation, read_evaluation, read_flips
 from graceful.flows.store.events import Decided
+from graceful.flows.store.registry import Registry
 from graceful.flows.store.reports import REPORT_FILE, REPORT_JSON
+from graceful.flows.store.variants import judged
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.consumer_sections import consumer_sections
 from graceful.flows.update.diagnosis import diagnosis, flips_against_owners, lineage_rows, matrices
@@ -68,6 +71,7 @@ def publish(
         appendix=[
             *learning_sections(workspace, evidence.candidate),
             *_history(workspace, decided, document),
+            *_variants(registry, matrix.generations),
             Section("What the lineage has become", rows=diagnosis(registry, evaluation, matrix)),
             *([Section("Against what older generations answered", _AGAINST, rows=against)] if against else []),
         ],
@@ -80,6 +84,17 @@ def publish(
     if progress is not None:
         progress.show(lambda: _artifacts(name, evaluation, matrix, report))
     return report
+
+
+def publish_newest(
+    workspace: Workspace, generation: str, shows: ReportConfig, name: str, progress: Progress
+) -> str | None:
+    """Publish the newest decision about a generation once more, with what has come since; None where there is none."""
+    decided = [event.payload for event in workspace.registry.events(Decided) if event.generation == generation]
+    if not decided:
+        return None
+    evaluation = read_evaluation(workspace.evaluation_uri(decided[-1].evaluation))
+    return publish(workspace, decided[-1], evaluation, shows=shows, name=name, progress=progress)
 
 
 def question(evaluation: Evaluation, said: str) -> str:
@@ -121,6 +136,27 @@ def _history(workspace: Workspace, decided: Decided, document: dict[str, Any]) -
             break
     text = "One row for every decision about this gallery so far; the evaluation sets may differ from row to row."
     return [Section("Update by update", text, rows=rows)] if len(rows) > 1 else []
+
+
+def _variants(registry: Registry, generations: Sequence[str]) -> list[Section]:
+    """A row of the compatibility matrix for every variant: its queries on the vectors of each generation."""
+    rows = [
+        {
+            "queries": variant,
+            **{gallery: _share(verdict.row.get(gallery)) for gallery in generations},
+            "its own": _share(verdict.row.get(variant)),
+            "may read": ", ".join(verdict.readable) or "nothing",
+            "judged": verdict.reason,
+        }
+        for variant, verdict in judged(registry).items()
+        if verdict.of in generations
+    ]
+    text = "Encoders that only query. A row as in the matrix: its queries on the vectors of each generation."
+    return [Section("Variants", text, rows=rows)] if rows else []
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %"
 
 
 def _artifacts(name: str, evaluation: Evaluation, matrix: CompatibilityMatrix, report: str) -> list[Artifact]:

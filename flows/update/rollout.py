@@ -17,6 +17,7 @@ from graceful.evaluation.evidence import Evidence
 from graceful.files import crash_point
 from graceful.flows.store.events import PlanCompleted, Promoted
 from graceful.flows.store.registry import Plan, ServingMovedError, ServingState
+from graceful.flows.store.variants import refuse_variant
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.gate import Comparison, move
 from graceful.indexing.gallery import View
@@ -139,6 +140,7 @@ def prepare(workspace: Workspace, rollout: Rollout, class_distance: ClassDistanc
     From here until the plan has ended or is abandoned, nothing that the generation can read is collected: the serving
     state names it before the gallery is looked at, and a collection under way looks at the serving state again.
     """
+    refuse_variant(workspace.registry, f"planning a re-index with {rollout.generation}", rollout.generation)
     plan_id = f"{rollout.update_key}-{rollout.generation}" + ("-ordered" if rollout.ordered else "")
     # Before anything may be read: a hit never has the threshold of another generation.
     workspace.registry.set_thresholds(rollout.thresholds, decision=rollout.decision, generation=rollout.generation)

@@ -24,6 +24,7 @@ from graceful.flows.store.events import (
     RolledBack,
 )
 from graceful.flows.store.registry import ServingMovedError, ServingState
+from graceful.flows.store.variants import generation_behind, refuse_variant
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.gate import MoveRefusedError, move
 from graceful.indexing.gallery import IngestResult
@@ -82,9 +83,12 @@ def go_forward(workspace: Workspace, generation: str, *, reason: str, yes: bool 
 
     Raises:
         MoveRefusedError: it has never served, serves already, was retired, or items that can be read now could not be.
+        QueryOnlyError: it is a variant.
         UncertifiedGenerationError: it may not read its own rows.
     """
     registry = workspace.registry
+    act = f"promoting {generation}"
+    refuse_variant(registry, act, generation)
     seen = registry.serving()
     if seen.champion == generation:
         raise MoveRefusedError(f"promoting {generation}: expected another generation to serve, found it serving")
@@ -107,7 +111,6 @@ def go_forward(workspace: Workspace, generation: str, *, reason: str, yes: bool 
             "moved_by": f"forward: {reason}",
         }  # fmt: skip
 
-    act = f"promoting {generation}"
     # Kept from here on, as after a rollback: nothing of it is collected between the look at its items and the move.
     registry.change_serving(lambda serving: None if serving.left == generation else {"left": generation})
     workspace.fence()
@@ -267,6 +270,7 @@ def generations_to_write(workspace: Workspace, supported: Sequence[str] = ()) ->
     The previous one until it is released, so that a rollback finds every item; the one of a full backfill from its
     start; and unless a certificate lets it read the champion's: every supported client's, the one whose plan is
     prepared, so that the move hides nothing, and the one that a rollback left, so that it is possible to go forward.
+    A variant has no vectors: those of its generation are written for its clients.
     """
     registry = workspace.registry
     serving = registry.serving()
@@ -276,7 +280,8 @@ def generations_to_write(workspace: Workspace, supported: Sequence[str] = ()) ->
     certificates = registry.certificates()
     readers = [name for name in (serving.prepared, serving.left, *supported) if name is not None]
     names = [serving.champion, serving.previous, planned]
-    names += [name for name in readers if (name, serving.champion) not in certificates]
+    waiting = [name for name in readers if (name, serving.champion) not in certificates]
+    names += [generation_behind(registry, name) for name in waiting]
     return list(dict.fromkeys(name for name in names if name is not None))
 
 

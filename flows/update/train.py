@@ -20,10 +20,10 @@ from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.freeze import Inputs, trained_before
 from graceful.flows.update.learning import LearningCurve, epoch_text
 from graceful.indexing.embedding_files import write_embedding_file
-from graceful.training.generation import CARD_FILE, GenerationCard, PredecessorRef
+from graceful.training.generation import CARD_FILE, GenerationCard, PredecessorRef, VariantOf
 from graceful.training.job import DevPart, TrainingConfig, TrainingJob
 from graceful.training.launch import Tail, run_training
-from graceful.training.manifest import count_images
+from graceful.training.manifest import LabelledImages, count_images
 from graceful.training.progress import TrailReporter
 from graceful.training.trackers import open_trackers
 
@@ -63,25 +63,28 @@ def embed_images(session: Session, generation: str, hashes: Sequence[str], sourc
 
 def extend_cache(inputs: Inputs, predecessor: str) -> PredecessorRef:
     """Embed the training and dev images that a predecessor has not seen, and lay its vectors beside the manifests."""
-    workspace, key = inputs.workspace, inputs.frozen.update_key
-    laid = [(inputs.images, _vectors_uris(workspace, key, predecessor, len(inputs.images)))]
+    key = inputs.frozen.update_key
+    laid = lay_vectors(inputs.session, key, predecessor, inputs.images)
     if inputs.dev is not None:
-        laid.append((inputs.dev, _vectors_uris(workspace, key, predecessor, len(inputs.dev), "-dev")))
-    for images, places in laid:
-        embed_images(inputs.session, predecessor, images.content_sha256, images.sources)
-        if all(map(exists, places)):
-            continue
-        hashes = images.content_sha256
-        blocks = workspace.cache(predecessor).read_blocks(hashes, _LAID_ROWS)
+        lay_vectors(inputs.session, key, predecessor, inputs.dev, "-dev")
+    weights = dict(zip(inputs.frozen.predecessors, inputs.frozen.weights, strict=False))  # none: all weigh 1
+    return laid.model_copy(update={"weight": weights.get(predecessor, 1.0)})
+
+
+def lay_vectors(
+    session: Session, update_key: str, generation: str, images: LabelledImages, suffix: str = ""
+) -> PredecessorRef:
+    """Embed the images that a generation has not seen, and lay its vectors of all of them below an update's folder."""
+    workspace, hashes = session.workspace, images.content_sha256
+    places = _vectors_uris(workspace, update_key, generation, len(images), suffix)
+    embed_images(session, generation, hashes, images.sources)
+    if not all(map(exists, places)):
+        blocks = workspace.cache(generation).read_blocks(hashes, _LAID_ROWS)
         for number, (place, vectors) in enumerate(zip(places, blocks, strict=True)):
             start = number * _LAID_ROWS
             write_embedding_file(place, pa.table({"content_sha256": hashes[start : start + len(vectors)]}), vectors)
-    weights = dict(zip(inputs.frozen.predecessors, inputs.frozen.weights, strict=False))  # none: all weigh 1
     return PredecessorRef(
-        weight=weights.get(predecessor, 1.0),
-        generation_id=predecessor,
-        generation_uri=workspace.generation_uri(predecessor),
-        embeddings_uri=laid[0][1],
+        generation_id=generation, generation_uri=workspace.generation_uri(generation), embeddings_uri=places
     )
 
 
@@ -123,8 +126,12 @@ def train(
     role: str,
     parent_uri: str | None,
     predecessors: Sequence[PredecessorRef],
+    variant: VariantOf | None = None,
 ) -> GenerationCard:
-    """Run one training, on Ray or in this process; a finished run of the same name is found and not repeated."""
+    """Run one training, on Ray or in this process; a finished run of the same name is found and not repeated.
+
+    `variant`: one is trained, on what its generation was trained on; nothing is chosen on the dev part.
+    """
     config = session.config.cluster
     run = [frozen.training_key, role, recipe.model_dump(mode="json"), parent_uri]
     name = f"g{frozen.ordinal:03d}-{role}-{hashlib.sha256(json.dumps(run).encode()).hexdigest()[:12]}"
@@ -136,7 +143,8 @@ def train(
         ordinal=frozen.ordinal,
         parent_uri=parent_uri,
         predecessors=tuple(predecessors),
-        dev=_dev_part(session, frozen, predecessors),
+        dev=_dev_part(session, frozen, predecessors) if variant is None else None,
+        variant=variant,
         storage_uri=join(session.workspace.root, "runs"),
         num_workers=config.num_workers,
         use_gpu=config.gpus_per_worker > 0,

@@ -25,8 +25,9 @@ from graceful.flows.search.views import open_view
 from graceful.flows.settings.config import GalleryConfig
 from graceful.flows.settings.rollout import RolloutConfig
 from graceful.flows.store.approvals import answer, awaited
-from graceful.flows.store.events import Decided
+from graceful.flows.store.events import Decided, VariantJudged
 from graceful.flows.store.registry import ServingMovedError
+from graceful.flows.store.variants import settle
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.act import Case, decide_and_act
 from graceful.flows.update.serving import NothingToRollBackError, delete, ingest, release_previous, rollback
@@ -141,6 +142,15 @@ def _publish(workspace: Workspace) -> None:
     open_view(workspace, G2)
 
 
+def _judge_variant(workspace: Workspace) -> None:
+    """A variant that was approved is judged again: it may read its generation's rows, and no others any more."""
+    for key, readable in (("first", (G1, G2)), ("second", (G2,))):
+        made = VariantJudged(
+            name="edge", of=G2, approved=True, reason="approved", evaluation_set="set", readable=readable
+        )
+        settle(workspace.registry, "g002.edge-dddddd", made, update_key=f"variant-{key}")
+
+
 ACTS: Mapping[str, Callable[[Workspace], None]] = {
     "ingest": lambda workspace: void(ingest(workspace, LATE, unit_rows=2)),
     "delete": lambda workspace: void(delete(workspace, ["item-000-1"])),
@@ -152,6 +162,7 @@ ACTS: Mapping[str, Callable[[Workspace], None]] = {
     "merge": _merge,
     "forget": _forget,
     "publish an index": _publish,
+    "judge a variant": _judge_variant,
 }
 
 
@@ -220,6 +231,8 @@ ROWS = (
     Row("forget", "rewrite-after-commit", "vectors gone, the item's rows"),
     Row("publish an index", "snapshot-after-segment", "a segment, the next file of the snapshot"),
     Row("publish an index", "snapshot-before-manifest", "the last file, the manifest that names them"),
+    Row("judge a variant", "variant-certified", "certificates, the judgement that lets it answer"),
+    Row("judge a variant", "variant-judged", "the judgement, the report"),
 )
 ELSEWHERE = {
     "look-taken": "the real command, killed there in `tests/flows/test_kill_and_resume.py`, and at every write of the "

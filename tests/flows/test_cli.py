@@ -16,8 +16,8 @@ from tests.flows import tiny
 
 COMMANDS = [
     "accept", "adopt", "blame", "check", "cluster", "collect", "debt", "decide", "delete", "demo", "deploy", "doctor",
-    "flips", "history", "ingest", "init", "plan", "promote", "reject", "replay", "report", "retire", "revoke",
-    "rollback", "search", "selftest", "serve", "status", "update",
+    "export", "flips", "history", "ingest", "init", "plan", "promote", "reject", "replay", "report", "retire", "revoke",
+    "rollback", "search", "selftest", "serve", "status", "update", "variant",
 ]  # fmt: skip
 IN_GROUPS = ["evalset create", "evalset grow", "evalset label", "evalset show"]
 

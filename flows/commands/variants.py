@@ -1,0 +1,25 @@
+"""Making variants of the generation that serves. It trains: PyTorch, and Ray where the configuration says so."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from graceful.flows.commands.status import variant_rows
+from graceful.flows.runtime.environment import prepare_environment
+from graceful.flows.runtime.progress import TerminalProgress
+from graceful.flows.runtime.session import open_session
+from graceful.flows.settings.config import load_workspace_config
+from graceful.flows.store.workspace import require_workspace
+from graceful.flows.update.order import give_variants
+
+
+def make_named(root: str, names: Sequence[str], console: Console) -> list[dict[str, Any]]:
+    """Make variants of the generation that serves; returns the row of each, as `graceful status` has it."""
+    require_workspace(root)
+    prepare_environment(root)
+    with open_session(root, load_workspace_config(root), TerminalProgress(console)) as session:
+        of = {made.of for made in give_variants(session, names).values()}
+        rows = variant_rows(session.workspace)
+    newest = {row["name"]: row for row in rows if row["of"] in of}
+    return [newest[name] for name in dict.fromkeys(names)]

@@ -1,0 +1,115 @@
+"""Variants of a generation that only query: what differs from [training], and the recipe that comes of it."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from graceful.errors import UsageError
+from graceful.training.generation import BackboneSpec, Preprocessing
+from graceful.training.job import AugmentationConfig, ConstraintConfig, TrainingConfig
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_LIKE_A_GENERATION = re.compile(r"g\d+")
+_AS_TRAINED = ("initial_weights", "augmentation", "epochs", "batch_size", "weight_decay", "seed")
+
+
+def distillation() -> tuple[ConstraintConfig, ...]:
+    """Return a variant's constraints: the vectors of its generation, and recipe R's against every readable one."""
+    return (
+        ConstraintConfig(name="l2", weight=10.0, against="latest"),
+        ConstraintConfig(name="cross_contrast", reduction="sum"),
+        ConstraintConfig(name="ract", reduction="mean"),
+    )
+
+
+class VariantConfig(BaseModel):
+    """A variant of every generation that serves, such as a small network for phones: it only queries."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    backbone: BackboneSpec = Field(description="Network to train.")
+    initial_weights: str | None = Field(default=None, description="As training.initial_weights; by default none.")
+    width: int | None = Field(
+        default=None, ge=2, description="Embedding width; by default training.width, without which it cannot search."
+    )
+    prefix_widths: tuple[int, ...] = Field(
+        default=(), description="Shorter prefixes declared valid; training.width must be one where width is larger."
+    )
+    image_size: int | None = Field(
+        default=None, ge=4, description="Pixels of its input; all else as in training.preprocessing."
+    )
+    preprocessing: Preprocessing | None = Field(
+        default=None, description="Instead of image_size: the whole table; by default training.preprocessing."
+    )
+    augmentation: AugmentationConfig | None = Field(default=None, description="By default training.augmentation.")
+    constraints: tuple[ConstraintConfig, ...] = Field(
+        default_factory=distillation,
+        min_length=1,
+        description="Against the generation it is a variant of, which is the latest, and those whose rows that reads.",
+    )
+    epochs: int | None = Field(default=None, ge=1, description="By default training.epochs.")
+    batch_size: int | None = Field(default=None, ge=2, description="By default training.batch_size.")
+    max_lr: float | None = Field(default=None, gt=0, description="Peak learning rate; by default first_max_lr.")
+    weight_decay: float | None = Field(default=None, ge=0, description="By default training.weight_decay.")
+    seed: int | None = Field(default=None, ge=0, description="By default training.seed.")
+
+    def recipe(self, training: TrainingConfig) -> TrainingConfig:
+        """Return the training of this variant: from scratch, its classifier rows started at its generation's means.
+
+        Raises: UsageError, ValueError (pydantic's) for what cannot be trained.
+        """
+        given: dict[str, Any] = {name: getattr(self, name) for name in _AS_TRAINED if getattr(self, name) is not None}
+        return TrainingConfig.model_validate(
+            training.model_dump()
+            | {
+                "initial_weights": None,
+                "backbone": self.backbone.model_dump(),
+                "width": self.width or training.width,
+                "prefix_widths": self.prefix_widths,
+                "preprocessing": self._preprocessing(training.preprocessing).model_dump(),
+                "constraints": [entry.model_dump() for entry in self.constraints],
+                "predecessor_weights": "equal",
+                "head": training.head.model_dump() | {"new_class_margin": 0.0},
+                "start": "scratch",
+                "rows_from_parent": True,
+                "interpolation": 0.0,
+                "mixture": 0.0,
+                "lqf": None,
+                "patience": None,
+                "first_max_lr": self.max_lr or training.first_max_lr,
+            }
+            | {name: _plain(value) for name, value in given.items()}
+        )
+
+    def _preprocessing(self, trained: Preprocessing) -> Preprocessing:
+        if self.preprocessing is not None or self.image_size is None:
+            return self.preprocessing or trained
+        changed: dict[str, Any] = {"image_size": self.image_size}
+        if trained.resize_size is not None:  # the crop keeps the same share
+            changed["resize_size"] = round(trained.resize_size * self.image_size / trained.image_size)
+        return trained.model_copy(update=changed)
+
+
+def check_variants(variants: Mapping[str, VariantConfig], training: TrainingConfig) -> None:
+    """Refuse variants that could not search their generation's rows, before anything is trained. Raises UsageError."""
+    for name, variant in variants.items():
+        if not _NAME.fullmatch(name) or _LIKE_A_GENERATION.fullmatch(name):
+            raise UsageError(
+                f"variant {name!r}: expected a name of small letters, digits and _ that is not like a generation's "
+                "(g002), by which queries ask; call it edge, or phone"
+            )
+        if variant.preprocessing is not None and variant.image_size is not None:
+            raise UsageError(f"variant {name}: expected image_size or preprocessing, found both; give one")
+        recipe = variant.recipe(training)
+        if training.width not in (recipe.width, *recipe.prefix_widths):
+            raise UsageError(
+                f"variant {name}: expected the width {training.width} of its generation, or it among prefix_widths of "
+                f"a larger one, found width {recipe.width} with prefix_widths {list(recipe.prefix_widths)}: its "
+                "queries could not be scored against the stored rows; leave width out"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, BaseModel) else value
