@@ -47,7 +47,7 @@ ORDER = {
         "indexing.snapshots", "indexing.search", "indexing.following",
     ),
     "evaluation": (
-        "evaluation", "evaluation.intervals", "evaluation.bands", "evaluation.changed", "evaluation.outcomes",
+        "evaluation", "evaluation.intervals", "evaluation.watching", "evaluation.bands", "evaluation.changed", "evaluation.outcomes",
         "evaluation.retrieval",
         "evaluation.flips", "evaluation.matrix", "evaluation.debt", "evaluation.backfill",
         "evaluation.power", "evaluation.cost",
