@@ -1,8 +1,8 @@
 """Watching answers come in: bounds of a share that hold at every moment, however often they are looked at.
 
-A bound of `intervals` holds for a number of queries that was fixed beforehand. Whoever looks after every query, and ends
-as soon as a bound is crossed, crosses it by chance sooner or later. The bounds here hold for all numbers of queries at
-once: the chance that any of them is ever wrong is at most alpha.
+A bound of `intervals` holds for a number of queries that was fixed beforehand. Whoever looks after every query, and
+ends as soon as a bound is crossed, crosses it by chance sooner or later. The bounds here hold for all numbers of
+queries at once: the chance that any of them is ever wrong is at most alpha.
 
 A bet of one unit on every query, at odds that are fair where the share is p, has after n queries with s hits grown to
 

@@ -33,7 +33,7 @@ class VectorQuery(BaseModel):
 
     vector: list[float] = Field(description="One embedding, made by the serving generation.")
     generation: str | None = Field(
-        default=None, description="Who made it; a query of another generation than the serving one is refused."
+        default=None, description="Who made it; a query of another generation than the one that answers is refused."
     )
     k: int | None = Field(default=None, ge=1, le=MAX_K, description="How many items to return.")
 
@@ -62,21 +62,27 @@ class Answer(BaseModel):
 
 @dataclass(frozen=True)
 class ImageQuestion:
-    """An image, as its bytes."""
+    """An image, as its bytes. `generation`: who is to answer, where it is not the one that serves.
+
+    `replaceable`: the one that serves answers in its place, where it cannot.
+    """
 
     payload: bytes
     k: int
     with_sources: bool
+    generation: str | None = None
+    replaceable: bool = False
 
 
 @dataclass(frozen=True)
 class VectorQuestion:
-    """A vector (D,) of a generation, where that is named."""
+    """A vector (D,); `made_by`: who encoded it, where that is named; `generation` as of an image."""
 
     vector: NDArray[np.float32]
-    generation: str | None
+    made_by: str | None
     k: int
     with_sources: bool
+    generation: str | None = None
 
 
 def answer_images(
@@ -93,9 +99,9 @@ def answer_vectors(served: ServedSnapshot, questions: Sequence[VectorQuestion]) 
 
 
 def _checked(served: ServedSnapshot, question: VectorQuestion) -> NDArray[np.float32] | Exception:
-    if question.generation not in (None, served.generation):
+    if question.made_by not in (None, served.generation):
         return OtherGenerationError(
-            f"the query was encoded by {question.generation}, but {served.generation} serves; encode it again"
+            f"the query was encoded by {question.made_by}, but {served.generation} answers; encode it again"
         )
     try:
         served.check_queries(question.vector[None])

@@ -5,6 +5,7 @@ from fastapi import HTTPException
 from graceful.errors import GracefulError
 from graceful.flows.search.answering import OtherGenerationError
 from graceful.flows.search.batches import QueueFullError
+from graceful.flows.search.beside import NotOpenYetError
 from graceful.flows.search.searcher import IncompleteAnswerError, NothingServedError, UnreadableQueryError
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
 
@@ -33,13 +34,14 @@ _BY_ERROR: dict[type[GracefulError], tuple[int, str]] = {
     QueueFullError: (429, "busy"),
     IncompleteAnswerError: (503, "incomplete_index"),
     NothingServedError: (503, "nothing_served"),
+    NotOpenYetError: (503, "opening"),
 }
 ANSWERABLE = tuple(_BY_ERROR)
 """Errors that have a status and a kind."""
 
 KINDS = (
-    "busy", "gone", "incomplete_index", "internal", "nothing_served", "other_generation", "timeout", "too_large",
-    "unauthorized", "unreadable_image", "wrong_request", "wrong_vector",
+    "busy", "gone", "incomplete_index", "internal", "nothing_served", "opening", "other_generation", "timeout",
+    "too_large", "unauthorized", "unreadable_image", "wrong_request", "wrong_vector",
 )  # fmt: skip
 """All kinds that are counted."""
 

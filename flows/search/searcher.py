@@ -18,10 +18,11 @@ from graceful.flows.search.views import open_follower, target_of, thresholds_of
 from graceful.flows.settings.config import load_supported_clients
 from graceful.flows.store.workspace import Workspace
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
-from graceful.indexing.following import Followed
+from graceful.indexing.following import Followed, Target
 from graceful.indexing.search import SearchResult
 from graceful.indexing.sidecar import ItemEntry
 from graceful.training.encoder import SourceEncoder, open_encoder
+from graceful.training.generation import ordinal_of
 from graceful.training.images import MAX_PIXELS, UnreadableImageError, check_size, decode
 
 __all__ = [
@@ -232,10 +233,14 @@ class ServingSearcher(Protocol):
 class GallerySearcher:
     """Searches what production serves; safe to use from several threads. `refresh` follows the serving state."""
 
-    def __init__(self, workspace: Workspace, query_generation: str | None = None) -> None:
-        """Open the champion's view, or that of a named generation (an old client, a canary)."""
+    def __init__(self, workspace: Workspace, query_generation: str | None = None, granted: Sequence[str] = ()) -> None:
+        """Open the champion's view, or that of a named generation (an old client, a canary).
+
+        `granted`: the generations whose vectors it reads, where a canary grants what no certificate does.
+        """
         self._workspace = workspace
         self._pinned = query_generation
+        self._granted = tuple(sorted(granted, key=ordinal_of))
         self._lock = threading.Lock()
         self._follower = open_follower(workspace)
         self._served: ServedSnapshot | None = None
@@ -263,8 +268,13 @@ class GallerySearcher:
         When nothing has moved this reads two versions and the certificates, no view.
         """
         with self._lock:
+            if self._pinned is not None and not self._granted:
+                self._workspace.may_query(self._pinned, load_supported_clients(self._workspace.root))
             generation, encoder = serving_encoder(self._workspace, self._pinned, self._served)
-            target = target_of(self._workspace, generation, encoder.card.prefix_widths)
+            if self._granted:
+                target = Target(generation, self._granted, tuple(sorted(encoder.card.prefix_widths)))
+            else:
+                target = target_of(self._workspace, generation, encoder.card.prefix_widths)
             followed = self._follower.follow(target)
             before = self._served
             if before is None or not isinstance(before.index, FollowedIndex) or before.index.followed is not followed:
@@ -288,11 +298,9 @@ def serving_encoder(
 
     Raises:
         NothingServedError: no generation serves yet.
-        UnsupportedGenerationError: one was asked for by name whose items are no longer kept.
+        EncoderChangedError: it does not embed here as it did where it was made.
     """
     generation = pinned or workspace.registry.serving().champion
-    if pinned is not None:
-        workspace.may_query(pinned, load_supported_clients(workspace.root))
     if generation is None:
         raise NothingServedError("searching: expected a serving generation, found none; run 'graceful update' first")
     if served is not None and served.generation == generation:
