@@ -132,11 +132,10 @@ class _Watching(Collector):
         found = self._watch.status()
         is_watched = found is not None and "candidate" in found
         yield _gauge("graceful_canary_under_way", "1 while a generation is watched.", float(is_watched))
-        if found is None or not is_watched:
-            return
         for name, text, key in _CANARY:
             family = GaugeMetricFamily(f"graceful_canary_{name}", text, labels=["generation"])
-            family.add_metric([found["candidate"]], float(found[key] or 0.0))
+            if found is not None and is_watched:
+                family.add_metric([found["candidate"]], float(found[key] or 0.0))
             yield family
 
 

@@ -1,5 +1,6 @@
 """A candidate beside what serves: who answers, what is counted, when it ends, and what happens to the serving state."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +25,7 @@ from graceful.flows.store.events import CanaryEnded, RolledBack
 from graceful.flows.store.workspace import open_workspace
 from graceful.indexing.reindex import embed_missing
 from tests.flows import running, tiny
+from tests.flows.conftest import Spawn
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,13 @@ def start(root: Path, *options: object) -> dict[str, Any]:
 
 def stands(root: Path) -> dict[str, Any]:
     return dict(running.document("canary", "status", "-r", root))
+
+
+def said_by(address: str) -> str:
+    try:
+        return str(httpx.get(f"{address}/status").json())
+    except httpx.HTTPError:
+        return ""
 
 
 class Client:
@@ -372,6 +382,32 @@ def test_what_two_processes_have_seen_adds_up_and_what_was_written_is_kept(root:
         assert stands(root)["watched_hours"] >= watched, "a process that starts goes on where the others were"
         assert stands(root)["processes"] == 3
     assert len(read_tallies(str(root), 1)) == 3
+
+
+def test_a_killed_endpoint_loses_at_most_what_it_had_not_written(root: Path, spawn: Spawn, tmp_path: Path) -> None:
+    """The real command, which writes once a second; another one goes on with the counts and the hours of the first."""
+    start(root, "--share", "100%", "--shadow", "--max-changed", "100%")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    port, log = address.rpartition(":")[2], tmp_path / "log"
+    served = spawn(running.command_in_child, ["serve", "--http", "-r", str(root), "--port", port], "", str(log))
+    until(lambda: "'watched_here': True" in said_by(address), 90)
+    for payload in pictures(root, 0, 12):
+        assert httpx.post(f"{address}/search", content=payload).status_code == 200
+    until(lambda: stands(root)["compared"] + stands(root)["dropped"] == 12)
+    before = stands(root)
+    for payload in pictures(root, 12, 5):
+        httpx.post(f"{address}/search", content=payload)
+    served.kill()
+    served.join(10)
+    found = stands(root)
+    assert before["compared"] <= found["compared"] <= before["compared"] + 5
+    with Client(root) as client:
+        until(client.watches)
+        client.ask(pictures(root, 30, 1)[0])
+        until(lambda: stands(root)["compared"] == found["compared"] + 1)
+        assert stands(root)["watched_hours"] >= found["watched_hours"] > 0
 
 
 def test_comparing_delays_no_answer_and_what_finds_no_room_is_dropped_and_counted(
