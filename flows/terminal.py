@@ -222,11 +222,13 @@ def _happened(event: dict[str, Any]) -> str:
         "promoted": f"{name} serves",
         "rolled_back": f"rolled back from {name} to {event.get('to')}",
         "forwarded": f"went forward to {name}",
+        "canary_started": f"{name} is watched beside {event.get('reference')}",
+        "canary_ended": f"{name} is watched no longer ({event.get('outcome')})",
         "certificate_revoked": f"operator revoked the certificate of {name} for {event.get('gallery_generation')}",
         "previous_released": f"{name} released: its items are not kept for it any more",
         "retired": f"{name} retired" + ("" if event.get("reason") else ": it owns no readable row"),
     }[event["what"]]
-    reason = f": {event['reason']}" if event.get("reason") else ""
+    reason = "".join(f": {event[name]}" for name in ("reason", "move") if event.get(name))
     return said + reason + (f" ({event['by']})" if event.get("by") else "")
 
 

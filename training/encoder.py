@@ -7,6 +7,7 @@ only where the processor has it and the vectors agree with float32 (cosine above
 
 import hashlib
 import json
+import logging
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -38,10 +39,24 @@ from graceful.training.generation import (
 )
 from graceful.training.images import UnreadableImageError, decode, read_payloads
 from graceful.training.libraries import is_of_a_library, library_encoder
+from graceful.training.probes import (
+    Agreement,
+    Encode,
+    compare,
+    read_probes,
+    refuse_changed,
+    write_probes,
+)
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 MIN_AGREEMENT = 0.999
 NON_FINITE = "non-finite embedding"
+
+_log = logging.getLogger("graceful.encoder")
+
+
+# By folder and digest of the probes: the libraries that a process has loaded do not change under it.
+_AGREEMENTS: dict[tuple[str, str], Agreement] = {}
 
 
 class CorruptedWeightsError(GracefulError):
@@ -129,16 +144,53 @@ def open_encoder(
 ) -> SourceEncoder:
     """Open the encoder of a stored generation: `functools.partial(open_encoder, uri)` is the picklable factory.
 
-    Sets torch's threads to OMP_NUM_THREADS when that is set.
+    Sets torch's threads to OMP_NUM_THREADS when that is set. The first time that this process opens a generation, it
+    embeds its probes and compares (see `probes`).
 
-    Raises: GenerationNotFoundError, CorruptedWeightsError.
+    Raises: GenerationNotFoundError, CorruptedWeightsError, EncoderChangedError, DamagedProbesError.
     """
     if os.environ.get("OMP_NUM_THREADS", "").isdigit():
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    probes = read_probes(generation_uri)
+    key = (generation_uri, "" if probes is None else probes.digest)
+    if key in _AGREEMENTS:  # refused once, refused again without loading anything
+        refuse_changed(generation_uri, _AGREEMENTS[key])
     card, network = open_network(generation_uri, torch.device(device))
+    if probes is not None and key not in _AGREEMENTS:
+        found = _AGREEMENTS[key] = compare(probes, _exact(network, card.preprocessing), card.backbone.name)
+        if found.is_noted:
+            _log.warning(
+                "%s gives almost the vectors that it gave when it was made: cosine %.5f (%s)",
+                card.generation_id, found.worst_cosine, found.said,
+            )  # fmt: skip
+        refuse_changed(generation_uri, found)
     return SourceEncoder(card, network, batch_size, precision)
+
+
+def probe_encoder(generation_uri: str) -> Agreement | None:
+    """Open a stored generation and embed its probes again; None where it has none. Refuses nothing."""
+    probes = read_probes(generation_uri)
+    if probes is None:
+        return None
+    card, network = open_network(generation_uri, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return compare(probes, _exact(network, card.preprocessing), card.backbone.name)
+
+
+def _exact(network: nn.Module, preprocessing: Preprocessing) -> Encode:
+    """How a network embeds encoded pictures in float32: 16-bit arithmetic is compared with that where it is used."""
+
+    def encode(payloads: Sequence[bytes]) -> NDArray[np.float32]:
+        device = next((p.device for p in network.parameters()), torch.device("cpu"))
+        pixels = torch.from_numpy(np.stack([decode(payload, preprocessing) for payload in payloads]))
+        was_training = network.training
+        network.eval()
+        vectors = embed(network, pixels, preprocessing, device, None).cpu().numpy()
+        network.train(was_training)
+        return vectors
+
+    return encode
 
 
 def open_network(generation_uri: str, device: torch.device) -> tuple[GenerationCard, nn.Module]:
@@ -242,6 +294,7 @@ def save_generation(
         payload = dump_tensors(tensors)
         classifier_digest = hashlib.sha256(payload).hexdigest()
         write_bytes(join(uri, CLASSIFIER_FILE), payload)
+    write_probes(uri, _exact(network, preprocessing), backbone.name)
     card = GenerationCard(
         generation_id=generation_id,
         ordinal=ordinal,

@@ -4,6 +4,7 @@ A generation is a folder (local, or any URI that `pyarrow.fs` resolves):
 
     weights.safetensors      the encoder's state
     classifier.safetensors   rows (C, d) and class_means (C, d), both float32; absent for an adopted encoder
+    probes.json              pictures with the vectors that it gave them, by which it is checked (`probes`)
     card.json                this module's `GenerationCard`, written last and atomically
 
 A folder without a card is not a generation: whoever finds one may overwrite it. The id carries the digest of the

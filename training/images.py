@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from cachetools import LRUCache
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from graceful.errors import GracefulError, UsageError
 from graceful.files import join, read_bytes, resolve
@@ -213,6 +213,12 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def codec_versions() -> dict[str, str]:
+    """Return the versions of the codecs of photos that Pillow was built with; without those that it lacks."""
+    found = {"libjpeg-turbo": features.version_feature("libjpeg_turbo"), "libwebp": features.version("webp")}
+    return {name: version for name, version in found.items() if version}
 
 
 def thumbnail(payload: bytes, side: int = 128) -> bytes:

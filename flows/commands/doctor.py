@@ -1,6 +1,7 @@
 """`graceful doctor`: what of a workspace is damaged, in the way or waiting, and what to do; repairs what is derived.
 
-Loads no torch, no Ray and no Prefect, and opens what it looks at without creating it.
+Loads no Ray and no Prefect, and torch only to embed a few pictures, where libraries have changed or every byte is read.
+Opens what it looks at without creating it.
 """
 
 import shutil
@@ -13,6 +14,7 @@ import pyarrow as pa
 
 from graceful.errors import GracefulError, UsageError, in_one_line
 from graceful.files import exists, is_remote, join, list_files, read_json, remove
+from graceful.flows.commands.encoders import examine_encoders
 from graceful.flows.settings.config import load_workspace_config
 from graceful.flows.store.claim import CLAIM_SCHEMA, holder
 from graceful.flows.store.registry import (
@@ -58,6 +60,7 @@ def examine_workspace(root: str, *, deep: bool = False, orphan_age_s: float = OR
     looks: list[Callable[[], Iterator[Finding]]] = [partial(_examine_index, workspace), partial(_examine_disk, root)]
     if registry_is_whole:
         looks += [partial(_examine_serving, workspace), partial(_examine_work, workspace)]
+        looks.append(partial(_examine_encoders, workspace, deep))
     for look in looks:
         try:
             found += look()
@@ -201,6 +204,19 @@ def _examine_work(workspace: Workspace) -> Iterator[Finding]:
     pending = workspace.registry.pending_generation()
     if pending is not None:
         yield Finding("note", f"{pending} waits for more evidence or your word", "see 'graceful status'")
+
+
+def _examine_encoders(workspace: Workspace, deep: bool) -> Iterator[Finding]:
+    """Whether the encoders give the vectors that they gave when they were made."""
+    for found in examine_encoders(workspace, always=deep):
+        what = f"the encoder of {found.generation} here: {found.said}"
+        if found.error or (found.agreement is not None and found.agreement.is_refused):
+            yield Finding("error", what, "searches and updates refuse it: install the versions that made it")
+        elif not found.has_probes:
+            what = f"{found.generation} has no probes: nothing says whether its encoder embeds as it did"
+            yield Finding("note", what, "nothing to do: the next generation has some")
+        elif found.agreement is not None and found.agreement.is_noted:
+            yield Finding("note", what, "nothing to do; the next generation is made with these libraries")
 
 
 def _examine_index(workspace: Workspace) -> Iterator[Finding]:

@@ -8,6 +8,8 @@ from graceful.flows.store.events import (
     Adopted,
     ApprovalAnswered,
     ApprovalAsked,
+    CanaryEnded,
+    CanaryStarted,
     CertificateRevoked,
     Decided,
     Event,
@@ -27,10 +29,12 @@ from graceful.training.generation import ordinal_of
 
 TOLD = (
     Trained, Adopted, Decided, ApprovalAsked, ApprovalAnswered, Overridden, Rejected, Promoted, RolledBack, Forwarded,
-    CertificateRevoked, PreviousReleased, Retired, VariantTrained, VariantJudged,
+    CanaryStarted, CanaryEnded, CertificateRevoked, PreviousReleased, Retired, VariantTrained, VariantJudged,
 )  # fmt: skip
 """Kinds of events that a history tells; the others are the machine's own bookkeeping."""
-_FIELDS = ("outcome", "answer", "to", "ordered", "name", "factory", "gallery_generation", "reason", "by")
+_FIELDS = (
+    "outcome", "answer", "to", "ordered", "name", "factory", "gallery_generation", "reference", "reason", "move", "by",
+)  # fmt: skip
 
 
 def lineage_history(root: str) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Commands that read or move pointers: status, rollback, delete, collect. Nothing here loads torch, Ray or Prefect."""
+"""Commands that read or move pointers: status, rollback, delete, collect. Nothing here loads Ray or Prefect, and torch
+only a status where the libraries are not those that made the encoder.
+"""
 
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -10,6 +12,7 @@ import pyarrow.compute as pc
 from graceful.errors import GracefulError
 from graceful.evaluation.spending import next_share
 from graceful.files import crash_point, join, list_files, remove
+from graceful.flows.commands.encoders import examine_encoders
 from graceful.flows.runtime.notify import Notice, tell_of
 from graceful.flows.runtime.under_way import record_of
 from graceful.flows.store.approvals import answer, awaited
@@ -59,6 +62,7 @@ def workspace_status(root: str) -> dict[str, Any]:
             for event in reversed(decided[-_SHOWN_UPDATES:])
         ],
         "error_level": _error_level(registry),
+        "encoders": {found.generation: found.said for found in examine_encoders(workspace) if found.has_probes},
     }
     if serving.champion is not None:
         view = workspace.view(serving.champion)

@@ -23,7 +23,7 @@ from graceful.flows.runtime.environment import running_server
 from graceful.flows.settings.config import load_notify_config
 from graceful.flows.settings.notify import NotifyConfig
 
-Kind = Literal["decision", "hold", "awaiting_approval", "rollback", "stuck", "unreadable"]
+Kind = Literal["decision", "hold", "awaiting_approval", "rollback", "stuck", "unreadable", "canary", "encoder"]
 TRIES = 3
 _SECONDS_BETWEEN_TRIES = 1.0
 logger = logging.getLogger(__name__)

@@ -8,9 +8,8 @@ Shapes: Q questions, D width, K results.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graceful.errors import GracefulError
 from graceful.flows.search.searcher import Hit, Mapper, ServedSnapshot
-from graceful.flows.store.variants import NoVariantError
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
 from graceful.training.generation import variant_in
 
@@ -36,7 +34,7 @@ class VectorQuery(BaseModel):
 
     vector: list[float] = Field(description="One embedding, made by the serving generation.")
     generation: str | None = Field(
-        default=None, description="Who made it; a query of another generation than the serving one is refused."
+        default=None, description="Who made it; a query of another generation than the one that answers is refused."
     )
     k: int | None = Field(default=None, ge=1, le=MAX_K, description="How many items to return.")
     asked_as: str | None = Field(
@@ -73,45 +71,27 @@ class Answer(BaseModel):
 
 @dataclass(frozen=True)
 class ImageQuestion:
-    """An image, as its bytes."""
+    """An image, as its bytes. `generation`: who is to answer, where it is not the one that serves.
+
+    `replaceable`: the one that serves answers in its place, where it cannot.
+    """
 
     payload: bytes
     k: int
     with_sources: bool
-    asked_as: str | None = None
-    """The variant that asks; None: the champion."""
+    generation: str | None = None
+    replaceable: bool = False
 
 
 @dataclass(frozen=True)
 class VectorQuestion:
-    """A vector (D,) of a generation, where that is named."""
+    """A vector (D,); `made_by`: who encoded it, where that is named; `generation` as of an image."""
 
     vector: NDArray[np.float32]
-    generation: str | None
+    made_by: str | None
     k: int
     with_sources: bool
-    asked_as: str | None = None
-
-
-Q = TypeVar("Q", "ImageQuestion", "VectorQuestion")
-
-
-def answer_by_asker(
-    served_as: Callable[[str | None], ServedSnapshot],
-    questions: Sequence[Q],
-    answer: Callable[[ServedSnapshot, Sequence[Q]], Sequence[bytes | Exception]],
-) -> list[bytes | Exception]:
-    """Answer the questions of each asker from what is served to it; who may not ask gets the refusal."""
-    answers: list[bytes | Exception] = [b""] * len(questions)
-    for asker in dict.fromkeys(question.asked_as for question in questions):
-        rows = [row for row, question in enumerate(questions) if question.asked_as == asker]
-        try:
-            found = answer(served_as(asker), [questions[row] for row in rows])
-        except NoVariantError as error:
-            found = [error] * len(rows)
-        for row, one in zip(rows, found, strict=True):
-            answers[row] = one
-    return answers
+    generation: str | None = None
 
 
 def answer_images(
@@ -128,9 +108,9 @@ def answer_vectors(served: ServedSnapshot, questions: Sequence[VectorQuestion]) 
 
 
 def _checked(served: ServedSnapshot, question: VectorQuestion) -> NDArray[np.float32] | Exception:
-    if question.generation not in (None, served.generation):
+    if question.made_by not in (None, served.generation):
         return OtherGenerationError(
-            f"the query was encoded by {question.generation}, but {served.generation} serves; encode it again"
+            f"the query was encoded by {question.made_by}, but {served.generation} answers; encode it again"
         )
     try:
         served.check_queries(question.vector[None])

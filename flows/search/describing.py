@@ -58,9 +58,9 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         "searching: expected the whole body within 20 s, found a part; send it again",
     ),
     409: _refusal(
-        "The vector was made by another generation than the one that serves.",
+        "The vector was made by another generation than the one that answers, or ?generation= names one that may not.",
         "other_generation",
-        "the query was encoded by g002-1b6ea8, but g003-9f2c1a serves; encode it again",
+        "the query was encoded by g002-1b6ea8, but g003-9f2c1a answers; encode it again",
     ),
     413: _refusal(
         "The body is larger than an image, or a vector of this width, may be.",

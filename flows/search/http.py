@@ -4,13 +4,14 @@
     GET  /status    who serves, which snapshot, and whether the last look at the serving state succeeded
     GET  /metrics   the same and more, for Prometheus
     GET  /docs      this page as HTML, made from /openapi.json; loads nothing from elsewhere
-    POST /search    an image (raw bytes, or a form with one file) or {"vector": [...]}; ?k=10&sources=false&as=edge
+    POST /search    an image (raw bytes, or a form with one file) or {"vector": [...]}; ?k=10&sources=false, and who is
+                    to answer: ?generation=g003 or ?as=edge
 
-Three kinds of threads beside the event loop: one looks at the serving state, one answers vectors, one answers images
-(with others that decode for it). The event loop itself reads bodies and writes answers, and waits for nobody: a probe
-of /health is answered whatever waits, and on Linux the other threads have a lower priority. Every answer names the
-query generation and the snapshot that it comes from,
-whole. Safe to run in any number of processes on one workspace.
+Five threads beside the event loop: one looks at the serving state, one at other generations and the canary, one answers
+vectors, one images (with others that decode for it), and one compares answers of a canary. The event loop itself reads
+bodies and writes answers, and waits for nobody: a probe of /health is answered whatever waits, and on Linux the other
+threads have a lower priority. Every answer names the query generation and the snapshot that it comes from, whole. Safe
+to run in any number of processes on one workspace.
 """
 
 import asyncio
@@ -18,13 +19,13 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import ValidationError
@@ -36,24 +37,51 @@ from graceful.flows.search.answering import (
     ImageQuestion,
     VectorQuery,
     VectorQuestion,
-    answer_by_asker,
     answer_images,
     answer_vectors,
 )
-from graceful.flows.search.batches import Batches, stand_back
+from graceful.flows.search.batches import Batches, QueueFullError, stand_back
+from graceful.flows.search.beside import Beside
 from graceful.flows.search.bodies import BodyBudget, json_limit, read_body
 from graceful.flows.search.describing import REFUSALS, REQUEST_BODY, SEARCH_EXAMPLE, page
 from graceful.flows.search.guarding import Guard, Token
 from graceful.flows.search.looking import OpenSearcher, SearchState
 from graceful.flows.search.metrics import CONTENT_TYPE, SearchMetrics
 from graceful.flows.search.refusals import ANSWERABLE, Refused, busy, refusal_of
-from graceful.flows.search.searcher import GallerySearcher
+from graceful.flows.search.searcher import GallerySearcher, NothingServedError, ServedSnapshot
+from graceful.flows.search.watching import Comparison
 from graceful.flows.settings.config import load_endpoint_config, load_search_config
 from graceful.flows.settings.endpoint import EndpointConfig
+from graceful.training.generation import variant_in
 
 MAX_DECODERS = 8
+_GENERATION = "Who answers, by id or ordinal (g003); any that may query. By default the one that serves, or a canary."
 
 _log = logging.getLogger("graceful.search")
+
+
+class Wanted(NamedTuple):
+    """What a request asks for beside its picture or vector."""
+
+    k: int
+    with_sources: bool
+    generation: str | None
+    asked_as: str | None
+
+    @property
+    def variant(self) -> str | None:
+        """The variant that is to answer, by its name or id."""
+        return self.asked_as or (self.generation if variant_in(self.generation or "") else None)
+
+
+class Given(NamedTuple):
+    """An answer, and the seconds of computing that it took (its part of what was answered together)."""
+
+    body: bytes
+    seconds: float
+
+
+Asked = TypeVar("Asked", ImageQuestion, VectorQuestion)
 
 
 class Endpoint:
@@ -65,9 +93,15 @@ class Endpoint:
         self.state = SearchState(root, open_searcher, GallerySearcher if open_searcher is GallerySearcher else None)
         self.budget = BodyBudget(config.max_waiting_mib * 2**20)
         limits = {"max_waiting": config.max_waiting, "max_batch": config.batch_searches}
-        self.images = Batches[ImageQuestion, bytes]("images", self._answer_images, **limits)
-        self.vectors = Batches[VectorQuestion, bytes]("vectors", self._answer_vectors, **limits)
-        self.metrics = SearchMetrics(self.state, self.budget, {"image": self.images, "vector": self.vectors})
+        self.images = Batches[ImageQuestion, Given]("images", self._answer_images, **limits)
+        self.vectors = Batches[VectorQuestion, Given]("vectors", self._answer_vectors, **limits)
+        self.beside = Beside(root, is_whole=open_searcher is GallerySearcher)
+        self.comparisons = Batches[Comparison, None](
+            "comparisons", self._compare, max_waiting=config.batch_searches, max_batch=config.batch_searches
+        )
+        self.metrics = SearchMetrics(
+            self.state, self.budget, {"image": self.images, "vector": self.vectors}, self.beside.watch
+        )
         num_decoders = min(os.cpu_count() or 1, MAX_DECODERS)
         self._decoders = ThreadPoolExecutor(num_decoders, "search-decoding", initializer=stand_back)
 
@@ -76,24 +110,37 @@ class Endpoint:
         """Follow the serving state and answer, for as long as the block runs."""
         self.images.start()
         self.vectors.start()
+        self.comparisons.start()
+        self.beside.start(refresh_s)
         looked = self.state.follow(refresh_s)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(looked, first_look_s)
         try:
             yield
         finally:
-            ending = (self.state.close, self.images.close, self.vectors.close)
+            ending = (
+                self.state.close,
+                self.beside.close,
+                self.images.close,
+                self.vectors.close,
+                self.comparisons.close,
+            )
             await asyncio.gather(*(asyncio.to_thread(end) for end in ending))
             self._decoders.shutdown(wait=False, cancel_futures=True)
 
-    async def search(self, request: Request, k: int, with_sources: bool, asked_as: str | None = None) -> bytes:
-        """The body of the answer to one request, of the champion or of the variant that it is asked as.
+    async def search(self, request: Request, wanted: Wanted) -> bytes:
+        """The body of the answer to one request.
 
         Raises:
             Refused, or an error of `refusals.ANSWERABLE`: it is not answered.
             ClientDisconnect: the client has gone, and its question with it.
         """
-        width = self.state.served().width
+        served, generation = self.state.served(), wanted.generation
+        if wanted.variant is not None:
+            generation = self.state.variants.served(wanted.variant).generation
+        elif generation is not None:
+            generation = await self.beside.ready(generation)
+        width = self._snapshot(generation, served).width
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         is_vector = kind == "application/json"
         lane: Batches[Any, bytes] = self.vectors if is_vector else self.images
@@ -109,20 +156,90 @@ class Endpoint:
                 is_form=kind == "multipart/form-data",
             )
             started = time.perf_counter()
-            asked = (body, k, with_sources, asked_as)
-            question = _vector_question(*asked) if is_vector else _image(*asked)
-            answer = await _unless_gone(request, lane.ask(question))
+            question = _vector_question(body, wanted) if is_vector else _image(body, wanted)
+            if question.generation is not None:
+                generation = self.state.variants.served(question.generation).generation
+            arm = None if is_vector or generation is not None else self.beside.watch.arm_for(body)
+            if arm is not None and arm.canary.answers:
+                question = replace(question, generation=arm.canary.candidate, replaceable=True)
+            else:
+                question = replace(question, generation=generation)
+            given = await _unless_gone(request, lane.ask(question))
         self.metrics.answered("vector" if is_vector else "image", time.perf_counter() - started)
-        return answer
+        if arm is not None:
+            asked = ImageQuestion(body, wanted.k, with_sources=False)
+            self._compare_later(Comparison(arm.canary.number, asked, given.body, given.seconds))
+        return given.body
 
-    def _answer_images(self, questions: Sequence[ImageQuestion]) -> Sequence[bytes | Exception]:
+    def _snapshot(self, generation: str | None, served: ServedSnapshot) -> ServedSnapshot:
+        """What a generation or variant answers from; by default the one that serves.
+
+        Raises: OtherGenerationError, NoVariantError.
+        """
+        if generation is None or generation == served.generation:
+            return served
+        if variant_in(generation) is not None:
+            return self.state.variants.served(generation)
+        return self.beside.snapshot(generation)
+
+    def _compare_later(self, comparison: Comparison) -> None:
+        """Let an answer be compared where there is room for it: the client has it already."""
+        size = len(comparison.question.payload)
+        try:
+            if self.budget.held_bytes + size > self.budget.max_bytes:
+                raise QueueFullError("comparing: no room for the picture")
+            waiting = self.comparisons.ask(comparison)
+        except QueueFullError:
+            self.beside.watch.dropped()
+            return
+        self.budget.held_bytes += size
+
+        def release(_: object) -> None:
+            self.budget.held_bytes -= size
+
+        waiting.add_done_callback(release)
+
+    def _answer_images(self, questions: Sequence[ImageQuestion]) -> Sequence[Given | Exception]:
         self.metrics.together("image", len(questions))
-        limits = {"max_pixels": self.config.max_pixels, "mapper": self._decoders.map}
-        return answer_by_asker(self.state.served, questions, partial(answer_images, **limits))
+        given = self._by_generation(questions, self._ask_images)
+        again = [row for row, one in enumerate(given) if isinstance(one, Exception) and questions[row].replaceable]
+        if again:
+            served = self._ask_images(self.state.served(), [questions[row] for row in again])
+            for row, body in zip(again, served, strict=True):
+                given[row] = body if isinstance(body, Exception) else Given(body, 0.0)
+        return given
 
-    def _answer_vectors(self, questions: Sequence[VectorQuestion]) -> Sequence[bytes | Exception]:
+    def _answer_vectors(self, questions: Sequence[VectorQuestion]) -> Sequence[Given | Exception]:
         self.metrics.together("vector", len(questions))
-        return answer_by_asker(self.state.served, questions, answer_vectors)
+        return self._by_generation(questions, answer_vectors)
+
+    def _ask_images(self, served: ServedSnapshot, questions: Sequence[ImageQuestion]) -> Sequence[bytes | Exception]:
+        return answer_images(served, questions, max_pixels=self.config.max_pixels, mapper=self._decoders.map)
+
+    def _by_generation(
+        self, questions: Sequence[Asked], ask: Callable[[ServedSnapshot, Sequence[Asked]], Sequence[bytes | Exception]]
+    ) -> list[Given | Exception]:
+        """Answer questions, those for one generation together; what goes wrong with one is not that of another."""
+        serving = self.state.served()
+        given: list[Given | Exception] = [NothingServedError("searching: nothing answered")] * len(questions)
+        for generation in dict.fromkeys(question.generation for question in questions):
+            rows = [row for row, question in enumerate(questions) if question.generation == generation]
+            started = time.perf_counter()
+            try:
+                bodies = ask(self._snapshot(generation, serving), [questions[row] for row in rows])
+            except Exception as error:
+                bodies = [error] * len(rows)
+            seconds = (time.perf_counter() - started) / len(rows)
+            for row, body in zip(rows, bodies, strict=True):
+                given[row] = body if isinstance(body, Exception) else Given(body, seconds)
+        return given
+
+    def _compare(self, comparisons: Sequence[Comparison]) -> Sequence[None]:
+        try:
+            self.beside.watch.compare(comparisons, self.state.served(), self._ask_images)
+        except Exception as error:  # what cannot be compared is not counted; the answers are out
+            _log.warning("comparing answers: %s: %s", type(error).__name__, error)
+        return [None] * len(comparisons)
 
 
 def make_app(
@@ -165,7 +282,7 @@ def make_app(
 
     @app.get("/status", summary="Who serves, and how the last look went")
     async def status() -> dict[str, Any]:
-        return endpoint.state.status()
+        return {**endpoint.state.status(), "canary": endpoint.beside.watch.status()}
 
     @app.get("/metrics", summary="Figures for Prometheus", response_class=Response)
     async def metrics() -> Response:
@@ -186,12 +303,15 @@ def make_app(
         request: Request,
         k: Annotated[int, Query(ge=1, le=MAX_K, description="How many items to return.")] = 10,
         sources: Annotated[bool, Query(description="Also name the server's file of each hit.")] = config.sources,
+        generation: Annotated[str | None, Query(description=_GENERATION)] = None,
+        x_graceful_generation: Annotated[str | None, Header(description="The same as ?generation=.")] = None,
         asked_as: Annotated[
             str | None, Query(alias="as", description="Query as a variant, such as edge, instead of the champion.")
         ] = None,
     ) -> Response:
+        wanted = Wanted(k, sources, generation or x_graceful_generation, asked_as)
         try:
-            return Response(await endpoint.search(request, k, sources, asked_as), media_type="application/json")
+            return Response(await endpoint.search(request, wanted), media_type="application/json")
         except ANSWERABLE as error:
             raise refusal_of(error) from None
 
@@ -210,7 +330,7 @@ def make_app(
     return app
 
 
-async def _unless_gone(request: Request, answer: "asyncio.Future[bytes]") -> bytes:
+async def _unless_gone(request: Request, answer: "asyncio.Future[Given]") -> Given:
     """Wait for an answer; where the client goes first, its question is not answered."""
     gone = asyncio.ensure_future(_until_gone(request))
     either: set[asyncio.Future[Any]] = {answer, gone}
@@ -229,14 +349,15 @@ async def _until_gone(request: Request) -> None:
         pass
 
 
-def _image(body: bytes, k: int, with_sources: bool, asked_as: str | None) -> ImageQuestion:
+def _image(body: bytes, wanted: Wanted) -> ImageQuestion:
     if not body:
         line = "searching: expected an image or a vector in the body, found nothing"
         raise Refused(400, "wrong_request", line)
-    return ImageQuestion(body, k, with_sources, asked_as)
+    return ImageQuestion(body, wanted.k, wanted.with_sources)
 
 
-def _vector_question(body: bytes, k: int, with_sources: bool, asked_as: str | None) -> VectorQuestion:
+def _vector_question(body: bytes, wanted: Wanted) -> VectorQuestion:
+    """A vector; `generation` is the variant that its body names, if it does."""
     try:
         query = VectorQuery.model_validate_json(body)
     except ValidationError as error:
@@ -246,4 +367,4 @@ def _vector_question(body: bytes, k: int, with_sources: bool, asked_as: str | No
         raise Refused(422, "wrong_request", line) from None
     with np.errstate(over="ignore"):  # too large for float32 is infinite, and refused as that
         vector = np.asarray(query.vector, np.float32)
-    return VectorQuestion(vector, query.generation, query.k or k, with_sources, query.asker or asked_as)
+    return VectorQuestion(vector, query.generation, query.k or wanted.k, wanted.with_sources, query.asker)

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from graceful.flows.runtime.notify import Notice, tell_of
 from graceful.flows.search.searcher import NothingServedError, ServedSnapshot, ServingSearcher
 from graceful.flows.settings.config import load_supported_clients
 from graceful.flows.store.variants import NoVariantError, answering, live_variants
 from graceful.flows.store.workspace import Workspace, open_workspace
+from graceful.training.probes import EncoderChangedError
 
 # Counting rows passes over all of them: at most one part in so many of the time is spent on it.
 _COUNTING_SHARE = 20
@@ -161,6 +163,8 @@ class SearchState:
             moved, line = False, f"{type(error).__name__}: {' '.join(str(error).split())}"
             if line != self.error:
                 _log.warning("following the serving state: %s", line)
+                if isinstance(error, EncoderChangedError):
+                    self._tell(Notice("encoder", str(error), line))
             self.error = line
         self.looked_at = time.time()
         if moved and self.searcher is not None:
@@ -194,6 +198,10 @@ class SearchState:
             "serving_since": self.moved_at or None,
             "last_look": {"at": self.looked_at or None, "ok": self.error is None, "error": self.error},
         }
+
+    def _tell(self, notice: Notice) -> None:
+        """Tell others, who may be slow to take it: in a thread of its own."""
+        threading.Thread(target=tell_of, args=(self.root, notice), daemon=True, name="search-telling").start()
 
     def _count(self, served: ServedSnapshot) -> None:
         """Bring the figures up to date where something has moved, and where there is time for it."""

@@ -13,6 +13,7 @@ from graceful.flows.search.batches import Batches
 from graceful.flows.search.bodies import BodyBudget
 from graceful.flows.search.looking import SearchState
 from graceful.flows.search.refusals import KINDS
+from graceful.flows.search.watching import CanaryWatch
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -22,7 +23,9 @@ _SEARCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 class SearchMetrics:
     """Counters of one application; each has a registry of its own."""
 
-    def __init__(self, state: SearchState, budget: BodyBudget, lanes: Mapping[str, Batches[Any, bytes]]) -> None:
+    def __init__(
+        self, state: SearchState, budget: BodyBudget, lanes: Mapping[str, Batches[Any, Any]], watch: CanaryWatch
+    ) -> None:
         """`lanes`: kind of question -> the queue that it waits in."""
         self.registry = CollectorRegistry()
         self._seconds = Histogram(
@@ -49,6 +52,7 @@ class SearchMetrics:
             self._errors.labels(kind)
         ProcessCollector(registry=self.registry)
         self.registry.register(_Standing(state, budget, lanes))
+        self.registry.register(_Watching(watch))
 
     def answered(self, kind: str, seconds: float) -> None:
         """Note a search that was answered."""
@@ -70,7 +74,7 @@ class SearchMetrics:
 class _Standing(Collector):
     """How things stand at the moment of a scrape."""
 
-    def __init__(self, state: SearchState, budget: BodyBudget, lanes: Mapping[str, Batches[Any, bytes]]) -> None:
+    def __init__(self, state: SearchState, budget: BodyBudget, lanes: Mapping[str, Batches[Any, Any]]) -> None:
         self._state = state
         self._budget = budget
         self._lanes = lanes
@@ -116,6 +120,34 @@ class _Standing(Collector):
         if figures.plan_generation is not None:
             plan.add_metric([figures.plan_generation], figures.plan_items)
         yield plan
+
+
+class _Watching(Collector):
+    """How a canary stands, by what all endpoints had written at the last look."""
+
+    def __init__(self, watch: CanaryWatch) -> None:
+        self._watch = watch
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        found = self._watch.status()
+        is_watched = found is not None and "candidate" in found
+        yield _gauge("graceful_canary_under_way", "1 while a generation is watched.", float(is_watched))
+        for name, text, key in _CANARY:
+            family = GaugeMetricFamily(f"graceful_canary_{name}", text, labels=["generation"])
+            if found is not None and is_watched:
+                family.add_metric([found["candidate"]], float(found[key] or 0.0))
+            yield family
+
+
+_CANARY = (
+    ("comparisons", "Answers that were compared.", "compared"),
+    ("changed_share", "Share of first answers that change.", "changed_share"),
+    ("changed_lower", "Lower bound of that share, at every moment.", "changed_lower"),
+    ("changed_limit", "Share that may change.", "max_changed"),
+    ("failed_lower", "Lower bound of the share of answers that fail or are late.", "failed_lower"),
+    ("failed_limit", "Share that may fail.", "max_failed"),
+    ("dropped", "Comparisons for which there was no room.", "dropped"),
+)
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

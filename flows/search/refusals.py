@@ -5,6 +5,7 @@ from fastapi import HTTPException
 from graceful.errors import GracefulError
 from graceful.flows.search.answering import OtherGenerationError
 from graceful.flows.search.batches import QueueFullError
+from graceful.flows.search.beside import NotOpenYetError
 from graceful.flows.search.searcher import IncompleteAnswerError, NothingServedError, UnreadableQueryError
 from graceful.flows.store.variants import NoVariantError
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
@@ -35,13 +36,14 @@ _BY_ERROR: dict[type[GracefulError], tuple[int, str]] = {
     IncompleteAnswerError: (503, "incomplete_index"),
     NothingServedError: (503, "nothing_served"),
     NoVariantError: (404, "unknown_variant"),
+    NotOpenYetError: (503, "opening"),
 }
 ANSWERABLE = tuple(_BY_ERROR)
 """Errors that have a status and a kind."""
 
 KINDS = (
-    "busy", "gone", "incomplete_index", "internal", "nothing_served", "other_generation", "timeout", "too_large",
-    "unauthorized", "unknown_variant", "unreadable_image", "wrong_request", "wrong_vector",
+    "busy", "gone", "incomplete_index", "internal", "nothing_served", "opening", "other_generation", "timeout",
+    "too_large", "unauthorized", "unknown_variant", "unreadable_image", "wrong_request", "wrong_vector",
 )  # fmt: skip
 """All kinds that are counted."""
 

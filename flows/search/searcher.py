@@ -19,10 +19,11 @@ from graceful.flows.settings.config import load_supported_clients
 from graceful.flows.store.variants import resolve_query
 from graceful.flows.store.workspace import Workspace
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
-from graceful.indexing.following import Followed
+from graceful.indexing.following import Followed, Target
 from graceful.indexing.search import SearchResult
 from graceful.indexing.sidecar import ItemEntry
 from graceful.training.encoder import SourceEncoder, open_encoder
+from graceful.training.generation import ordinal_of
 from graceful.training.images import MAX_PIXELS, UnreadableImageError, check_size, decode
 
 __all__ = [
@@ -233,13 +234,15 @@ class ServingSearcher(Protocol):
 class GallerySearcher:
     """Searches what production serves; safe to use from several threads. `refresh` follows the serving state."""
 
-    def __init__(self, workspace: Workspace, query_generation: str | None = None) -> None:
+    def __init__(self, workspace: Workspace, query_generation: str | None = None, granted: Sequence[str] = ()) -> None:
         """Open the champion's view, or another query generation's: an old client's by its id, a variant's by its name.
 
-        A name is looked up at every refresh: which variant answers moves with the champion.
+        A name is looked up at every refresh: which variant answers moves with the champion. `granted`: the generations
+        whose vectors it reads, where a canary grants what no certificate does.
         """
         self._workspace = workspace
         self._pinned = query_generation
+        self._granted = tuple(sorted(granted, key=ordinal_of))
         self._lock = threading.Lock()
         self._follower = open_follower(workspace)
         self._served: ServedSnapshot | None = None
@@ -267,8 +270,15 @@ class GallerySearcher:
         When nothing has moved this reads two versions and the certificates, no view.
         """
         with self._lock:
-            generation, encoder = serving_encoder(self._workspace, self._pinned, self._served)
-            target = target_of(self._workspace, generation, encoder.card.prefix_widths)
+            pinned = self._pinned
+            if pinned is not None and not self._granted:
+                pinned = resolve_query(self._workspace.registry, pinned)
+                self._workspace.may_query(pinned, load_supported_clients(self._workspace.root))
+            generation, encoder = serving_encoder(self._workspace, pinned, self._served)
+            if self._granted:
+                target = Target(generation, self._granted, tuple(sorted(encoder.card.prefix_widths)))
+            else:
+                target = target_of(self._workspace, generation, encoder.card.prefix_widths)
             followed = self._follower.follow(target)
             before = self._served
             if before is None or not isinstance(before.index, FollowedIndex) or before.index.followed is not followed:
@@ -292,13 +302,9 @@ def serving_encoder(
 
     Raises:
         NothingServedError: no generation serves yet.
-        UnsupportedGenerationError: one was asked for by name whose items are no longer kept.
-        NoVariantError: a variant was asked for, and none may answer.
+        EncoderChangedError: it does not embed here as it did where it was made.
     """
-    generation = workspace.registry.serving().champion
-    if pinned is not None:
-        generation = resolve_query(workspace.registry, pinned)
-        workspace.may_query(generation, load_supported_clients(workspace.root))
+    generation = pinned or workspace.registry.serving().champion
     if generation is None:
         raise NothingServedError("searching: expected a serving generation, found none; run 'graceful update' first")
     if served is not None and served.generation == generation:

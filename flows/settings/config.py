@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from graceful.errors import GracefulError
 from graceful.evaluation.policy import Consumer, RolloutPolicy
 from graceful.files import is_remote, join, read_bytes
+from graceful.flows.settings.canary import CanaryConfig
 from graceful.flows.settings.cron import check_cron, check_timezone
 from graceful.flows.settings.endpoint import EndpointConfig
 from graceful.flows.settings.notify import NotifyConfig
@@ -203,7 +204,20 @@ class ReplayConfig(BaseModel):
 
 
 _WHERE_IT_RUNS = dict.fromkeys(
-    ("cluster", "schedule", "search", "endpoint", "report", "trackers", "rollout", "notify", "replay", "name"), True
+    (
+        "cluster",
+        "schedule",
+        "search",
+        "endpoint",
+        "report",
+        "trackers",
+        "rollout",
+        "canary",
+        "notify",
+        "replay",
+        "name",
+    ),
+    True,
 )
 
 
@@ -233,6 +247,7 @@ class PipelineConfig(BaseModel):
     policy: RolloutPolicy = Field(default=RolloutPolicy(), description="Limits of the decision.")
     gallery: GalleryConfig = Field(default=GalleryConfig(), description="Gallery and re-index.")
     rollout: RolloutConfig = Field(default=RolloutConfig(), description="Who has the last word on a decision.")
+    canary: CanaryConfig = Field(default=CanaryConfig(), description="How a candidate is watched beside what serves.")
     search: SearchConfig = Field(default=SearchConfig(), description="How searches are answered.")
     endpoint: EndpointConfig = Field(default=EndpointConfig(), description="What the HTTP search endpoint accepts.")
     cluster: ClusterConfig = Field(default=ClusterConfig(), description="Ray.")
@@ -349,6 +364,11 @@ def load_search_config(root: str) -> SearchConfig:
 def load_endpoint_config(root: str) -> EndpointConfig:
     """Read what a workspace's search endpoint accepts, whatever else its configuration says. Raises ConfigError."""
     return _table_of(root, "endpoint", EndpointConfig)
+
+
+def load_canary_config(root: str) -> CanaryConfig:
+    """Read how a workspace watches candidates, whatever else its configuration says. Raises ConfigError."""
+    return _table_of(root, "canary", CanaryConfig)
 
 
 def load_notify_config(root: str) -> tuple[str, NotifyConfig]:

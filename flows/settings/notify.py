@@ -4,7 +4,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class NotifyConfig(BaseModel):
-    """Where events go: a decision, a hold, a question, a rollback, an update that is stuck, unreadable items."""
+    """Where events go: a decision, a hold, a question, a rollback, a canary, a changed encoder, stuck updates."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -146,6 +146,45 @@ class Forwarded(_Happened):
     by: str = ""
 
 
+class CanaryStarted(_Happened):
+    """A generation is watched beside `reference`: it answers a share of the queries, or only beside (`shadow`).
+
+    `readable`: what it may read for that time without certificates; empty where it has its own. `is_champion`: it
+    serves already, and the reference is what it took the place of. `measured`: the share of changed first answers that
+    its evaluation found.
+    """
+
+    kind: Literal["canary_started"] = "canary_started"
+    number: int
+    reference: str
+    readable: tuple[str, ...] = ()
+    is_champion: bool = False
+    shadow: bool
+    share: float
+    hours: float
+    max_changed: float
+    max_failed: float
+    max_answer_s: float
+    alpha: float
+    measured: float | None = None
+    by: str = ""
+
+
+class CanaryEnded(_Happened):
+    """A generation is watched no longer, why, and what was seen. `move`: what became of the serving state, in words."""
+
+    kind: Literal["canary_ended"] = "canary_ended"
+    number: int
+    outcome: Literal["changed", "failing", "time", "stopped", "moved"]
+    reason: str
+    move: str = ""
+    compared: int
+    changed: int
+    attempted: int
+    failed: int
+    by: str = ""
+
+
 class CertificateRevoked(_Happened):
     """The operator revoked a certificate: the generation may be scored against those rows no longer."""
 
@@ -216,8 +255,8 @@ class UpdateCompleted(_Happened):
 
 Happened = Annotated[
     UpdateStarted | Trained | Adopted | Looked | Decided | Promoted | Held | Pending | Overridden | Rejected
-    | ApprovalAsked | ApprovalAnswered | RolledBack | Forwarded | CertificateRevoked | ThresholdsSet | PlanCompleted
-    | PreviousReleased | Retired | VariantTrained | VariantJudged | UpdateCompleted,
+    | ApprovalAsked | ApprovalAnswered | RolledBack | Forwarded | CanaryStarted | CanaryEnded | CertificateRevoked
+    | ThresholdsSet | PlanCompleted | PreviousReleased | Retired | VariantTrained | VariantJudged | UpdateCompleted,
     Field(discriminator="kind"),
 ]  # fmt: skip
 KINDS = tuple(model.model_fields["kind"].default for model in get_args(get_args(Happened)[0]))

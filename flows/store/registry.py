@@ -203,6 +203,10 @@ class Registry:
             if row["kind"] == wanted and (update_key is None or row["update_key"] == update_key)
         ]
 
+    def lineage_version(self) -> int:
+        """A number that rises with every event."""
+        return self._lineage.version()
+
     def history(self) -> list[Event[Any]]:
         """Everything that happened, in order. Raises UnknownFormatError, also for a kind that is not known."""
         return [from_row(row, self.location) for row in self._lineage_rows()]

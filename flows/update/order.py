@@ -39,6 +39,7 @@ from graceful.flows.update.serving import operator, refuse_retired
 from graceful.flows.update.train import embed_evaluation, extend_cache, train_candidate, train_paragon
 from graceful.flows.update.variants import make_variants
 from graceful.indexing.reindex import ReindexReport
+from graceful.training.probes import EncoderChangedError
 
 T = TypeVar("T")
 _HISTORY = "the history serves every generation"
@@ -104,7 +105,11 @@ def update(
 
     def do(name: str, act: Callable[[], T]) -> T:
         session.progress.say_step(name)
-        result = step(name, act)
+        try:
+            result = step(name, act)
+        except EncoderChangedError as error:
+            _tell(session, Notice("encoder", str(error), str(error)))
+            raise
         crash_point(f"after {name}")
         return result
 

@@ -38,11 +38,14 @@ class NothingToRollBackError(GracefulError):
 _INSIST = "give --yes to move all the same"
 
 
-def rollback(workspace: Workspace, *, reason: str = "rollback", yes: bool = False) -> ServingState:
+def rollback(
+    workspace: Workspace, *, reason: str = "rollback", yes: bool = False, leaving: str | None = None
+) -> ServingState:
     """Return to the previous generation: one pointer move, no data touched.
 
     Bookkeeping that moves the serving state at the same moment gives way. The generation that is left stays complete,
-    so that `go_forward` can return to it, until the next one is promoted or the probation ends.
+    so that `go_forward` can return to it, until the next one is promoted or the probation ends. `leaving`: only while
+    this generation serves.
 
     Raises:
         NothingToRollBackError: no generation served before, or it has been released.
@@ -50,12 +53,13 @@ def rollback(workspace: Workspace, *, reason: str = "rollback", yes: bool = Fals
         ServingMovedError: another generation was promoted meanwhile: what is to be left is not what was looked at.
     """
     seen = workspace.registry.serving()
+    leaving = leaving or seen.champion
     back_to = _back_to(seen)
 
     def change(serving: ServingState) -> dict[str, Any]:
-        if serving.champion != seen.champion:
+        if serving.champion != leaving:
             raise ServingMovedError(
-                f"rolling back: expected champion {seen.champion}, found {serving.champion} (another move finished "
+                f"rolling back: expected champion {leaving}, found {serving.champion} (another move finished "
                 "first); look again with 'graceful status'"
             )
         left = serving.champion

@@ -19,7 +19,15 @@ COMMANDS = [
     "export", "flips", "history", "ingest", "init", "plan", "promote", "reject", "replay", "report", "retire", "revoke",
     "rollback", "search", "selftest", "serve", "status", "update", "variant",
 ]  # fmt: skip
-IN_GROUPS = ["evalset create", "evalset grow", "evalset label", "evalset show"]
+IN_GROUPS = [
+    "canary start",
+    "canary status",
+    "canary stop",
+    "evalset create",
+    "evalset grow",
+    "evalset label",
+    "evalset show",
+]
 
 
 def invoke(*arguments):

@@ -127,7 +127,7 @@ def test_the_openapi_document_is_valid_and_describes_every_body_with_an_example_
     document = client.get("/openapi.json").json()
     validate(document)
     search = document["paths"]["/search"]["post"]
-    assert set(search["responses"]) == {"200", "400", "401", "408", "409", "413", "422", "429", "503"}
+    assert set(search["responses"]) == {"200", "400", "401", "404", "408", "409", "413", "422", "429", "503"}
     answer = search["responses"]["200"]["content"]["application/json"]
     assert answer["schema"] == {"$ref": "#/components/schemas/Answer"}
     Answer.model_validate(answer["example"])
