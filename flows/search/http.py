@@ -157,6 +157,10 @@ class Endpoint:
             )
             started = time.perf_counter()
             question = _vector_question(body, wanted) if is_vector else _image(body, wanted)
+            variants = {wanted.asked_as, question.generation} - {None, wanted.generation}
+            if wanted.generation is not None and variants:
+                line = "searching: expected a variant that asks or a generation that answers, found both; leave one out"
+                raise Refused(422, "wrong_request", line)
             if question.generation is not None:
                 generation = self.state.variants.served(question.generation).generation
             arm = None if is_vector or generation is not None else self.beside.watch.arm_for(body)

@@ -136,7 +136,8 @@ def test_the_openapi_document_is_valid_and_describes_every_body_with_an_example_
         refusal = search["responses"][status]["content"]["application/json"]
         assert refusal["example"]["kind"] in KINDS
         assert set(refusal["schema"]["required"]) == set(refusal["example"])
-    assert {parameter["name"] for parameter in search["parameters"]} == {"k", "sources"}
+    named = {"k", "sources", "as", "generation", "x-graceful-generation"}
+    assert {parameter["name"] for parameter in search["parameters"]} == named
 
 
 def test_the_page_shows_the_document_and_loads_nothing(client: TestClient) -> None:
