@@ -49,6 +49,15 @@ class VariantConfig(BaseModel):
         min_length=1,
         description="Against the generation it is a variant of, which is the latest, and those whose rows that reads.",
     )
+    task_weight: float = Field(
+        default=0.1,
+        gt=0,
+        description="Factor of its own classifier in the loss, in the place of training.head.weight: small, since the "
+        "space is its generation's.",
+    )
+    quality_margin_points: float | None = Field(
+        default=None, ge=0, description="What its gate lets it lose; by default policy.quality_margin_points."
+    )
     epochs: int | None = Field(default=None, ge=1, description="By default training.epochs.")
     batch_size: int | None = Field(default=None, ge=2, description="By default training.batch_size.")
     max_lr: float | None = Field(default=None, gt=0, description="Peak learning rate; by default first_max_lr.")
@@ -71,7 +80,7 @@ class VariantConfig(BaseModel):
                 "preprocessing": self._preprocessing(training.preprocessing).model_dump(),
                 "constraints": [entry.model_dump() for entry in self.constraints],
                 "predecessor_weights": "equal",
-                "head": training.head.model_dump() | {"new_class_margin": 0.0},
+                "head": training.head.model_dump() | {"weight": self.task_weight, "new_class_margin": 0.0},
                 "start": "scratch",
                 "rows_from_parent": True,
                 "interpolation": 0.0,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from graceful.evaluation.decision import JUDGING_VERSION
 from graceful.evaluation.outcomes import Outcomes
+from graceful.evaluation.policy import RolloutPolicy
 from graceful.evaluation.variants import judge_variant, metrics_on
 from graceful.files import join, remove
 from graceful.flows.runtime.session import Session
@@ -80,7 +81,7 @@ def train_variant(session: Session, name: str, cloud: str) -> str:
 
 def judge(session: Session, name: str, variant: str, cloud: str) -> VariantJudged:
     """Judge a variant, certify what it may read, and record it; a judgement from the same inputs is found."""
-    workspace, policy = session.workspace, session.config.policy
+    workspace, policy = session.workspace, _policy(session, name)
     evaluation_set = load_evaluation_set(session.config.evaluation, KnownImages(workspace.known_images_uri))
     key = digest([variant, evaluation_set.set_id, policy.model_dump(mode="json"), JUDGING_VERSION])[:16]
     for event in workspace.registry.events(VariantJudged, f"variant-{key}"):
@@ -105,6 +106,13 @@ def judge(session: Session, name: str, variant: str, cloud: str) -> VariantJudge
     settle(workspace.registry, variant, made, update_key=f"variant-{key}")
     session.progress.say(f"{variant} {made.reason}")
     return made
+
+
+def _policy(session: Session, name: str) -> RolloutPolicy:
+    """The policy of a variant's gate: that of the decisions, with the variant's own margin where it has one."""
+    margin = session.config.variants[name].quality_margin_points
+    changes = {} if margin is None else {"quality_margin_points": margin}
+    return session.config.policy.model_copy(update=changes)
 
 
 def _measure(

@@ -11,6 +11,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from graceful.files import set_crash_hook
+from graceful.flows.runtime.progress import SilentProgress
 from graceful.flows.runtime.session import open_session
 from graceful.flows.search.http import make_app
 from graceful.flows.settings.config import ConfigError, load_config
@@ -18,6 +19,8 @@ from graceful.flows.store.events import VariantJudged, VariantTrained
 from graceful.flows.store.items import item_table
 from graceful.flows.store.variants import QueryOnlyError, answering, settle
 from graceful.flows.store.workspace import UnsupportedGenerationError, open_workspace
+from graceful.flows.update.act import plain
+from graceful.flows.update.flow import replay_plainly
 from graceful.flows.update.gate import move
 from graceful.flows.update.serving import generations_to_write, go_forward, ingest, release_previous, rollback
 from graceful.indexing.maintenance import collect
@@ -132,14 +135,15 @@ def test_a_variant_that_knows_nothing_is_recorded_with_its_reason_and_answers_no
     assert search(root, "edge")["query_generation"] == variants_of(first)[0], "the other one goes on"
 
 
-def test_the_margin_of_the_policy_refuses_a_variant_that_is_better_off_on_its_own(first, tmp_path):
+def test_a_tighter_margin_refuses_a_variant_that_is_better_off_on_its_own(first, tmp_path):
     root = tiny.copy_workspace(first, tmp_path / "workspace")
-    tiny.write_config(root, root / "digits.parquet", {**EDGE, "policy.quality_margin_points": 1.0})
+    strict = {**EDGE["variants.edge"], "quality_margin_points": 1.0}
+    tiny.write_config(root, root / "digits.parquet", {**EDGE, "variants.edge": strict})
     (row,) = running.document("variant", "edge", "--root", root, code=3)["variants"]
     assert not row["approved"]
     assert "margin of 1 points" in row["reason"]
     registry = open_workspace(str(root)).registry
-    assert answering(registry) == {}, "what it was certified for under another policy is revoked"
+    assert answering(registry) == {}, "what it was certified for with another margin is revoked"
     assert not any(query == row["variant"] for query, _ in registry.certificates())
     assert len(registry.events(VariantTrained)) == 1, "it was judged again, not trained again"
 
@@ -333,8 +337,23 @@ def test_a_variant_is_exported_by_its_name_with_what_was_measured_beside_it(seco
     assert "multiply-adds" in text
     assert "outside the graph" in text
     for wrong, said in ((("edge", "--format", "coreml"), "torch or onnx"), (("watch",), "approved variant")):
-        refused = running.document("export", *wrong, "--root", second, "--out", file, code=2 if said[0] == "t" else 1)
+        refused = running.document("export", *wrong, "--root", second, "--out", file, code=1)
         assert said in refused["error"]
+
+
+def test_the_example_runs_at_a_smaller_size(tmp_path):
+    """Fewer alphabets and epochs: what it is measured to be is not looked at."""
+    smaller = {
+        "training.epochs": 1,
+        "variants.edge.epochs": 1,
+        "replay.counts": [2],
+        "evaluation.queries.where.alphabet.max": 25,
+        "evaluation.gallery.where.alphabet.max": 25,
+    }
+    root = str(tmp_path / "workspace")
+    result = replay_plainly(str(tiny.ROOT / "examples" / "edge.toml"), root, smaller, SilentProgress(), plain)
+    (verdict,) = open_workspace(root).registry.events(VariantJudged)
+    assert (verdict.payload.of, verdict.payload.name) == (result.champion, "edge")
 
 
 # The configuration ----------------------------------------------------------------------------------------------------
