@@ -103,6 +103,7 @@ def test_every_refusal_has_a_kind_that_is_counted(client: TestClient) -> None:
         ({"content": b"no image"}, "unreadable_image"),
         ({"json": {"vector": [1.0]}}, "wrong_vector"),
         ({"json": {"vector": [1.0] * 16, "generation": "g000-000000"}}, "other_generation"),
+        ({"json": {"vector": [1.0] * 16, "as": "edge"}}, "unknown_variant"),
         ({"json": {"vektor": []}}, "wrong_request"),
         ({"content": b""}, "wrong_request"),
         ({"params": {"k": 0}, "content": b"x"}, "wrong_request"),
@@ -132,7 +133,7 @@ def test_the_openapi_document_is_valid_and_describes_every_body_with_an_example_
     assert answer["schema"] == {"$ref": "#/components/schemas/Answer"}
     Answer.model_validate(answer["example"])
     assert set(client.post("/search?k=1", content=payload).json()) == set(answer["example"])
-    for status in ("400", "401", "408", "409", "413", "422", "429", "503"):
+    for status in ("400", "401", "404", "408", "409", "413", "422", "429", "503"):
         refusal = search["responses"][status]["content"]["application/json"]
         assert refusal["example"]["kind"] in KINDS
         assert set(refusal["schema"]["required"]) == set(refusal["example"])
