@@ -179,8 +179,11 @@ class WorkspaceHandle:
             NoVariantError: no variant of this name may read what is served.
         """
         from graceful.flows.search.searcher import GallerySearcher
+        from graceful.flows.store.variants import names_variant
 
         sources = [_place(image) for image in _several(images, "searching")]
+        if generation is not None and not names_variant(generation):
+            generation = open_workspace(self.root).registry.resolve(generation)
         searcher = self._searchers.get(generation)
         if searcher is None:
             searcher = self._searchers[generation] = GallerySearcher(open_workspace(self.root), generation)

@@ -13,6 +13,7 @@ from graceful.flows.runtime.session import open_session
 from graceful.flows.search.searcher import GallerySearcher
 from graceful.flows.settings.config import load_workspace_config
 from graceful.flows.store.items import ids_below, item_table, settle_ids
+from graceful.flows.store.variants import names_variant
 from graceful.flows.store.workspace import open_workspace, require_workspace
 from graceful.flows.update.conclude import release_when_due
 from graceful.flows.update.serving import ingest
@@ -65,7 +66,9 @@ def ingest_images(
 
 def search_image(root: str, image: str, k: int, generation: str | None) -> dict[str, Any]:
     """Search with one image."""
-    searcher = GallerySearcher(open_workspace(root), generation)
+    workspace = open_workspace(root)
+    named = generation is None or names_variant(generation)
+    searcher = GallerySearcher(workspace, generation if named else workspace.registry.resolve(generation))
     hits = searcher.search_images([image], k)[0]
     return {
         "query_generation": searcher.generation,

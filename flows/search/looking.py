@@ -57,7 +57,7 @@ class FollowedVariants:
 
     def refresh(self, workspace: Workspace) -> None:
         """Open what has come, follow what is there, drop what may query no longer."""
-        if self._open is None:
+        if self._open is None or not workspace.registry.variants():
             return
         supported = load_supported_clients(workspace.root)
         names = live_variants(workspace.registry, workspace.kept(supported), supported)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from graceful.errors import GracefulError
 from graceful.flows.search.views import open_follower, target_of, thresholds_of
 from graceful.flows.settings.config import load_supported_clients
-from graceful.flows.store.variants import resolve_query
+from graceful.flows.store.variants import names_variant, variant_for
 from graceful.flows.store.workspace import Workspace
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
 from graceful.indexing.following import Followed, Target
@@ -272,7 +272,7 @@ class GallerySearcher:
         with self._lock:
             pinned = self._pinned
             if pinned is not None and not self._granted:
-                pinned = resolve_query(self._workspace.registry, pinned)
+                pinned = variant_for(self._workspace.registry, pinned) if names_variant(pinned) else pinned
                 self._workspace.may_query(pinned, load_supported_clients(self._workspace.root))
             generation, encoder = serving_encoder(self._workspace, pinned, self._served)
             if self._granted:

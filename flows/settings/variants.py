@@ -11,7 +11,7 @@ from graceful.training.generation import BackboneSpec, Preprocessing
 from graceful.training.job import AugmentationConfig, ConstraintConfig, TrainingConfig
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-_LIKE_A_GENERATION = re.compile(r"g\d+")
+_LIKE_A_GENERATION = re.compile(r"g\d.*")
 _AS_TRAINED = ("initial_weights", "augmentation", "epochs", "batch_size", "weight_decay", "seed")
 
 

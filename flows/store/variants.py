@@ -1,11 +1,12 @@
 """Which variants may query, and which of them answers: read from lineage and certificates, stored nowhere else.
 
 A variant is approved while its newest judgement says so, it holds its certificate for itself, and nobody has retired
-it. Of a name, the newest approved one answers whose generation is the champion or one whose rows the champion reads: a
+it. For a name the champion's approved one answers, else the newest whose generation's rows the champion reads: a
 promotion and a rollback move variants without a word, since they move the champion. One that is approved and whose
 generation is kept may be asked for by its id, as an older client may.
 """
 
+import re
 from collections.abc import Iterable
 
 from graceful.errors import GracefulError
@@ -61,7 +62,8 @@ def answering(registry: Registry) -> dict[str, str]:
         return {}
     read = {champion, *read_by(champion, registry.certificates())}
     may = {variant: verdict for variant, verdict in approved(registry).items() if verdict.of in read}
-    return {may[variant].name: variant for variant in sorted(may, key=lambda variant: ordinal_of(may[variant].of))}
+    ascending = sorted(may, key=lambda variant: (may[variant].of == champion, ordinal_of(may[variant].of)))
+    return {may[variant].name: variant for variant in ascending}
 
 
 def variant_for(registry: Registry, name: str) -> str:
@@ -83,16 +85,21 @@ def variant_for(registry: Registry, name: str) -> str:
     )
 
 
+def names_variant(name: str) -> bool:
+    """Whether what a query asks as is the name of a variant; else it is an id, or the beginning of one (g002).
+
+    >>> names_variant("edge"), names_variant("g002"), names_variant("g002.edge-77a0b2")
+    (True, False, False)
+    """
+    return re.match(r"g\d", name) is None
+
+
 def resolve_query(registry: Registry, name: str) -> str:
     """The id behind what a query asks as: a variant's name, or what `Registry.resolve` knows.
 
     Raises: NoVariantError, UnknownGenerationError.
     """
-    names = {verdict.name for verdict in judged(registry).values()}
-    known = {*registry.generations(), *registry.variants()}
-    if name in names or not any(name in (found, found.partition("-")[0]) for found in known):
-        return variant_for(registry, name)
-    return registry.resolve(name)
+    return variant_for(registry, name) if names_variant(name) else registry.resolve(name)
 
 
 def live_variants(registry: Registry, kept: Iterable[str], supported: Iterable[str] = ()) -> list[str]:

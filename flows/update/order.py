@@ -25,6 +25,7 @@ from graceful.flows.store.claim import claim
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
 from graceful.flows.store.events import Decided, Overridden, Promoted, VariantJudged
 from graceful.flows.store.reports import REPORT_FILE
+from graceful.flows.store.variants import refuse_variant
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.act import Case, Order, Step, carry_on, decide_and_act, plain
 from graceful.flows.update.assess import mix_drift
@@ -218,6 +219,7 @@ def accept(session: Session, generation: str, order: Order, *, by: str = "", ste
         AlreadyAnsweredError: it waited for a person, and was rejected or not accepted in time.
     """
     workspace, registry = session.workspace, session.workspace.registry
+    refuse_variant(registry, f"accepting {generation}", generation)
     found = [event for event in registry.events(Decided) if event.generation == generation]
     if not found:
         raise MoveRefusedError(

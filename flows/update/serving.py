@@ -178,6 +178,7 @@ def reject(workspace: Workspace, generation: str, *, reason: str, by: str = "") 
 
     Raises also UpdateInProgressError, where an update is carrying a plan of it out.
     """
+    refuse_variant(workspace.registry, f"rejecting {generation}", generation)
     with _out_of_use(workspace, "rejecting", generation):
         workspace.registry.record(Rejected(reason=reason, by=by or operator()), generation=generation)
 

@@ -19,10 +19,18 @@ from graceful.flows.store.events import VariantJudged, VariantTrained
 from graceful.flows.store.items import item_table
 from graceful.flows.store.variants import QueryOnlyError, answering, settle
 from graceful.flows.store.workspace import UnsupportedGenerationError, open_workspace
-from graceful.flows.update.act import plain
+from graceful.flows.update.act import Order, plain
 from graceful.flows.update.flow import replay_plainly
 from graceful.flows.update.gate import move
-from graceful.flows.update.serving import generations_to_write, go_forward, ingest, release_previous, rollback
+from graceful.flows.update.order import accept
+from graceful.flows.update.serving import (
+    generations_to_write,
+    go_forward,
+    ingest,
+    reject,
+    release_previous,
+    rollback,
+)
 from graceful.indexing.maintenance import collect
 from graceful.indexing.reindex import embed_missing
 from graceful.training.datasets import load_images
@@ -221,6 +229,8 @@ def test_no_vector_is_ever_written_by_a_variant(root):
         for act in (
             lambda: move(workspace, variants[1], lambda _: {}, act="serving it", remedy=""),
             lambda: go_forward(workspace, variants[1], reason="a test"),
+            lambda: accept(session, variants[1], Order("a test")),
+            lambda: reject(workspace, variants[1], reason="a test"),
         ):
             with pytest.raises(QueryOnlyError, match="a variant, which only queries"):
                 act()
@@ -317,6 +327,10 @@ def test_the_report_and_the_command_have_a_row_for_every_variant(second):
     text = running.command("variant", "--root", second).output
     assert "Queries by row, gallery of column" in text
     assert f"{variants[1]} answers for edge" in text
+    history = " ".join(running.command("history", "--root", second).output.split())
+    for variant in variants:
+        assert f"{variant} trained, a variant that only queries" in history
+        assert f"{variant} judged: approved" in history
 
 
 # Taken elsewhere ------------------------------------------------------------------------------------------------------
