@@ -66,6 +66,9 @@ class ExportReport(BaseModel):
 class PixelsToVectors(nn.Module):
     """What is exported: uint8 pixels (n, channels, size, size) to unit vectors (n, d) float32; NaN for no direction."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.network = network

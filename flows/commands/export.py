@@ -2,13 +2,13 @@
 
 import json
 import os
-from typing import Any, cast
+from typing import Any
 
 from graceful.errors import UsageError
 from graceful.files import write_bytes
 from graceful.flows.store.variants import resolve_query
 from graceful.flows.store.workspace import open_workspace
-from graceful.training.exporting import FORMATS, Format, export_encoder
+from graceful.training.exporting import FORMATS, export_encoder
 
 
 def export_generation(root: str, name: str, output_format: str, file: str) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def export_generation(root: str, name: str, output_format: str, file: str) -> di
         raise UsageError(f"exporting {name}: expected a file in a folder that is there, found {file}; correct --out")
     workspace = open_workspace(root)
     generation = resolve_query(workspace.registry, name)
-    found = export_encoder(workspace.generation_uri(generation), file, cast(Format, output_format))
+    found = export_encoder(workspace.generation_uri(generation), file, output_format)
     document = found.model_dump(mode="json")
     write_bytes(f"{file}.json", (json.dumps(document, indent=2) + "\n").encode())
     return document
