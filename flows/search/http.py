@@ -143,7 +143,7 @@ class Endpoint:
         width = self._snapshot(generation, served).width
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         is_vector = kind == "application/json"
-        lane: Batches[Any, bytes] = self.vectors if is_vector else self.images
+        lane: Batches[Any, Given] = self.vectors if is_vector else self.images
         if lane.num_waiting >= lane.max_waiting:  # known before the body is here
             raise busy(f"searching: {lane.max_waiting} {lane.name} wait already; ask again")
         limit = json_limit(width) if is_vector else self.config.max_image_mib * 2**20
@@ -164,7 +164,7 @@ class Endpoint:
             if question.generation is not None:
                 generation = self.state.variants.served(question.generation).generation
             arm = None if is_vector or generation is not None else self.beside.watch.arm_for(body)
-            if arm is not None and arm.canary.answers:
+            if arm is not None and arm.canary.answers and isinstance(question, ImageQuestion):
                 question = replace(question, generation=arm.canary.candidate, replaceable=True)
             else:
                 question = replace(question, generation=generation)

@@ -168,8 +168,9 @@ def _readable(workspace: Workspace, generation: str, evaluation: Evaluation | No
             f"{act}: expected a generation that serves, waits for a word, or served before a rollback, found another "
             f"one; those are {names}"
         )
+    granted: tuple[str, ...] = ()
     if (generation, generation) in registry.certificates():
-        readable, granted = registry.readable(generation), ()
+        readable = registry.readable(generation)
     elif evaluation is None:
         raise MoveRefusedError(
             f"{act}: expected an evaluation against {serving.champion}, which serves, found none; run 'graceful update "
