@@ -13,10 +13,13 @@ from typing import Any, Generic, TypeVar
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed
 
 from graceful.errors import GracefulError
 from graceful.flows.runtime.flow_ui import FlowProgress
+from graceful.flows.runtime.head import FLOW_RUN
 from graceful.flows.runtime.progress import Progress, SilentProgress
 from graceful.flows.runtime.service import log_runs
 from graceful.flows.runtime.session import open_session
@@ -53,12 +56,21 @@ class _Box(Generic[T]):
 
     def fill(self, work: Callable[[], T]) -> T:
         self.started = True
+        here = FLOW_RUN.set(_address_of_run())
         try:
             self.results.append(work())
         except Exception as error:
             self.error = error
             raise
+        finally:
+            FLOW_RUN.reset(here)
         return self.results[0]
+
+
+def _address_of_run() -> str:
+    run = FlowRunContext.get()
+    api = PREFECT_API_URL.value()
+    return "" if run is None or run.flow_run is None or not api else f"{api}/flow_runs/{run.flow_run.id}"
 
 
 _BOX: ContextVar[_Box[Any] | None] = ContextVar("graceful_box", default=None)
