@@ -10,6 +10,7 @@ from graceful.flows.runtime.progress import TerminalProgress
 from graceful.flows.runtime.session import open_session
 from graceful.flows.settings.config import load_workspace_config
 from graceful.flows.store.approvals import approval_of
+from graceful.flows.store.reports import report_address
 from graceful.flows.store.workspace import open_workspace
 from graceful.flows.update.act import Order
 from graceful.flows.update.order import accept
@@ -23,11 +24,17 @@ def accept_candidate(
     name = workspace.registry.resolve(generation)
     prepare_environment(root)
     order = Order(reason, fraction)
-    with open_session(root, load_workspace_config(root), TerminalProgress(console)) as session:
+    config = load_workspace_config(root)
+    with open_session(root, config, TerminalProgress(console)) as session:
         decided = accept(session, name, order, by=by)
     asked = approval_of(workspace.registry, decided.evaluation)
     serving = workspace.registry.serving().champion
-    details = {"outcome": decided.outcome, "champion": serving, "approval": None if asked is None else asked.said}
+    details = {
+        "outcome": decided.outcome,
+        "champion": serving,
+        "report": report_address(config.report.url, decided.evaluation),
+        "approval": None if asked is None else asked.said,
+    }
     summary = f"{name} was accepted by a person: {reason}"
     tell_of(root, Notice("decision", summary, f"{decided.evaluation}/accepted", name, details))
     return {

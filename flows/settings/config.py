@@ -178,6 +178,12 @@ class ReportConfig(BaseModel):
         default=True, description="Small pictures of searches that would be lost; false: names only, for privacy."
     )
     num_flips: int = Field(default=24, ge=0, le=500, description="Lost searches that are shown, the worst first.")
+    url: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="Address at which others reach 'graceful serve --http', such as http://search:8080: the flow UI "
+        "and notifications link to the reports there.",
+    )
 
 
 class ReplayConfig(BaseModel):

@@ -17,7 +17,7 @@ from graceful.flows.runtime.progress import Artifact, Progress
 from graceful.flows.settings.config import ReportConfig
 from graceful.flows.store.evaluations import FLIPS_FILE, Evaluation, read_flips
 from graceful.flows.store.events import Decided
-from graceful.flows.store.reports import REPORT_FILE, REPORT_JSON
+from graceful.flows.store.reports import REPORT_FILE, REPORT_JSON, report_address
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.consumer_sections import consumer_sections
 from graceful.flows.update.diagnosis import diagnosis, flips_against_owners, lineage_rows, matrices
@@ -78,7 +78,8 @@ def publish(
     if evaluation.decision.outcome == "INCONCLUSIVE" and evaluation.outcomes.log is not None:
         write_label_list(workspace, decided.evaluation, evaluation)
     if progress is not None:
-        progress.show(lambda: _artifacts(name, evaluation, matrix, report))
+        link = report_address(shows.url, decided.evaluation) or (report if is_remote(report) else f"file://{report}")
+        progress.show(lambda: _artifacts(name, evaluation, matrix, link))
     return report
 
 
@@ -123,7 +124,7 @@ def _history(workspace: Workspace, decided: Decided, document: dict[str, Any]) -
     return [Section("Update by update", text, rows=rows)] if len(rows) > 1 else []
 
 
-def _artifacts(name: str, evaluation: Evaluation, matrix: CompatibilityMatrix, report: str) -> list[Artifact]:
+def _artifacts(name: str, evaluation: Evaluation, matrix: CompatibilityMatrix, link: str) -> list[Artifact]:
     asked = (evaluation.evidence, evaluation.decision, evaluation.policy, evaluation.outcomes)
     figures = "\n\n".join(f"{title}\n\n{_picture(title, one)}" for title, one in decision_pngs(*asked, dpi=90).items())
     text = decision_markdown(headline(*asked), evaluation.decision, evaluation.evidence)
@@ -141,7 +142,7 @@ def _artifacts(name: str, evaluation: Evaluation, matrix: CompatibilityMatrix, r
         Artifact(
             key=f"{name}-report",
             description="The whole report, one offline page",
-            link=report if is_remote(report) else f"file://{report}",
+            link=link,
         ),
     ]
 
