@@ -43,7 +43,7 @@ class Outcome:
     runs: int
     code: int | None = None
     same: bool = False
-    orphans: int = 0
+    orphans: tuple[str, ...] = ()
 
 
 class Clock:
@@ -316,7 +316,7 @@ def _judged(trial: MortalTrial, act: Callable[[], Outcome]) -> Outcome:
     try:
         found = act()
         _STATES[trial.mark] = trial.end_state()
-        return replace(found, orphans=trial.orphans())
+        return replace(found, orphans=tuple(trial.orphans()))
     finally:
         trial.end()
 

@@ -116,12 +116,22 @@ class MortalTrial(Trial):
             "num_decisions": len(decided),
         }
 
-    def orphans(self) -> int:
-        """Processes of this trial that do not end within a minute."""
+    def orphans(self) -> list[str]:
+        """Command lines of the trial's processes that belong to nobody and do not end within a minute.
+
+        Idle workers of a cluster that is still there belong to it.
+        """
         deadline = time.monotonic() + SECONDS_FOR_ORPHANS
-        while living(self.mark) and time.monotonic() < deadline:
+        while (found := self._belonging_to_nobody()) and time.monotonic() < deadline:
             time.sleep(0.5)
-        return len(living(self.mark))
+        return found
+
+    def _belonging_to_nobody(self) -> list[str]:
+        found = []
+        for pid in set(living(self.mark)) - set(descendants(os.getpid())):
+            with contextlib.suppress(OSError):
+                found.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
+        return found
 
     def end(self) -> None:
         """Kill what is left."""

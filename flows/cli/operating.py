@@ -282,7 +282,7 @@ def deploy(
 
         found = deploy_updates(place(root), pool, name=name, scheduled=schedule)
         often = found["schedule"] or "no schedule"
-        lines = [f"{found['deployment']} in pool {pool}: {often}", f"Page: {found['page']}"]
+        lines = [f"{found['deployment']} in pool {pool}: {often}", *found["beside"], f"Page: {found['page']}"]
         output(as_json, found, lambda console: console.print("\n".join(lines), highlight=False, soft_wrap=True))
 
 
