@@ -167,20 +167,20 @@ def raylet_of_training(trial: MortalTrial, raylets: Raylets) -> Outcome:
     """The node of the training's worker."""
     process = trial.start()
     _training(trial, process)
-    goes_on = _goes_on(trial)
-    raylet = raylets.raylet_of("RayTrainWorker") or raylets.raylet_of("")
+    raylet = raylets.raylet_of("RayTrainWorker")
     assert raylet is not None
     kill(raylet)
     clock = Clock()
-    again = clock.after(goes_on, "an epoch")
+    noticed = clock.after(lambda: raylets.raylet_of("RayTrainWorker") not in (None, raylet), "another worker")
+    again = clock.after(_goes_on(trial), "an epoch")
     runs = _to_the_end(trial, process)
-    return Outcome("node of the training worker", "Ray: it starts again elsewhere", again, again, clock.now(), runs)
+    return Outcome("node of the training worker", "Ray: another worker", noticed, again, clock.now(), runs)
 
 
 def raylet_of_embedding(trial: MortalTrial, raylets: Raylets, step: str) -> Outcome:
     """The node of an embedding worker, within a step."""
     process = trial.start()
-    _reach(trial, process, lambda: f"s  {step}\n" in trial.said(), step)
+    _reach(trial, process, lambda: f"s  {step}" in trial.said(), step)
     until(lambda: raylets.raylet_of("_Worker") is not None, "an embedding worker")
     raylet = raylets.raylet_of("_Worker")
     assert raylet is not None
@@ -329,7 +329,7 @@ KILLS: dict[str, Kill] = {
     "service": lambda b, f: _here(b, f, service),
     "training_node": lambda b, f: _on_raylets(b, f, raylet_of_training),
     "embedding_node": lambda b, f: _on_raylets(
-        b, f, lambda trial, raylets: raylet_of_embedding(trial, raylets, "embed evaluation set")
+        b, f, lambda trial, raylets: raylet_of_embedding(trial, raylets, "embed evaluation set with g002")
     ),
     "wave_node": lambda b, f: _on_raylets(b, f, lambda trial, raylets: raylet_of_embedding(trial, raylets, "re-index")),
     "head": lambda b, f: _on_raylets(b, f, head),

@@ -158,16 +158,16 @@ def kill(pid: int) -> None:
 
 
 class Raylets:
-    """A Ray cluster of a head and three nodes of one processor, all on this machine."""
+    """A Ray cluster of a head without processors and nodes of one each, all on this machine."""
 
-    def __init__(self, *, with_jobs: bool = False) -> None:
+    def __init__(self, num_nodes: int = 3, *, with_jobs: bool = False) -> None:
         from ray.cluster_utils import Cluster
 
         memory = {"object_store_memory": 80 * 2**20}
         jobs = {"include_dashboard": with_jobs} | ({"dashboard_port": free_port()} if with_jobs else {})
         # A job needs no processor of its own, but one of a node that has any.
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory, **jobs})
-        self.nodes = [self.cluster.add_node(num_cpus=1, **memory) for _ in range(3)]
+        self.nodes = [self.cluster.add_node(num_cpus=1, **memory) for _ in range(num_nodes)]
 
     @property
     def environment(self) -> dict[str, str]:
