@@ -37,7 +37,7 @@ days_until_next_generation = 100.0
 wave_rows = 25
 unit_rows = 10
 """
-ON_RAY = "num_workers = 1\nembed_workers = 1\naddress = {address}"
+ON_RAY = "num_workers = 1\nembed_workers = 1\nin_process_below = 0\naddress = {address}"
 
 
 class SlowEncoder(torch.nn.Module):

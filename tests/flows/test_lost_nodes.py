@@ -17,8 +17,8 @@ from tests.flows import running, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 
-EPOCHS = 300
-ON_RAY = {"cluster": {"num_workers": 1, "embed_workers": 1, "address": "auto"}}
+EPOCHS = 40
+ON_RAY = {"cluster": {"num_workers": 1, "embed_workers": 1, "in_process_below": 0, "address": "auto"}}
 LONGER = {**tiny.grown(5), "training.epochs": EPOCHS}
 Spawn = Callable[..., BaseProcess]
 
