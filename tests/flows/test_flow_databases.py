@@ -108,3 +108,18 @@ def test_an_update_is_recorded_in_postgresql(
         (run,) = running.ask_server(api, "POST", "/flow_runs/filter", {})
         assert (run["state_type"], run["parameters"]["workspace"]) == ("COMPLETED", str(root))
     assert not list(root.rglob("prefect.db"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_server_of_a_workspace_in_an_object_store_has_its_database_in_the_users_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with server.flow_server("s3://graceful/workspace"):
+        assert (tmp_path / "home" / ".prefect" / "prefect.db").exists()
+    assert not list((tmp_path / "elsewhere").iterdir())
