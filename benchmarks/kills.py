@@ -234,41 +234,51 @@ def folder_away(trial: MortalTrial) -> Outcome:
     """The workspace's folder is not there for a minute."""
     process = trial.start()
     _training(trial, process)
-    goes_on = _goes_on(trial)
     hidden = trial.root.with_name("away")
+    known = trial.epochs()
     trial.root.rename(hidden)
-    clock = Clock()
-    noticed, code = AWAY_S, None
-    while clock.now() < AWAY_S:
-        if code is None and process.poll() is not None:
-            noticed, code = clock.now(), process.returncode
-        time.sleep(0.1)
-    if trial.root.exists():  # what was written meanwhile by whoever makes a folder where there is none
-        trial.root.rename(trial.root.with_name("meanwhile"))
-    hidden.rename(trial.root)
-    process = trial.start() if process.poll() is not None else process
-    again = clock.after(goes_on, "an epoch")
-    runs = _to_the_end(trial, process) + (code is not None)
-    return Outcome("folder away for 60 s", "the update", noticed, again, clock.now(), runs, code)
+
+    def back() -> None:
+        if trial.root.exists():  # what was written meanwhile by whoever makes a folder where there is none
+            trial.root.rename(trial.root.with_name("meanwhile"))
+        hidden.rename(trial.root)
+
+    return _away("folder away for 60 s", trial, process, back, lambda: trial.epochs() > known)
 
 
 def store_away(trial: MortalTrial, store: int) -> Outcome:
     """The object store does not answer for a minute."""
     process = trial.start()
-    until(lambda: " train candidate" in trial.said() or process.poll() is not None, "a training")
-    time.sleep(5)
+    _reach(trial, process, lambda: " train candidate" in trial.said(), "a training")
     os.kill(store, signal.SIGSTOP)
-    clock = Clock()
-    noticed, code = AWAY_S, None
+    said = trial.said()
+
+    def back() -> None:
+        os.kill(store, signal.SIGCONT)
+
+    return _away("object store silent for 60 s", trial, process, back, lambda: trial.said() != said)
+
+
+def _away(
+    what: str,
+    trial: MortalTrial,
+    process: "subprocess.Popen[bytes]",
+    back: Callable[[], None],
+    goes_on: Callable[[], bool],
+) -> Outcome:
+    """Wait for a minute, and for the command's end if it comes to that; then storage is back."""
+    clock, ended_s = Clock(), AWAY_S
     while clock.now() < AWAY_S:
-        if code is None and process.poll() is not None:
-            noticed, code = clock.now(), process.returncode
+        if ended_s == AWAY_S and process.poll() is not None:
+            ended_s = clock.now()
         time.sleep(0.1)
-    os.kill(store, signal.SIGCONT)
-    process = trial.start() if process.poll() is not None else process
-    again = clock.now()
+    back()
+    code = process.poll()
+    process = trial.start() if code is not None else process
+    again = clock.after(goes_on, "progress")
     runs = _to_the_end(trial, process) + (code is not None)
-    return Outcome("object store silent for 60 s", "the update waits", noticed, again, clock.now(), runs, code)
+    by = "nobody: it waits" if code is None else "the update: one line, ended"
+    return Outcome(what, by, ended_s, again, clock.now(), runs, code)
 
 
 class _Closed:
