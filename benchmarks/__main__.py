@@ -9,7 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks import schedule, soak
+from benchmarks import kills, schedule, soak
 from benchmarks.class_cost import step_cost_classes
 from benchmarks.gallery_cost import evaluate_matrix, reindex_proportional
 from benchmarks.gallery_scale import commit_unit, ingest_one, peak_memory, reindex_scale, view_scale
@@ -56,6 +56,8 @@ def main(names: list[str]) -> int:
     """Run the named benchmarks; exit code 2 for an unknown name."""
     if names[:1] == ["soak"]:
         return soak.main(names[1:])
+    if names[:1] == ["kills"]:
+        return kills.main(names[1:])
     if names[:1] == ["schedule"]:
         return schedule.main(names[1:])
     unknown = sorted(set(names) - set(BENCHMARKS))

@@ -287,6 +287,22 @@ def _spread(value: dict[str, Any]) -> str:
     return _percent(value["mean"]) + (f" +- {100 * half:.1f}" if half == half else "")
 
 
+def kills(stored: dict[str, dict[str, Any]]) -> str:
+    """What became of an update when a part of it was killed."""
+    lines = [
+        "| killed | noticed by | after | works again after | done after | runs | same end | left | hardware, date |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for found in stored.values():
+        seconds = " | ".join(f"{found[name]:g} s" for name in ("noticed_s", "again_s", "end_s"))
+        left, same = ", ".join(found["orphans"]) or "nothing", "yes" if found["same"] else "no"
+        lines.append(
+            f"| {found['what']} | {found['noticed']} | {seconds} | {found['runs']} | {same} | {left} "
+            f"| {found['hardware']}, {found['date']} |"
+        )
+    return "\n".join(lines)
+
+
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
@@ -309,6 +325,7 @@ def with_tables(text: str) -> str:
         "spending price": spending_price(rates),
     }
     tables["schedule"] = schedule(json.loads((ROOT / "benchmarks" / "results-schedule.json").read_text()))
+    tables["kills"] = kills(json.loads((ROOT / "benchmarks" / "results-kills.json").read_text()))
     tables["scale"] = scale(json.loads((ROOT / "benchmarks" / "results-scale.json").read_text()))
     stored = json.loads((ROOT / "benchmarks" / "results-labels.json").read_text())
     tables |= {"labels": labels(stored), "estimators": estimators(stored)}

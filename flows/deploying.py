@@ -1,4 +1,4 @@
-"""`graceful deploy`: updates of a workspace as a deployment of a Prefect server that a team has already.
+"""`graceful deploy`: a workspace's updates, and what is beside them, as deployments of a server that a team has.
 
 Its workers carry the runs out, so nothing of ours has to run there: the deployment names the flow by its module, which
 the workers have installed, and the workspace, which they must reach.
@@ -11,12 +11,11 @@ import urllib.request
 from typing import TYPE_CHECKING, Any
 
 from graceful.errors import GracefulError
+from graceful.flows.deployments import UPDATE, deployments
 from graceful.flows.schedule import schedule_of
 
 if TYPE_CHECKING:
     from graceful.flows.settings.config import PipelineConfig
-
-FLOW = "graceful-update"
 
 
 class DeploymentError(GracefulError):
@@ -33,7 +32,7 @@ def deploy_updates(root: str, pool: str, *, name: str | None = None, scheduled: 
         scheduled: Whether the schedule of the configuration starts runs.
 
     Returns:
-        Name, id and page of the deployment, and its schedule.
+        Name, id and page of the deployment of the updates, its schedule, and the ids of those `beside` it by name.
 
     Raises:
         DeploymentError: there is no server or no such pool, or another workspace has a deployment of this name.
@@ -55,11 +54,7 @@ def deploy_updates(root: str, pool: str, *, name: str | None = None, scheduled: 
 
 async def _deploy(root: str, config: "PipelineConfig", pool: str, name: str, scheduled: bool) -> dict[str, Any]:
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-    from prefect.deployments.runner import EntrypointType
     from prefect.exceptions import ObjectNotFound
-
-    from graceful.flows.update.flow import update
 
     async with get_client() as client:
         try:
@@ -71,21 +66,15 @@ async def _deploy(root: str, config: "PipelineConfig", pool: str, name: str, sch
                 f"{pool} --type process', or name another"
             ) from None
         await _refuse_foreign(client, root, name)
-    deployment: Any = await update.ato_deployment(
-        name,
-        schedules=[schedule_of(config.schedule)] if scheduled else None,
-        parameters={"workspace": root},
-        description=f"Updates of {root}. Registered by 'graceful deploy'.",
-        tags=["graceful"],
-        work_pool_name=pool,
-        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
-        entrypoint_type=EntrypointType.MODULE_PATH,
-    )
-    identity = await deployment.aapply()
+    schedules = [schedule_of(config.schedule)] if scheduled else []
+    wanted = await deployments(root, config, "graceful deploy", name=name, schedules=schedules, pool=pool)
+    known = {kind: str(await deployment.aapply()) for kind, deployment in wanted.items()}
+    identity = known.pop(UPDATE)
     page = os.environ["PREFECT_API_URL"].removesuffix("/api")
     return {
-        "deployment": f"{FLOW}/{name}",
-        "id": str(identity),
+        "deployment": f"{UPDATE}/{name}",
+        "id": identity,
+        "beside": {f"{kind}/{name}": other for kind, other in known.items()},
         "pool": pool,
         "schedule": config.schedule.in_words if scheduled else None,
         "page": f"{page}/deployments/deployment/{identity}",
@@ -111,12 +100,12 @@ async def _refuse_foreign(client: Any, root: str, name: str) -> None:
     from prefect.exceptions import ObjectNotFound
 
     try:
-        known = await client.read_deployment_by_name(f"{FLOW}/{name}")
+        known = await client.read_deployment_by_name(f"{UPDATE}/{name}")
     except ObjectNotFound:
         return
     other = known.parameters.get("workspace")
     if other != root:
         raise DeploymentError(
-            f"deploying updates: expected {FLOW}/{name} to be of this workspace, found that it is of {other}; give "
+            f"deploying updates: expected {UPDATE}/{name} to be of this workspace, found that it is of {other}; give "
             "another --name, or another name in the configuration"
         )

@@ -100,6 +100,14 @@ async def look(client: Any, deployment: UUID, overlap: Overlap) -> None:
         )
 
 
+async def waiting_runs(client: Any, deployment: UUID) -> list[Any]:
+    """The runs of a deployment that have not begun."""
+    from prefect.client.schemas.objects import StateType
+
+    runs = await _runs_of(client, deployment, [StateType.SCHEDULED, StateType.PENDING])
+    return [run for run in runs if not run.run_count]
+
+
 async def wake_answered(client: Any, deployment: UUID, is_answered: Callable[[str], bool]) -> None:
     """Start suspended runs again whose decision was answered by a command, or not in time: they end as it says."""
     from prefect.client.schemas.objects import StateType

@@ -1,7 +1,7 @@
 """`graceful serve`: updates on a schedule, and the flow UI to watch, trigger and cancel them.
 
 One command runs two things: a Prefect server, whose database lies in the workspace, and a runner that carries out the
-runs of one deployment, each in a process of its own. Invariants:
+runs of its deployments (`flows.deployments`), each in a process of its own. Invariants:
 
 * At most one update at a time: the deployment's concurrency limit makes a second run wait, and whatever else is
   started (another machine, `graceful update` by hand) meets the workspace's claim, for which a scheduled run waits.
@@ -25,6 +25,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from graceful.errors import GracefulError
+from graceful.flows.deployments import UPDATE, deployments
 from graceful.flows.overlap import crash_left_behind, keep_from_piling_up
 from graceful.flows.runtime.environment import prepare_environment
 from graceful.flows.runtime.notify import tell
@@ -32,6 +33,7 @@ from graceful.flows.runtime.server import flow_server
 from graceful.flows.runtime.service import RUNS_LOG, end_orphan, end_server_left_behind, only_service, stuck_update
 from graceful.flows.store.approvals import is_answered
 from graceful.flows.store.claim import SERVICE_VARIABLE
+from graceful.flows.watching import begin_update, watch_data
 from graceful.processes import end_in_time, process_start
 
 if TYPE_CHECKING:
@@ -76,12 +78,9 @@ def serve_updates(root: str, host: str = "127.0.0.1", port: int = 4200) -> None:
 async def _run(root: str, config: "PipelineConfig", api_url: str, *, at_once: bool) -> None:
     """Register the deployment and carry out its runs until a signal comes; `at_once`: begin with one."""
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-    from prefect.deployments.runner import EntrypointType
     from prefect.runner import Runner
 
     from graceful.flows.settings.config import ConfigError
-    from graceful.flows.update.flow import update
 
     wanted = config.schedule
     try:
@@ -92,20 +91,14 @@ async def _run(root: str, config: "PipelineConfig", api_url: str, *, at_once: bo
         raise ConfigError(f"scheduling updates: [schedule] cannot be used: {line}; see 'man 5 crontab'") from None
     # The runs of a service that was stopped go on with the next start: the schedule is not paused at the end.
     runner = Runner(name=config.name, pause_on_shutdown=False)
-    deployment: Any = await update.ato_deployment(
-        config.name,
-        schedules=[schedule],
-        parameters={"workspace": root},
-        description=f"Updates of {root}. Started by 'graceful serve'.",
-        tags=["graceful"],
-        concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
-        entrypoint_type=EntrypointType.MODULE_PATH,
-    )
-    identity = await runner.aadd_deployment(deployment)
+    wanted_of = await deployments(root, config, "graceful serve", name=config.name, schedules=[schedule])
+    known = {kind: await runner.aadd_deployment(deployment) for kind, deployment in wanted_of.items()}
+    identity = known[UPDATE]
     async with get_client() as client:
         await _crash_zombies(client)
         # What was under way when the last service was killed goes on now, and not with the next scheduled run.
-        if await crash_left_behind(client, identity) or at_once:
+        left = [await crash_left_behind(client, one) for one in known.values()]
+        if left[0] or at_once:
             await client.create_flow_run_from_deployment(identity)
     print(f"Flow UI: {api_url.removesuffix('/api')}/deployments", flush=True)
     print(f"Log of the runs: {os.path.join(root, '.prefect', RUNS_LOG)}", flush=True)
@@ -114,6 +107,9 @@ async def _run(root: str, config: "PipelineConfig", api_url: str, *, at_once: bo
         asyncio.create_task(keep_from_piling_up(identity, wanted.overlap, lambda name: is_answered(root, name))),
         asyncio.create_task(_tell_when_stuck(root, config)),
     ]
+    if wanted.watch_minutes is not None:
+        looks = (60 * wanted.watch_minutes, 60 * wanted.quiet_minutes)
+        beside.append(asyncio.create_task(watch_data(root, *looks, lambda: begin_update(identity))))
     try:
         await _until_signalled(runner)
     finally:

@@ -279,9 +279,10 @@ def deploy(
     schedule: Annotated[bool, typer.Option(help="Whether the schedule of the configuration starts runs.")] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Register the updates of a workspace with a Prefect server of your own ($PREFECT_API_URL); its workers run them.
+    """Register a workspace's updates, backfills and reports with a Prefect server of your own ($PREFECT_API_URL).
 
-    They need this program installed, and reach the workspace under the same name. Run again, it changes what is there.
+    Its workers run them. They need this program installed, and reach the workspace under the same name. Run again, it
+    changes what is there.
     """
     with reported_errors(as_json):
         from graceful.flows.runtime.environment import prepare_environment
@@ -291,7 +292,7 @@ def deploy(
 
         found = deploy_updates(place(root), pool, name=name, scheduled=schedule)
         often = found["schedule"] or "no schedule"
-        lines = [f"{found['deployment']} in pool {pool}: {often}", f"Page: {found['page']}"]
+        lines = [f"{found['deployment']} in pool {pool}: {often}", *found["beside"], f"Page: {found['page']}"]
         output(as_json, found, lambda console: console.print("\n".join(lines), highlight=False, soft_wrap=True))
 
 

@@ -2,30 +2,34 @@
 
 Ray itself tries for a minute and then ends the process from C++ without a word; a new process that joins the same
 address waits in silence. So the head is asked for a connection before a cluster is joined, and every few seconds while
-it is used. Where it does not answer, `ClusterLostError` is raised in the main thread; where that does not come to hear
-it, the process is ended with the same line. Where Ray waits for the head and holds the interpreter meanwhile, no thread
-of Python runs, this one included, and it is Ray that ends the process after its minute. What a head that answers and
-does nothing holds up is bounded by `cluster.deadline_hours` alone.
+it is used, by a process of its own (`runtime.head_watch`). Where the head does not answer, `ClusterLostError` is raised
+in the main thread; where that does not come to hear it, because Ray holds the interpreter, the process is ended from
+outside with the same line, and its run is marked as crashed. What a head that answers and does nothing holds up is
+bounded by `cluster.deadline_hours` alone.
 """
 
 import os
 import signal
-import socket
+import subprocess
 import sys
-import threading
 import time
+from contextlib import suppress
+from contextvars import ContextVar
+from typing import IO
 
 from graceful.errors import GracefulError
-from graceful.processes import end_descendants
+from graceful.flows.runtime.head_watch import SIGNAL, Watched, listens
 
 SECONDS_OF_SILENCE = 20.0
 """How long a head may refuse connections; it may be started again meanwhile, where it keeps its state elsewhere."""
 
+FLOW_RUN: ContextVar[str] = ContextVar("graceful_flow_run", default="")
+"""Address of the run of this process at its flow server (`<api>/flow_runs/<id>`), empty outside a run."""
+
 _SECONDS_TO_JOIN = 10.0
 _SECONDS_BETWEEN_LOOKS = 2.0
-_SECONDS_TO_CONNECT = 5.0
-_SECONDS_TO_HEAR = 15.0  # then Ray would soon end the process itself
-_SIGNAL = signal.SIGUSR1
+_SECONDS_TO_HEAR = 10.0
+_SECONDS_TO_END = 5.0  # with the others this stays far below Ray's minute
 
 
 class ClusterLostError(GracefulError):
@@ -35,7 +39,7 @@ class ClusterLostError(GracefulError):
 def require_head(address: str) -> None:
     """Raise ClusterLostError unless something listens at a head's address (host:port) within seconds."""
     deadline = time.monotonic() + _SECONDS_TO_JOIN
-    while not _listens(address):
+    while not listens(address):
         if time.monotonic() > deadline:
             raise ClusterLostError(
                 f"joining the Ray cluster at {address}: expected its head to answer, found nothing for "
@@ -49,43 +53,40 @@ class HeadWatch:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._stopped = threading.Event()
         self._before: object = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Begin to look."""
-        self._before = signal.signal(_SIGNAL, self._raise)
-        threading.Thread(target=self._watch, daemon=True, name="ray-head").start()
+        self._before = signal.signal(SIGNAL, self._raise)
+        given = Watched(
+            address=self._address,
+            parent=os.getpid(),
+            line=self._line(),
+            run=FLOW_RUN.get(),
+            between_looks_s=_SECONDS_BETWEEN_LOOKS,
+            silence_s=SECONDS_OF_SILENCE,
+            hear_s=_SECONDS_TO_HEAR,
+            end_s=_SECONDS_TO_END,
+        )
+        # A session of its own: Ctrl-C in the terminal reaches this process, which lets the other go.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "graceful.flows.runtime.head_watch", given.as_argument()],
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=_terminal(), start_new_session=True,
+        )  # fmt: skip
 
     def stop(self) -> None:
         """Look no more, and raise nothing from now on."""
-        self._stopped.set()
-        signal.signal(_SIGNAL, self._before or signal.SIG_DFL)  # type: ignore[arg-type]
-
-    def _watch(self) -> None:
-        heard = time.monotonic()
-        while not self._stopped.wait(_SECONDS_BETWEEN_LOOKS):
-            if _listens(self._address):
-                heard = time.monotonic()
-            elif time.monotonic() - heard > SECONDS_OF_SILENCE:
-                self._tell()
-                return
-
-    def _tell(self) -> None:
-        """Raise in the main thread, again and again: what is suppressed once is heard the next time."""
-        main = threading.main_thread().ident
-        deadline = time.monotonic() + _SECONDS_TO_HEAR
-        while time.monotonic() < deadline:
-            if main is not None and not self._stopped.is_set():
-                signal.pthread_kill(main, _SIGNAL)
-            if self._stopped.wait(_SECONDS_BETWEEN_LOOKS):
-                return
-        print(f"graceful: {self._line()}", file=sys.stderr, flush=True)
-        end_descendants()
-        os._exit(1)
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+        signal.signal(SIGNAL, self._before or signal.SIG_DFL)  # type: ignore[arg-type]
 
     def _raise(self, *_: object) -> None:
-        if not self._stopped.is_set():
+        if self._process is not None:
             raise ClusterLostError(self._line())
 
     def _line(self) -> str:
@@ -95,10 +96,9 @@ class HeadWatch:
         )
 
 
-def _listens(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_CONNECT):
-            return True
-    except OSError:
-        return False
+def _terminal() -> IO[str] | None:
+    """Where this process says what went wrong; None (what it was started with) where that is no file."""
+    with suppress(OSError, AttributeError, ValueError):
+        sys.stderr.fileno()
+        return sys.stderr
+    return None

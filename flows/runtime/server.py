@@ -62,7 +62,7 @@ def flow_server(
             raise ServiceError(
                 f"starting the flow server: cannot listen on {host}:{port} ({error.strerror}); give another --ui-port"
             ) from None
-    home = Path(os.environ.get("PREFECT_HOME") or Path(root) / ".prefect") if "://" in root else Path(root) / ".prefect"
+    home = _home_of(root)
     home.mkdir(parents=True, exist_ok=True)
     reached_at = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     api_url = f"http://{f'[{reached_at}]' if ':' in reached_at else reached_at}:{port}/api"
@@ -93,6 +93,13 @@ def flow_server(
             found.unlink(missing_ok=True)
         if not until_exit:
             _end(server)
+
+
+def _home_of(root: str) -> Path:
+    """Where the server's database lies: in the workspace; of one in an object store, where Prefect has its own."""
+    if "://" in root:
+        return Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
+    return Path(root, ".prefect")
 
 
 def _wait_until_healthy(server: "subprocess.Popen[bytes]", api_url: str, log: Path) -> None:

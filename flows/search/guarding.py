@@ -7,14 +7,17 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import html
 import ipaddress
 import os
+import urllib.parse
 from collections.abc import Callable
+from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
 
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from graceful.flows.settings.config import ConfigError
 
@@ -24,7 +27,14 @@ TOKEN_VARIABLE = "GRACEFUL_SEARCH_TOKEN"
 WITHOUT_TOKEN = ("/health",)
 """Paths that answer without a token: a probe has none."""
 
+REPORTS = "/reports/"
+"""Pages for browsers, which cannot send a header: here the token may come once in the query; a cookie follows it."""
+
+COOKIE = "graceful_reports"
 _MIN_CHARACTERS = 16
+_ENTRANCE = """<!doctype html><meta charset="utf-8"><title>graceful</title><link rel="icon" href="data:,">
+<meta http-equiv="refresh" content="0; url={0}"><a href="{0}">The report</a>
+"""
 
 
 class Token:
@@ -32,12 +42,17 @@ class Token:
 
     def __init__(self, text: str) -> None:
         self._digest = hashlib.sha256(text.encode()).digest()
+        self.cookie = hmac.new(text.encode(), COOKIE.encode(), hashlib.sha256).hexdigest()
+        """What a browser keeps in its place: it opens reports, and nothing else."""
 
     def admits(self, authorization: bytes) -> bool:
         """Tell whether the value of an Authorization header carries this token."""
         scheme, _, given = authorization.partition(b" ")
-        is_same = hmac.compare_digest(hashlib.sha256(given.strip()).digest(), self._digest)
-        return is_same and scheme.lower() == b"bearer"
+        return self.is_token(given.strip()) and scheme.lower() == b"bearer"
+
+    def is_token(self, given: bytes) -> bool:
+        """Tell whether this is the token itself."""
+        return hmac.compare_digest(hashlib.sha256(given).digest(), self._digest)
 
 
 def read_token(token_file: str | None, host: str, *, refused: bool) -> Token | None:
@@ -94,12 +109,9 @@ class Guard:
             await self.app(scope, receive, send)
             return
         if self.token is not None and scope["path"] not in WITHOUT_TOKEN:
-            values = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
-            if len(values) != 1 or not self.token.admits(values[0]):
-                self.failed("unauthorized")
-                line = "expected 'Authorization: Bearer <token>' with this service's token"
-                refusal = JSONResponse({"detail": line, "kind": "unauthorized"}, 401, {"www-authenticate": "Bearer"})
-                await refusal(scope, receive, send)
+            answer = self._at_the_door(scope, self.token)
+            if answer is not None:
+                await answer(scope, receive, send)
                 return
         try:
             await self.app(scope, receive, send)
@@ -113,3 +125,48 @@ class Guard:
         except Exception:
             self.failed("internal")
             raise
+
+    def _at_the_door(self, scope: Any, token: Token) -> Response | None:
+        """What is answered to a request that may not go on; None for one that may."""
+        values = _values(scope, b"authorization")
+        if len(values) == 1 and token.admits(values[0]):
+            return None
+        reads_report = scope["path"].startswith(REPORTS) and scope["method"] in ("GET", "HEAD")
+        if reads_report and not values:
+            if any(hmac.compare_digest(found.encode(), token.cookie.encode()) for found in _cookies(scope)):
+                return None
+            given = urllib.parse.parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
+            if len(given) == 1 and token.is_token(given[0].encode()):
+                return _entrance(scope["path"], token)
+        self.failed("unauthorized")
+        line = "expected 'Authorization: Bearer <token>' with this service's token"
+        if reads_report:
+            line += ", or ?token=<token> once in a browser"
+        return JSONResponse({"detail": line, "kind": "unauthorized"}, 401, {"www-authenticate": "Bearer"})
+
+
+def _entrance(path: str, token: Token) -> Response:
+    """A page that goes on to what was asked for, without the token in its address.
+
+    Not a redirect: where the link stood on another page, a browser would not send a strict cookie along with it.
+    """
+    place = html.escape(urllib.parse.quote(path.rpartition("/")[2]) or "./")
+    headers = {
+        "set-cookie": f"{COOKIE}={token.cookie}; Path=/; HttpOnly; SameSite=Strict",
+        "cache-control": "no-store",
+        "referrer-policy": "no-referrer",
+    }
+    return HTMLResponse(_ENTRANCE.format(place), headers=headers)
+
+
+def _cookies(scope: Any) -> list[str]:
+    found = []
+    for value in _values(scope, b"cookie"):
+        with contextlib.suppress(CookieError):
+            cookies = SimpleCookie(value.decode("latin-1"))
+            found += [cookies[COOKIE].value] if COOKIE in cookies else []
+    return found
+
+
+def _values(scope: Any, wanted: bytes) -> list[bytes]:
+    return [value for name, value in scope["headers"] if name.lower() == wanted]

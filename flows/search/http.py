@@ -3,6 +3,7 @@
     GET  /health    200 while searches are answered, 503 before a generation serves
     GET  /status    who serves, which snapshot, and whether the last look at the serving state succeeded
     GET  /metrics   the same and more, for Prometheus
+    GET  /reports/  the reports of all decisions, for browsers
     GET  /docs      this page as HTML, made from /openapi.json; loads nothing from elsewhere
     POST /search    an image (raw bytes, or a form with one file) or {"vector": [...]}; ?k=10&sources=false, and who is
                     to answer: ?generation=g003 or ?as=edge
@@ -48,6 +49,7 @@ from graceful.flows.search.guarding import Guard, Token
 from graceful.flows.search.looking import OpenSearcher, SearchState
 from graceful.flows.search.metrics import CONTENT_TYPE, SearchMetrics
 from graceful.flows.search.refusals import ANSWERABLE, Refused, busy, refusal_of
+from graceful.flows.search.report_pages import report_pages
 from graceful.flows.search.searcher import GallerySearcher, NothingServedError, ServedSnapshot
 from graceful.flows.search.watching import Comparison
 from graceful.flows.settings.config import load_endpoint_config, load_search_config
@@ -104,6 +106,7 @@ class Endpoint:
         )
         num_decoders = min(os.cpu_count() or 1, MAX_DECODERS)
         self._decoders = ThreadPoolExecutor(num_decoders, "search-decoding", initializer=stand_back)
+        self.reading = ThreadPoolExecutor(2, "search-reports", initializer=stand_back)
 
     @contextlib.asynccontextmanager
     async def running(self, refresh_s: float, first_look_s: float | None) -> AsyncIterator[None]:
@@ -126,7 +129,8 @@ class Endpoint:
                 self.comparisons.close,
             )
             await asyncio.gather(*(asyncio.to_thread(end) for end in ending))
-            self._decoders.shutdown(wait=False, cancel_futures=True)
+            for pool in (self._decoders, self.reading):
+                pool.shutdown(wait=False, cancel_futures=True)
 
     async def search(self, request: Request, wanted: Wanted) -> bytes:
         """The body of the answer to one request.
@@ -277,6 +281,7 @@ def make_app(
         docs_url=None,
         redoc_url=None,
     )
+    app.include_router(report_pages(root, endpoint.reading))
     app.add_middleware(Guard, token=token, failed=endpoint.metrics.failed)
 
     @app.get("/health", summary="Whether searches are answered")

@@ -42,8 +42,8 @@ ANSWERABLE = tuple(_BY_ERROR)
 """Errors that have a status and a kind."""
 
 KINDS = (
-    "busy", "gone", "incomplete_index", "internal", "nothing_served", "opening", "other_generation", "timeout",
-    "too_large", "unauthorized", "unknown_variant", "unreadable_image", "wrong_request", "wrong_vector",
+    "busy", "gone", "incomplete_index", "internal", "no_report", "nothing_served", "opening", "other_generation",
+    "timeout", "too_large", "unauthorized", "unknown_variant", "unreadable_image", "wrong_request", "wrong_vector",
 )  # fmt: skip
 """All kinds that are counted."""
 

@@ -150,10 +150,23 @@ class ScheduleConfig(BaseModel):
         "latest_only: the newest one waits, those before it end as Skipped; queue: all wait and run in turn.",
     )
 
+    watch_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="Besides, look every so many minutes whether files of training_data have come, gone or changed, "
+        "by path, size and time: an update begins once they have been the same for quiet_minutes.",
+    )
+    quiet_minutes: float = Field(
+        default=5.0,
+        ge=0,
+        description="With watch_minutes: how long nothing may have changed, so that an upload is over.",
+    )
+
     @property
     def in_words(self) -> str:
         """How often, for people."""
-        return f"cron {self.cron!r}" if self.every_minutes is None else f"every {self.every_minutes:g} minutes"
+        often = f"cron {self.cron!r}" if self.every_minutes is None else f"every {self.every_minutes:g} minutes"
+        return often if self.watch_minutes is None else f"{often}, and when new data have come"
 
     _cron = field_validator("cron")(check_cron)
     _timezone = field_validator("timezone")(check_timezone)
@@ -180,6 +193,12 @@ class ReportConfig(BaseModel):
         default=True, description="Small pictures of searches that would be lost; false: names only, for privacy."
     )
     num_flips: int = Field(default=24, ge=0, le=500, description="Lost searches that are shown, the worst first.")
+    url: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="Address at which others reach 'graceful serve --http', such as http://search:8080: the flow UI "
+        "and notifications link to the reports there.",
+    )
 
 
 class ReplayConfig(BaseModel):

@@ -1,4 +1,4 @@
-"""Update and replay as Prefect flows: the order of `update.order`, each step a task that the flow UI shows.
+"""Update, replay, backfill and report as Prefect flows: the order of `update.order`, each step a task of the flow UI.
 
 A run's name, the name of its last state and its tags say what it came to, so that a list of runs reads as a history.
 The flow server records and shows; it is not needed. `run_flow` gives what the work came to even if the server dies on
@@ -6,17 +6,22 @@ the way, and does the work without it if it does not answer at the start.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed
 
 from graceful.errors import GracefulError
+from graceful.files import is_remote
 from graceful.flows.runtime.flow_ui import FlowProgress
+from graceful.flows.runtime.head import FLOW_RUN
 from graceful.flows.runtime.progress import Progress, SilentProgress
 from graceful.flows.runtime.service import log_runs
 from graceful.flows.runtime.session import open_session
@@ -27,6 +32,7 @@ from graceful.flows.store.evaluations import read_evaluation
 from graceful.flows.store.workspace import open_workspace
 from graceful.flows.update import order
 from graceful.flows.update import replay as history
+from graceful.flows.update.by_hand import accept_candidate, publish_again
 from graceful.flows.update.form import AWAITING_APPROVAL, is_resumed, suspend, word_in_form
 from graceful.flows.update.order import Step, UpdateResult
 from graceful.flows.update.publish import question
@@ -53,12 +59,21 @@ class _Box(Generic[T]):
 
     def fill(self, work: Callable[[], T]) -> T:
         self.started = True
+        here = FLOW_RUN.set(_address_of_run())
         try:
             self.results.append(work())
         except Exception as error:
             self.error = error
             raise
+        finally:
+            FLOW_RUN.reset(here)
         return self.results[0]
+
+
+def _address_of_run() -> str:
+    run = FlowRunContext.get()
+    api = PREFECT_API_URL.value()
+    return "" if run is None or run.flow_run is None or not api else f"{api}/flow_runs/{run.flow_run.id}"
 
 
 _BOX: ContextVar[_Box[Any] | None] = ContextVar("graceful_box", default=None)
@@ -112,24 +127,20 @@ def update(
         adopted: Id of a generation that came from elsewhere, to be judged instead of training one.
         wait_hours: How long to wait for another update of this workspace to end; by default cluster.deadline_hours.
     """
-    is_alone = SERVICE_VARIABLE in os.environ  # a service started this process, for this run
-    if is_alone:
-        log_runs(workspace)
-    progress = FlowProgress(BESIDE.get())
-    resumed = is_resumed()
-    if resumed:
-        _record_word(workspace, progress)
-    result = (_BOX.get() or _Box[UpdateResult]()).fill(
-        lambda: update_plainly(workspace, progress, as_task, again and not resumed, train_paragon, adopted, wait_hours)
-    )
-    waits = result.approval == "waiting"
-    if waits:
-        progress.tag(AWAITING_APPROVAL)
-    else:
-        progress.tag(NOTHING_NEW if result.repeated else result.outcome, without=AWAITING_APPROVAL)
-    progress.close()
-    if is_alone:
-        end_in_time(_SECONDS_TO_HAND_OVER)
+    with _reporting(workspace) as progress:
+        resumed = is_resumed()
+        if resumed:
+            _record_word(workspace, progress)
+        result = (_BOX.get() or _Box[UpdateResult]()).fill(
+            lambda: update_plainly(
+                workspace, progress, as_task, again and not resumed, train_paragon, adopted, wait_hours
+            )
+        )
+        waits = result.approval == "waiting"
+        if waits:
+            progress.tag(AWAITING_APPROVAL)
+        else:
+            progress.tag(NOTHING_NEW if result.repeated else result.outcome, without=AWAITING_APPROVAL)
     if waits:
         evaluation = read_evaluation(result.evaluation)
         suspend(result.evaluation.rpartition("/")[2], question(evaluation, result.word))
@@ -145,12 +156,54 @@ def replay(config_file: str, workspace: str, overrides: dict[str, Any] | None = 
         workspace: Folder or URI of the workspace that the history lives in; run again, it goes on where it stopped.
         overrides: Dotted keys of the configuration to other values.
     """
-    progress = FlowProgress(BESIDE.get())
-    result = (_BOX.get() or _Box[ReplayResult]()).fill(
-        lambda: replay_plainly(config_file, workspace, overrides, progress, as_task)
-    )
-    progress.close()
+    with _reporting(workspace) as progress:
+        result = (_BOX.get() or _Box[ReplayResult]()).fill(
+            lambda: replay_plainly(config_file, workspace, overrides, progress, as_task)
+        )
     return Completed(name=f"{len(result.lines)} generations", message=f"Serving {result.champion}.")
+
+
+@flow(name="graceful-backfill", persist_result=False, validate_parameters=True)
+def backfill(workspace: str, generation: str, reason: str, fraction: float | None = None, by: str = "") -> State:
+    """Serve a candidate that the gate held or left open, or with which it waits: 'graceful accept' as a run.
+
+    Args:
+        workspace: Folder or URI of the workspace.
+        generation: Id of the candidate, or its first part, such as g002.
+        reason: Why; it stands in the lineage.
+        fraction: Serve after wave 0 and re-embed so much; by default everything is re-embedded first.
+        by: Who decides; by default the account that runs this.
+    """
+    with _reporting(workspace) as progress:
+        found = accept_candidate(workspace, progress, generation, reason=reason, fraction=fraction, by=by, step=as_task)
+        progress.tag(found["ordered"])
+    return Completed(name=found["ordered"], message=f"Serving {found['serving']}.")
+
+
+@flow(name="graceful-report", persist_result=False, validate_parameters=True)
+def report(workspace: str, evaluation: str | None = None) -> State:
+    """Write the report of a decision anew, and show its artifacts: nothing is measured or decided.
+
+    Args:
+        workspace: Folder or URI of the workspace.
+        evaluation: Id of the evaluation; by default the newest.
+    """
+    with _reporting(workspace) as progress:
+        decided, place = as_task("publish", lambda: publish_again(workspace, progress, evaluation))
+    return Completed(name=decided.outcome, message=place)
+
+
+@contextmanager
+def _reporting(workspace: str) -> Iterator[FlowProgress]:
+    """Where a run reports to. In a process that a service started for it, also where it logs, and that it ends."""
+    is_alone = SERVICE_VARIABLE in os.environ
+    if is_alone and not is_remote(workspace):
+        log_runs(workspace)
+    progress = FlowProgress(BESIDE.get())
+    yield progress
+    progress.close()
+    if is_alone:
+        end_in_time(_SECONDS_TO_HAND_OVER)
 
 
 def update_plainly(

@@ -24,7 +24,7 @@ from graceful.flows.store.approvals import Approval, answer, approval_of
 from graceful.flows.store.claim import claim
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
 from graceful.flows.store.events import Decided, Overridden, Promoted, VariantJudged
-from graceful.flows.store.reports import REPORT_FILE
+from graceful.flows.store.reports import REPORT_FILE, report_address
 from graceful.flows.store.variants import refuse_variant
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.act import Case, Order, Step, carry_on, decide_and_act, plain
@@ -353,6 +353,7 @@ def _tell_what_was_decided(inputs: Inputs, candidate: str) -> None:
         "outcome": decided.outcome,
         "champion": registry.serving().champion,
         "evaluation": inputs.workspace.evaluation_uri(decided.evaluation),
+        "report": report_address(inputs.session.config.report.url, decided.evaluation),
         "approval": None if asked is None else asked.said,
     }
     key = f"{decided.evaluation}/{None if asked is None else asked.word}"

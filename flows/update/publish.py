@@ -19,7 +19,7 @@ from graceful.flows.settings.config import ReportConfig
 from graceful.flows.store.evaluations import FLIPS_FILE, Evaluation, read_evaluation, read_flips
 from graceful.flows.store.events import Decided
 from graceful.flows.store.registry import Registry
-from graceful.flows.store.reports import REPORT_FILE, REPORT_JSON
+from graceful.flows.store.reports import REPORT_FILE, REPORT_JSON, report_address
 from graceful.flows.store.variants import judged
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.consumer_sections import consumer_sections
@@ -82,7 +82,8 @@ def publish(
     if evaluation.decision.outcome == "INCONCLUSIVE" and evaluation.outcomes.log is not None:
         write_label_list(workspace, decided.evaluation, evaluation)
     if progress is not None:
-        progress.show(lambda: _artifacts(name, evaluation, matrix, report))
+        link = report_address(shows.url, decided.evaluation) or (report if is_remote(report) else f"file://{report}")
+        progress.show(lambda: _artifacts(name, evaluation, matrix, link))
     return report
 
 
@@ -159,7 +160,7 @@ def _share(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f} %"
 
 
-def _artifacts(name: str, evaluation: Evaluation, matrix: CompatibilityMatrix, report: str) -> list[Artifact]:
+def _artifacts(name: str, evaluation: Evaluation, matrix: CompatibilityMatrix, link: str) -> list[Artifact]:
     asked = (evaluation.evidence, evaluation.decision, evaluation.policy, evaluation.outcomes)
     figures = "\n\n".join(f"{title}\n\n{_picture(title, one)}" for title, one in decision_pngs(*asked, dpi=90).items())
     text = decision_markdown(headline(*asked), evaluation.decision, evaluation.evidence)
@@ -177,7 +178,7 @@ def _artifacts(name: str, evaluation: Evaluation, matrix: CompatibilityMatrix, r
         Artifact(
             key=f"{name}-report",
             description="The whole report, one offline page",
-            link=report if is_remote(report) else f"file://{report}",
+            link=link,
         ),
     ]
 

@@ -101,7 +101,7 @@ def command_in_child(
         cli.main()
 
 
-def deployed_run_in_child(run: str, log: str, environment: Mapping[str, str]) -> None:
+def deployed_run_in_child(run: str, log: str, environment: Mapping[str, str], act: str = "update") -> None:
     """Entry point of a child process: carry a run of a deployment out, as the process that a runner starts for it."""
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -109,5 +109,5 @@ def deployed_run_in_child(run: str, log: str, environment: Mapping[str, str]) ->
     os.dup2(file, 1)
     os.dup2(file, 2)
     with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}), suppress(Pause):
-        run_flow(flow.update, flow_run=load_flow_run(UUID(run)))
+        run_flow(getattr(flow, act), flow_run=load_flow_run(UUID(run)))
     end_in_time(10)  # Prefect's threads may wait for their last events

@@ -1,10 +1,16 @@
 """A Ray head that has gone, or was never there: one line in bounded time. A socket stands for it here."""
 
+import contextlib
+import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -70,21 +76,84 @@ def test_a_head_that_is_back_in_time_is_not_missed(impatient, monkeypatch):
 
 
 DEAF = """
-import signal, sys, time
+import itertools, signal, sys
 from graceful.flows.runtime import head
-head.SECONDS_OF_SILENCE, head._SECONDS_BETWEEN_LOOKS, head._SECONDS_TO_HEAR = 0.2, 0.1, 0.5
+head.SECONDS_OF_SILENCE, head._SECONDS_BETWEEN_LOOKS, head._SECONDS_TO_HEAR, head._SECONDS_TO_END = 0.2, 0.1, 0.5, 0.5
+head.FLOW_RUN.set(sys.argv[2])
 head.HeadWatch(sys.argv[1]).start()
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-time.sleep(40)
+print("started", flush=True)
+for ignored in sys.argv[3:]:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [int(ignored)])
+sum(itertools.repeat(0))  # in C, with the interpreter held, for ever
 """
 
 
-def test_a_process_that_does_not_come_to_hear_it_is_ended_with_the_line():
-    command = [sys.executable, "-c", DEAF, f"127.0.0.1:{free_port()}"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
-    assert ended.returncode == 1
+class Told(BaseHTTPRequestHandler):
+    """A flow server that writes down what it is told."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.told.append((self.path, body, self.headers["authorization"]))
+        self.send_response(201)
+        self.end_headers()
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.fixture
+def flow_server_that_listens():
+    with HTTPServer(("127.0.0.1", 0), Told) as server:
+        server.told = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize(("blocked", "ended_by"), [([], signal.SIGTERM), ([signal.SIGTERM], signal.SIGKILL)])
+def test_a_process_that_does_not_come_to_hear_it_is_ended_with_the_line(flow_server_that_listens, blocked, ended_by):
+    server = flow_server_that_listens
+    run = f"http://127.0.0.1:{server.server_port}/api/flow_runs/7"
+    command = [sys.executable, "-c", DEAF, f"127.0.0.1:{free_port()}", run, *(str(int(sign)) for sign in blocked)]
+    environment = {**os.environ, "PREFECT_API_AUTH_STRING": "ann:secret"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
+    assert ended.returncode == -ended_by
     (line,) = ended.stderr.splitlines()
     assert line.startswith("graceful: working on the Ray cluster at 127.0.0.1:")
+    ((path, body, word),) = server.told
+    assert (path, body["force"], body["state"]["type"]) == ("/api/flow_runs/7/set_state", True, "CRASHED")
+    assert word == "Basic YW5uOnNlY3JldA=="
+
+
+def test_nothing_watches_once_it_is_stopped_or_its_process_is_killed(impatient):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        watch = HeadWatch(address)
+        watch.start()
+        assert len(watching(address)) == 1
+        watch.stop()
+        assert watching(address) == []
+        command = [sys.executable, "-c", DEAF, address, ""]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            assert len(watching(address)) == 1
+            process.kill()
+        deadline = time.monotonic() + 10
+        while watching(address) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert watching(address) == []
+
+
+def watching(address):
+    """The processes that watch a head."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            if b"graceful.flows.runtime.head_watch" in words and address.encode() in words[3]:
+                found.append(int(entry.name))
+    return found
 
 
 @pytest.mark.parametrize("address", ["auto", "host:port"])

@@ -93,8 +93,7 @@ class Service:
         return found.json()
 
     def deployment(self) -> dict[str, Any]:
-        (found,) = self.ask("POST", "/deployments/filter", {})
-        return dict(found)
+        return dict(self.ask("GET", "/deployments/name/graceful-update/tiny"))
 
     def trigger(self, **parameters: Any) -> str:
         body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
