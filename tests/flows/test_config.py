@@ -49,7 +49,9 @@ def test_unknown_key_names_the_nearest(path, key, nearest):
 
 def test_unknown_key_that_is_like_nothing_lists_those_that_exist(path):
     with pytest.raises(
-        ConfigError, match=r"unknown key schedule\.zzzzqq .*; known keys: cron, every_minutes, overlap, timezone"
+        ConfigError,
+        match=r"unknown key schedule\.zzzzqq .*; known keys: cron, every_minutes, overlap, quiet_minutes, "
+        "timezone, watch_minutes",
     ):
         load(path, schedule__zzzzqq=1)
 
