@@ -67,8 +67,9 @@ def ingest_images(
 def search_image(root: str, image: str, k: int, generation: str | None) -> dict[str, Any]:
     """Search with one image."""
     workspace = open_workspace(root)
-    named = generation is None or names_variant(generation)
-    searcher = GallerySearcher(workspace, generation if named else workspace.registry.resolve(generation))
+    if generation is not None and not names_variant(generation):
+        generation = workspace.registry.resolve(generation)
+    searcher = GallerySearcher(workspace, generation)
     hits = searcher.search_images([image], k)[0]
     return {
         "query_generation": searcher.generation,
