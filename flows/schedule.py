@@ -39,7 +39,8 @@ from graceful.processes import end_in_time, process_start
 if TYPE_CHECKING:
     from prefect.runner import Runner
 
-    from graceful.flows.settings.config import PipelineConfig, ScheduleConfig
+    from graceful.flows.settings.config import PipelineConfig
+    from graceful.flows.settings.schedule import ScheduleConfig
 
 # Runs prove every 30 s that they live (the shortest that Prefect allows); three silent minutes are a crash.
 HEARTBEAT_S = 30
