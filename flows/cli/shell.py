@@ -81,6 +81,8 @@ def reported_errors(as_json: bool = False) -> Iterator[None]:
         line = in_one_line(error, limit=2_000)
         if is_full and "free space" not in line:
             line = f"disk full: free space and run again ({line})"
+        elif isinstance(error, OSError) and not isinstance(error, GracefulError):
+            line += "; see that it is there and may be read and written, then run this again"
         if as_json:
             print(json.dumps({"error": line, "kind": type(error).__name__, "bug": not expected}))
         if expected:

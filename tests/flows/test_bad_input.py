@@ -424,3 +424,10 @@ def test_disk_that_is_really_full_fails_cleanly_and_the_update_ends_when_there_i
     assert after["champion"] != before["champion"]
     assert set(after["view"]) == set(before["view"])
     assert "" not in after["view"].values()
+
+
+def test_a_storage_that_has_gone_is_named_with_what_to_do(capsys):
+    with pytest.raises(typer.Exit) as ended, reported_errors():
+        os.stat("/nowhere/gallery")
+    assert ended.value.exit_code == 1
+    assert "'/nowhere/gallery'; see that it is there and may be read and written" in capsys.readouterr().err
