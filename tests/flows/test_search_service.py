@@ -183,9 +183,9 @@ def test_searches_go_on_while_the_service_follows_an_update_and_a_rollback_over_
 
         def keep_searching() -> None:
             while not stop.is_set():
-                answer = client.post("/search?k=1", content=payload)
-                found = answer.json()
-                right = answer.status_code == 200 and found["hits"][0]["item_id"] == item_id
+                answer = client.post("/search?k=20", content=payload)
+                found = answer.json()  # by another generation's vector an item may not be the first
+                right = answer.status_code == 200 and item_id in [hit["item_id"] for hit in found["hits"]]
                 if not right or not found["snapshot_id"].startswith(found["query_generation"]):
                     wrong.append(answer.text)
                 elif not seen or seen[-1] != found["query_generation"]:
