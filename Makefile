@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOWEST ?= .venv-lowest
 # Most tests wait for processes, not for a processor: two of them at a time take little more than half the time.
-PARALLEL ?= -n 2 --dist loadgroup
+PARALLEL ?= -n 2 --dist loadfile
 FAST := -m "not slow and not browser"
 WORKSPACE ?= workspaces/glyphs
 

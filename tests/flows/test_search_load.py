@@ -184,7 +184,7 @@ def test_a_question_that_cannot_be_answered_does_not_touch_those_beside_it(
     wrong = [
         replace(right, vector=vector[:-1]),
         replace(right, vector=vector * np.nan),
-        replace(right, generation="g000-000000"),
+        replace(right, made_by="g000-000000"),
     ]
     answers = answer_vectors(served, [wrong[0], right, wrong[1], right, wrong[2]])
     kinds = [type(answer).__name__ for answer in answers]

@@ -389,5 +389,7 @@ def test_the_command_says_which_hits_are_above(searched):
     assert set(above) == {True, False}
     printed = CliRunner().invoke(app, ["search", image, "-r", str(searched), "-k", "100"])
     assert printed.exit_code == 0, printed.output
-    assert ["above unlock)" in line for line in printed.output.splitlines()] == above
-    assert ["below unlock)" in line for line in printed.output.splitlines()] == [not yes for yes in above]
+    asked, *lines = printed.output.splitlines()
+    assert found["query_generation"] in asked
+    assert ["above unlock)" in line for line in lines] == above
+    assert ["below unlock)" in line for line in lines] == [not yes for yes in above]
