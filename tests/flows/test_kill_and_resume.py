@@ -169,7 +169,9 @@ def test_update_killed_while_it_trains_goes_on_from_its_checkpoint(
     assert not (trail / "result.json").exists(), "it was killed too late to prove anything"
     done = trails[0].read_text().splitlines()
     assert run(killed) == DONE
-    assert trails[0].read_text().splitlines()[: len(done)] == done, "epochs were trained again"
+    *kept, _ = done  # the last epoch may be written down while its checkpoint is not yet there
+    assert kept
+    assert trails[0].read_text().splitlines()[: len(kept)] == kept, "epochs were trained again"
     assert tiny.end_state(killed) == tiny.end_state(quiet)
 
 
