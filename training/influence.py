@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from graceful.errors import UsageError
 from graceful.training.encoder import SourceEncoder, open_network, read_classifier
+from graceful.training.linear import centred
 from graceful.training.manifest import LabelledImages
 
 SCALE, TARGET, RIDGE = 20.0, 15.0, 0.1
@@ -88,12 +89,11 @@ class LastLayer:
 
         ridge: relative to the mean eigenvalue of the problem.
         """
-        rows = functional.normalize(rows.double(), dim=1)
-        rows = functional.normalize(rows - rows.mean(dim=0), dim=1)
+        rows = centred(rows.double())
         curvatures, basis = torch.linalg.eigh(scale**2 * rows.t() @ rows)
         kept = curvatures > 1e-9 * curvatures.max()
         self._basis, self._curvatures = basis[:, kept], curvatures[kept]
-        self._inputs, self._vectors = features.inputs, features.vectors
+        self._inputs = features.inputs
         gram = self._inputs.t() @ self._inputs
         eigenvalues, self._axes = torch.linalg.eigh(gram)
         self._ridge = ridge * float(eigenvalues.clamp(min=0).mean() * self._curvatures.mean())
@@ -138,6 +138,7 @@ class Explained:
         """
         self._uri = generation_uri
         self._reader = FeatureReader(generation_uri)
+        self._readers = {generation_uri: self._reader}
         stored = read_classifier(generation_uri)
         if stored is None:
             raise UsageError(
@@ -159,7 +160,9 @@ class Explained:
         asked = self._reader([query])
         sides: dict[str, Tensor] = {}
         for side, (source, uri) in (("right", right), ("wrong", wrong)):
-            seen = self._reader([source]) if uri == self._uri else FeatureReader(uri)([source])
+            if uri not in self._readers:
+                self._readers[uri] = FeatureReader(uri)
+            seen = self._readers[uri]([source])
             sides[side] = seen.vectors[0]
             if uri == self._uri:
                 sides[f"{side}_inputs"] = seen.inputs[0]

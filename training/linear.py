@@ -105,6 +105,12 @@ def _with_fixed_norms(network: nn.Module) -> nn.Module:
     return found
 
 
+def centred(rows: Tensor) -> Tensor:
+    """Return the directions of rows (C, d) less what all of them have in common, of unit length."""
+    directions = functional.normalize(rows, dim=1)
+    return functional.normalize(directions - directions.mean(dim=0), dim=1)
+
+
 class SquaredHead(Head):
     """The quadratic loss of LQF: mean_i 0.5 sum_c (s <f_i, W_c> - alpha [c = y_i])^2, with fixed unit rows W.
 
@@ -121,8 +127,7 @@ class SquaredHead(Head):
 
     def set_rows(self, rows: Tensor) -> None:
         """Replace all rows by `rows` (C, d), unit vectors, less their mean. Raises UsageError."""
-        directions = functional.normalize(rows, dim=1)
-        super().set_rows(functional.normalize(directions - directions.mean(dim=0), dim=1))
+        super().set_rows(centred(rows))
 
     def forward(self, embeddings: Tensor, labels: Tensor, sample: ClassSample | None = None) -> Tensor:
         """Return the mean loss times the head's weight, in float32; 0 for an empty batch."""

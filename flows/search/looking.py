@@ -172,15 +172,12 @@ class SearchState:
             served = self.searcher.served
             _log.info("serving %s (snapshot %s)", served.generation, served.snapshot_id)
 
-    def served(self, asked_as: str | None = None) -> ServedSnapshot:
-        """What answers now, or what answers a variant by its name or id; take it once for an answer.
+    def served(self) -> ServedSnapshot:
+        """What answers now; take it once for an answer.
 
         Raises:
             NothingServedError: nothing does.
-            NoVariantError: no such variant may ask here.
         """
-        if asked_as is not None:
-            return self.variants.served(asked_as)
         if self.searcher is None:
             raise NothingServedError(self.error or "searching: no generation serves yet; the first look is under way")
         return self.searcher.served
