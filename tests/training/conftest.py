@@ -101,16 +101,13 @@ def ray_environment() -> dict[str, str]:
     return RAY_ENVIRONMENT
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in RAY_ENVIRONMENT.items():
             patch.setenv(name, value)
-        if ray.is_initialized():
-            yield
-            return
         ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False)
         yield
         ray.shutdown()

@@ -17,8 +17,6 @@ def cluster_of_nodes(ray_environment: dict[str, str], monkeypatch: pytest.Monkey
     import ray
     from ray.cluster_utils import Cluster
 
-    if ray.is_initialized():
-        pytest.skip("this process has a cluster already")
     # Ray counts on the lost node once more, and gives up after this long.
     for name, value in {**ray_environment, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "25"}.items():
         monkeypatch.setenv(name, value)
