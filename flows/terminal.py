@@ -192,6 +192,21 @@ def _print_training_images(console: Console, found: dict[str, Any]) -> None:
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def print_traces(console: Console, found: dict[str, Any]) -> None:
+    """What is left of forgotten training images."""
+    if not found:
+        return
+    share = {name: f"{100 * found['traces'][name]:.0f} %" for name in ("before", "after", "kept")}
+    lines = (
+        f"{found['forgotten']:,} training images are left out. Of pairs with an image that was never seen, the",
+        f"forgotten one is nearer to a class in {share['after']} (before {share['before']}; images that stay: ",
+        f"{share['kept']}); at 50 % nothing can be told. The layers below the last one have seen them; a chain that",
+        "starts anew has not.",
+        f"The vectors of all other training images have moved to a cosine of {found['traces']['cosine']:.4f}.",
+    )
+    console.print("\n".join(lines), highlight=False)
+
+
 def _lines_about(found: dict[str, Any]) -> Iterator[str]:
     """What a history says of one generation."""
     test = "" if found["self_test"] is None else f", self-test {100 * found['self_test']:.1f} %"

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from graceful.errors import UsageError
 from graceful.training.encoder import SourceEncoder, open_network, read_classifier
+from graceful.training.generation import GenerationCard, read_card
 from graceful.training.linear import centred
 from graceful.training.manifest import LabelledImages
 
@@ -34,7 +35,7 @@ SCALE, TARGET, RIDGE = 20.0, 15.0, 0.1
 class Features:
     """What the last layer sees of images, and what it makes of them."""
 
-    inputs: Tensor  # (n, m + 1) float64: features with a 1, over the length of the embedding
+    inputs: Tensor  # (n, m + 1) float64: features with a 1 (a 0 without a bias), over the length of the embedding
     vectors: Tensor  # (n, d) float64, of unit length
 
 
@@ -44,9 +45,9 @@ class FeatureReader:
     def __init__(self, generation_uri: str) -> None:
         """Raises: GenerationNotFoundError, CorruptedWeightsError, UsageError for a network without such a layer."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.card, network = open_network(generation_uri, device)
-        self.layer = _last_layer(network, self.card.width, self.card.generation_id)
-        self._encoder = SourceEncoder(self.card, network, 256, "float32")
+        self.card, self.network = open_network(generation_uri, device)
+        self.layer = _last_layer(self.network, self.card.width, self.card.generation_id)
+        self._encoder = SourceEncoder(self.card, self.network, 256, "float32")
 
     def __call__(self, sources: Sequence[str]) -> Features:
         """Return what the last layer sees of images, by name. Raises UsageError for one that cannot be embedded."""
@@ -58,7 +59,8 @@ class FeatureReader:
                 f"reading features of {self.card.generation_id}: expected images that can be embedded, found "
                 f"{len(failures)} that cannot (first {sources[place]}: {reason}); restore them"
             )
-        features = functional.pad(torch.cat([*seen, torch.empty(0, self.layer.in_features)]), (0, 1), value=1.0)
+        one = 0.0 if self.layer.bias is None else 1.0
+        features = functional.pad(torch.cat([*seen, torch.empty(0, self.layer.in_features)]), (0, 1), value=one)
         features = features.double()
         matrix = matrix_of(self.layer)
         lengths = (features @ matrix.t()).norm(dim=1, keepdim=True)
@@ -139,14 +141,7 @@ class Explained:
         self._uri = generation_uri
         self._reader = FeatureReader(generation_uri)
         self._readers = {generation_uri: self._reader}
-        stored = read_classifier(generation_uri)
-        if stored is None:
-            raise UsageError(
-                f"explaining {self._reader.card.generation_id}: expected a generation with classifier rows, found none"
-            )
-        card, rows, _ = stored
-        place = {name: index for index, name in enumerate(card.classes)}
-        labels = torch.tensor([place[str(label)] for label in images.labels])
+        _, rows, labels = open_classifier(generation_uri, images)
         self._layer = LastLayer(self._reader(images.sources), labels, rows, matrix_of(self._reader.layer))
 
     def search(self, query: str, right: tuple[str, str], wrong: tuple[str, str], count: int) -> "Hangs":
@@ -215,6 +210,22 @@ class Answer:
 def influences(layer: LastLayer, answer: Answer) -> Tensor:
     """Return by how much the margin of the right answer grows when one training image is left out, for each (N,)."""
     return torch.stack([layer.effects(probe, direction) for probe, direction in answer.parts()]).sum(dim=0)
+
+
+def open_classifier(generation_uri: str, images: LabelledImages) -> tuple[GenerationCard, Tensor, Tensor]:
+    """Return card, classifier rows (C, d), and which row each training image (N,) belongs to.
+
+    Raises: UsageError for a generation without a classifier.
+    """
+    stored = read_classifier(generation_uri)
+    if stored is None:
+        raise UsageError(
+            f"explaining {read_card(generation_uri).generation_id}: expected a generation with classifier rows, found "
+            "none"
+        )
+    card, rows, _ = stored
+    place = {name: index for index, name in enumerate(card.classes)}
+    return card, rows, torch.tensor([place[str(label)] for label in images.labels])
 
 
 def _largest(values: Tensor, count: int) -> Tensor:

@@ -166,6 +166,29 @@ def print_next_commands(console: Console, root: str, report: str) -> None:
     print_next(console, next_commands(root, report))
 
 
+def exit_code_of(result: Any) -> int:
+    """The exit code that says what an update came to."""
+    if result.approval == "waiting":
+        return WAITING
+    return HELD if result.is_held else UNDECIDED if result.outcome == "INCONCLUSIVE" else 0
+
+
+def print_update(console: Console, result: Any, root: str) -> None:
+    """What an update came to, and what can be done next."""
+    again = " (decided before; --again judges anew)" if result.repeated else ""
+    console.print(f"[bold]{result.candidate}: {result.outcome}[/bold]{again}", highlight=False)
+    console.print(result.summary, highlight=False)
+    console.print(f"Serving {result.champion}.  Report: {result.report}", highlight=False, soft_wrap=True)
+    if result.approval == "waiting":
+        console.print(f"Nothing is moved before a person accepts it: it {result.word}.", highlight=False)
+    elif result.approval is not None:
+        console.print(f"{result.word[:1].upper()}{result.word[1:]}.", highlight=False, markup=False)
+    if result.outcome == "INCONCLUSIVE":
+        line = "When the evaluation has more queries, 'graceful update' judges again. Or it is your word:"
+        console.print(line, highlight=False)
+    print_next_commands(console, root, result.report)
+
+
 def print_counts(console: Console, found: dict[str, Any]) -> None:
     from graceful.flows.terminal import in_words
 

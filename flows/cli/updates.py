@@ -13,7 +13,6 @@ from graceful.flows.cli.shell import (
     FAILED,
     HELD,
     UNDECIDED,
-    WAITING,
     WRONG_USE,
     JsonOption,
     RootOption,
@@ -21,10 +20,12 @@ from graceful.flows.cli.shell import (
     console_for,
     counting,
     divert_libraries_of,
+    exit_code_of,
     flow_server_for,
     output,
     place,
     print_next_commands,
+    print_update,
     reported_errors,
 )
 
@@ -181,8 +182,8 @@ def update(
         from graceful.flows.commands.updates import update_workspace
 
         result = update_workspace(place(root), console_for(as_json), again=again, paragon=paragon)
-        output(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result, place(root)))
-        raise typer.Exit(_exit_code(result))
+        output(as_json, result.model_dump(mode="json"), lambda console: print_update(console, result, place(root)))
+        raise typer.Exit(exit_code_of(result))
 
 
 @command()
@@ -245,54 +246,6 @@ def replay(
             print_next_commands(console, result.root, result.report)
 
         output(as_json, result.model_dump(mode="json"), text)
-
-
-@command()
-def adopt(
-    name: Annotated[str, typer.Argument(help="What to call the encoder; it stands in the lineage.")],
-    factory: Annotated[
-        str,
-        typer.Option(
-            "--from",
-            "--factory",
-            help="'timm/NAME', 'torchvision/NAME', or 'package.module:function' that returns a torch module "
-            "(n, c, h, w) -> (n, d).",
-        ),
-    ],
-    root: RootOption = ".",
-    weights: Annotated[
-        str | None, typer.Option(help="File of weights to load into it; by default a library's pretrained ones.")
-    ] = None,
-    kwargs: Annotated[str, typer.Option(help="Arguments of the factory, as JSON.")] = "{}",
-    image_size: Annotated[
-        int | None, typer.Option(help="Pixels it takes; by default its library's, or the configuration's.")
-    ] = None,
-    channels: Annotated[int | None, typer.Option(help="1 for grey, 3 for RGB.")] = None,
-    mean: Annotated[list[float] | None, typer.Option(help="Mean per channel, 0 to 1; once for each.")] = None,
-    std: Annotated[list[float] | None, typer.Option(help="Standard deviation per channel; once for each.")] = None,
-    preprocessing: Annotated[
-        str, typer.Option(help="Other values of its preprocessing, as JSON: resize, resize_size, interpolation, ...")
-    ] = "{}",
-    as_json: JsonOption = False,
-) -> None:
-    """Judge an encoder that was trained elsewhere, and roll it out if the gate says so.
-
-    It is tried on a few images before anything is recorded. Any width will do: what it cannot be compared with, it has
-    to re-embed. Exit code 3: hold, 4: inconclusive, 5: waiting for a person.
-    """
-    with reported_errors(as_json):
-        from graceful.flows.commands.check import require_checked
-
-        require_checked(place(root), factory)
-    with reported_errors(as_json), flow_server_for(place(root), as_json):
-        from graceful.flows.commands.updates import adopt_encoder, update_workspace
-
-        given = {"image_size": image_size, "channels": channels, "mean": mean, "std": std}
-        stated = {key: value for key, value in given.items() if value not in (None, [])}
-        adopted = adopt_encoder(place(root), name, factory, weights, kwargs, stated, preprocessing)
-        result = update_workspace(place(root), console_for(as_json), adopted=adopted)
-        output(as_json, result.model_dump(mode="json"), lambda console: _print_update(console, result, place(root)))
-        raise typer.Exit(_exit_code(result))
 
 
 @command()
@@ -403,27 +356,6 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _exit_code(result: Any) -> int:
-    if result.approval == "waiting":
-        return WAITING
-    return HELD if result.is_held else UNDECIDED if result.outcome == "INCONCLUSIVE" else 0
-
-
-def _print_update(console: Console, result: Any, root: str) -> None:
-    again = " (decided before; --again judges anew)" if result.repeated else ""
-    console.print(f"[bold]{result.candidate}: {result.outcome}[/bold]{again}", highlight=False)
-    console.print(result.summary, highlight=False)
-    console.print(f"Serving {result.champion}.  Report: {result.report}", highlight=False, soft_wrap=True)
-    if result.approval == "waiting":
-        console.print(f"Nothing is moved before a person accepts it: it {result.word}.", highlight=False)
-    elif result.approval is not None:
-        console.print(f"{result.word[:1].upper()}{result.word[1:]}.", highlight=False, markup=False)
-    if result.outcome == "INCONCLUSIVE":
-        line = "When the evaluation has more queries, 'graceful update' judges again. Or it is your word:"
-        console.print(line, highlight=False)
-    print_next_commands(console, root, result.report)
 
 
 def _print_findings(console: Console, found: list[Any]) -> None:

@@ -23,13 +23,14 @@ from graceful.flows.store.events import (
     Trained,
     VariantJudged,
     VariantTrained,
+    Withdrawn,
 )
 from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.training.generation import ordinal_of
 
 TOLD = (
     Trained, Adopted, Decided, ApprovalAsked, ApprovalAnswered, Overridden, Rejected, Promoted, RolledBack, Forwarded,
-    CanaryStarted, CanaryEnded, CertificateRevoked, PreviousReleased, Retired, VariantTrained, VariantJudged,
+    CanaryStarted, CanaryEnded, CertificateRevoked, PreviousReleased, Retired, VariantTrained, VariantJudged, Withdrawn,
 )  # fmt: skip
 """Kinds of events that a history tells; the others are the machine's own bookkeeping."""
 _FIELDS = (

@@ -5,11 +5,10 @@ from typing import Any
 import numpy as np
 
 from graceful.errors import GracefulError
-from graceful.files import exists
-from graceful.flows.store.events import Trained
+from graceful.flows.store.withdrawn import trained_on
 from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.training.influence import Explained
-from graceful.training.manifest import LabelledImages, read_manifest
+from graceful.training.manifest import LabelledImages
 
 MOST_IMAGES = 20_000
 MOST_SEARCHES = 5
@@ -60,14 +59,12 @@ def _entries(images: LabelledImages, effects: list[tuple[int, float]]) -> list[d
 
 def _training_images(workspace: Workspace, generation: str) -> tuple[LabelledImages, int]:
     """The images that a generation was trained on, or a sample of them, and how many there are."""
-    events = [event for event in workspace.registry.events(Trained) if event.generation == generation]
-    uri = workspace.manifest_uri(events[0].update_key) if events else ""
-    if not events or not exists(uri):
+    images = trained_on(workspace, generation)
+    if images is None:
         raise NotTrainedHereError(
             f"naming the training images behind {generation}: expected a generation that was trained here, found an "
             "adopted one, or one without its manifest; leave out --training"
         )
-    images = read_manifest(uri)
     if len(images) <= MOST_IMAGES:
         return images, len(images)
     chosen = np.random.default_rng(0).choice(len(images), MOST_IMAGES, replace=False)

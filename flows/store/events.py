@@ -35,6 +35,7 @@ class UpdateStarted(_Happened):
     num_unreadable: int
     num_dropped: int = 0
     num_dev_images: int = 0
+    num_forgotten: int = 0
     evaluation_set: str
     adopted: str | None = None
 
@@ -53,6 +54,15 @@ class Adopted(_Happened):
     kind: Literal["adopted"] = "adopted"
     name: str
     factory: str
+
+
+class Withdrawn(_Happened):
+    """Images may not be trained on any more, by their content hashes."""
+
+    kind: Literal["withdrawn"] = "withdrawn"
+    content_sha256: tuple[str, ...]
+    reason: str
+    by: str = ""
 
 
 class Looked(_Happened):
@@ -254,7 +264,7 @@ class UpdateCompleted(_Happened):
 
 
 Happened = Annotated[
-    UpdateStarted | Trained | Adopted | Looked | Decided | Promoted | Held | Pending | Overridden | Rejected
+    UpdateStarted | Trained | Adopted | Withdrawn | Looked | Decided | Promoted | Held | Pending | Overridden | Rejected
     | ApprovalAsked | ApprovalAnswered | RolledBack | Forwarded | CanaryStarted | CanaryEnded | CertificateRevoked
     | ThresholdsSet | PlanCompleted | PreviousReleased | Retired | VariantTrained | VariantJudged | UpdateCompleted,
     Field(discriminator="kind"),

@@ -12,9 +12,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 
+import numpy as np
+
 from graceful.evaluation.decision import JUDGING_VERSION
 from graceful.files import exists
 from graceful.flows.runtime.session import Session
+from graceful.flows.settings.config import PipelineConfig
 from graceful.flows.store.approvals import awaited
 from graceful.flows.store.evaluation_set import (
     EvaluationSet,
@@ -26,6 +29,7 @@ from graceful.flows.store.evaluation_set import (
 from graceful.flows.store.events import Adopted, Decided, Trained, UpdateStarted
 from graceful.flows.store.leaks import refuse_trained_on, refuse_trained_on_dev
 from graceful.flows.store.registry import Registry
+from graceful.flows.store.withdrawn import among, trained_on, withdrawn_images
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.gate import MoveRefusedError
 from graceful.flows.update.predecessors import predecessors_of, weights_by_share
@@ -72,10 +76,10 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     evaluation_set = load_evaluation_set(config.evaluation, known)
     check_log(evaluation_set, config.policy.metric, config.policy.k)
     images, num_dropped = separate(config.evaluation, load_images(config.training_data, known), evaluation_set)
-    images, dev = with_dev(config.evaluation, images, evaluation_set, known)
+    withdrawn = withdrawn_images(registry)
+    images, dev = with_dev(config.evaluation, images.take(~among(images, withdrawn)), evaluation_set, known)
     check_trainable(images)
-    is_chosen = "dev" in (config.training.interpolation, config.training.mixture)
-    data = _digest_of_data(images, dev, config.policy.nfr_limit if is_chosen else None)
+    data = _digest_of_data(images, dev, config)
     versions = [TRAINING_VERSION, JUDGING_VERSION]
     refuse_trained_on(session.workspace, evaluation_set)
     if dev is not None:
@@ -84,7 +88,7 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     attempts = [event.payload for event in registry.events(UpdateStarted) if event.update_key.split("-")[0] == base]
     champion = registry.serving().champion
     busy = session.encoders.busy_s
-    material_key = digest([data, config.training.model_dump(mode="json"), adopted, TRAINING_VERSION])[:16]
+    material_key = _material_key(data, config, adopted)
     served = _made_the_champion(registry, material_key)
     if served is not None and not attempts and not again:
         return Inputs(session, served, evaluation_set, images, dev, busy)
@@ -128,6 +132,7 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
         num_unreadable=len(images.unreadable) + len(evaluation_set.queries.unreadable),
         num_dropped=num_dropped,
         num_dev_images=0 if dev is None else len(dev),
+        num_forgotten=_num_forgotten(session, champion, images, dev, withdrawn) if made is None else 0,
         evaluation_set=evaluation_set.set_id,
         adopted=adopted,
     )
@@ -152,11 +157,36 @@ def trained_before(registry: Registry, training_key: str) -> str | None:
     return found[0] if found else None
 
 
-def _digest_of_data(images: LabelledImages, dev: LabelledImages | None, max_flips: float | None) -> str:
+def _num_forgotten(
+    session: Session,
+    champion: str | None,
+    images: LabelledImages,
+    dev: LabelledImages | None,
+    withdrawn: frozenset[str],
+) -> int:
+    """How many of the images that the champion was trained on are withdrawn, where nothing else has changed; else 0."""
+    registry, config = session.workspace.registry, session.config
+    before = trained_on(session.workspace, champion)
+    if before is None:
+        return 0
+    gone = among(before, withdrawn)
+    kept = before.take(~gone)
+    if kept.content_sha256 != images.content_sha256 or not np.array_equal(kept.labels, images.labels):
+        return 0
+    material_key = _material_key(_digest_of_data(before, dev, config), config, None)
+    return int(gone.sum()) if _made_the_champion(registry, material_key) is not None else 0
+
+
+def _material_key(data: str, config: PipelineConfig, adopted: str | None) -> str:
+    return digest([data, config.training.model_dump(mode="json"), adopted, TRAINING_VERSION])[:16]
+
+
+def _digest_of_data(images: LabelledImages, dev: LabelledImages | None, config: PipelineConfig) -> str:
     """Digest of what a training is made of; with a dev part, of that and of the limit by which is chosen on it."""
     parts: list[object] = [images.content_sha256, images.labels.tolist()]
     if dev is not None:
-        parts += [dev.content_sha256, dev.labels.tolist(), max_flips]
+        is_chosen = "dev" in (config.training.interpolation, config.training.mixture)
+        parts += [dev.content_sha256, dev.labels.tolist(), config.policy.nfr_limit if is_chosen else None]
     return digest(parts)
 
 

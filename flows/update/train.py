@@ -16,10 +16,12 @@ from graceful.files import exists, join, write_json
 from graceful.flows.runtime.jobs import submit_training
 from graceful.flows.runtime.session import Session
 from graceful.flows.store.events import Decided, Trained, UpdateStarted
+from graceful.flows.store.withdrawn import among, trained_on
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.freeze import Inputs, trained_before
 from graceful.flows.update.learning import LearningCurve, epoch_text
 from graceful.indexing.embedding_files import write_embedding_file
+from graceful.training.forgetting import leave_out
 from graceful.training.generation import CARD_FILE, GenerationCard, PredecessorRef, VariantOf
 from graceful.training.job import DevPart, TrainingConfig, TrainingJob
 from graceful.training.launch import Tail, run_training
@@ -28,6 +30,7 @@ from graceful.training.progress import TrailReporter
 from graceful.training.trackers import open_trackers
 
 _LAID_ROWS = 65536
+_UNSEEN = 1000  # images that forgotten ones are compared with
 
 
 class EmbeddingFailuresError(GracefulError):
@@ -91,7 +94,8 @@ def lay_vectors(
 def train_candidate(inputs: Inputs, predecessors: Sequence[PredecessorRef]) -> str:
     """Train the candidate under one constraint per predecessor, from the champion's weights; returns its id.
 
-    One that was trained from the same inputs before, for an update under another policy, is taken as it is.
+    One that was trained from the same inputs before, for an update under another policy, is taken as it is. Where
+    withdrawn images are all that has changed, it is the champion without them, computed and not trained.
     """
     registry, frozen = inputs.registry, inputs.frozen
     for event in registry.events(Trained, frozen.update_key):
@@ -100,11 +104,31 @@ def train_candidate(inputs: Inputs, predecessors: Sequence[PredecessorRef]) -> s
     if known is not None:
         registry.record(Trained(training_key=frozen.training_key), update_key=frozen.update_key, generation=known)
         return known
-    card = train(inputs.session, frozen, inputs.session.config.training, "candidate", _parent(inputs), predecessors)
+    if frozen.num_forgotten:
+        card = _leave_out(inputs)
+    else:
+        card = train(inputs.session, frozen, inputs.session.config.training, "candidate", _parent(inputs), predecessors)
     made = Trained(training_key=frozen.training_key, summary=card.training)
     registry.record(made, update_key=frozen.update_key, generation=card.generation_id)
     inputs.session.compute_s += _training_seconds(card)
     return card.generation_id
+
+
+def _leave_out(inputs: Inputs) -> GenerationCard:
+    """The champion without the images that it was trained on and this update is not."""
+    workspace, champion = inputs.workspace, inputs.frozen.champion
+    before = trained_on(workspace, champion)
+    if champion is None or before is None:
+        raise AssertionError("an update forgets images of a champion that was trained here")
+    gallery = inputs.evaluation_set.gallery
+    return leave_out(
+        workspace.generation_uri(champion),
+        before,
+        ~among(before, frozenset(inputs.images.content_sha256)),
+        gallery.sources[:: -(-len(gallery) // _UNSEEN)],
+        out_uri=join(workspace.root, "generations"),
+        ordinal=inputs.frozen.ordinal,
+    )
 
 
 def train_paragon(inputs: Inputs) -> str:

@@ -61,7 +61,7 @@ def test_lineage_keeps_what_happened_with_its_fields_and_its_order(tmp_path):
     assert [event.kind for event in registry.history()] == ["promoted", "update_completed"]
     assert registry.events(UpdateCompleted)[0].payload.compute_s == 1.5
     assert registry.events(Held) == []
-    assert len(set(KINDS)) == len(KINDS) == 24
+    assert len(set(KINDS)) == len(KINDS) == 25
 
 
 @pytest.mark.parametrize(
