@@ -73,7 +73,7 @@ def adopt(
         raise typer.Exit(exit_code_of(result))
 
 
-@command()
+@command("forget-training")
 def forget_training(
     images: Annotated[
         list[str],
