@@ -24,7 +24,7 @@ def champion_of(root):
 
 
 @pytest.fixture(scope="module")
-def untouched(bootstrapped, digits_file, tmp_path_factory):
+def untouched(flow_server, bootstrapped, digits_file, tmp_path_factory):
     """A workspace whose champion was made of what its configuration shows."""
     root = tiny.copy_workspace(bootstrapped, tmp_path_factory.mktemp("untouched") / "workspace")
     tiny.write_config(root, digits_file)
