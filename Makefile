@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOWEST ?= .venv-lowest
-# Most tests wait for processes, not for a processor: two of them at a time take little more than half the time.
-PARALLEL ?= -n 2 --dist loadfile
+# Most tests wait for processes, not for a processor: two of them at a time take little more than half the time. Files
+# go out as they are found: by their number of tests, those with few and long ones would come last, one process idle.
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 FAST := -m "not slow and not browser"
 WORKSPACE ?= workspaces/glyphs
 
