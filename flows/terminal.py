@@ -92,6 +92,39 @@ def print_variants(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         console.print(_variant_line(row), highlight=False, soft_wrap=True, markup=False)
 
 
+def print_architectures(console: Console, searches: Sequence[Mapping[str, Any]], num_shown: int = 5) -> None:
+    """The best networks of each search, and the lines that make the first of them the variant's."""
+    for search in searches:
+        ranked = sorted(search["candidates"], key=lambda candidate: -candidate["reward"])
+        headings = ("reward", "its own", search["of"].split("-")[0], "multiply-adds", "parameters", "ms", "network")
+        table = Table(*headings, box=None, padding=(0, 2, 0, 0))
+        for candidate in ranked[:num_shown]:
+            cost, latency = candidate["cost"], candidate["cost"]["latency_ms"]
+            table.add_row(
+                f"{candidate['reward']:.4f}",
+                *(_share(candidate[name]) for name in ("self_test", "cross_test")),
+                *(f"{cost[name]:,}" for name in ("multiply_adds", "num_parameters")),
+                "" if latency is None else f"{latency:g}",
+                _network(candidate["architecture"]),
+            )
+        title = f"{search['name']}: the best of {len(ranked)} on the dev part (width/depth/kernel of each block)"
+        console.print(title, table, sep="\n", highlight=False)
+        kwargs = ", ".join(f"{key} = {value}" for key, value in search["backbone"]["kwargs"].items())
+        lines = (
+            f"Write this into graceful.toml, then run 'graceful variant {search['name']}':",
+            f"[variants.{search['name']}]",
+            f'backbone = {{ name = "{search["backbone"]["name"]}", kwargs = {{ {kwargs} }} }}',
+            f"image_size = {search['image_size']}",
+        )
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _network(architecture: Mapping[str, Any]) -> str:
+    blocks = zip(*(architecture[name] for name in ("block_widths", "depths", "kernels")), strict=True)
+    return f"{' '.join('/'.join(map(str, block)) for block in blocks)} at {architecture['image_size']} px"
+
+
 def _variant_line(row: Mapping[str, Any]) -> str:
     if row["answers"]:
         said = f"answers for {row['name']}"

@@ -16,13 +16,14 @@ PACKAGES = ("training", "indexing", "evaluation", "flows")
 # Within a package a module imports only modules before it.
 ORDER = {
     "training": (
-        "training", "training.generation", "training.choices", "training.choosing", "training.job",
+        "training", "training.generation", "training.architecture", "training.choices", "training.choosing",
+        "training.job",
         "training.combinations", "training.manifest", "training.images", "training.copies",
         "training.measure", "training.glyphs", "training.materialise", "training.folders", "training.rows",
         "training.known", "training.datasets", "training.records", "training.distributed",
         "training.backbones", "training.libraries", "training.sampling", "training.simplex",
         "training.heads", "training.linear", "training.curvature", "training.probes", "training.encoder",
-        "training.influence", "training.forgetting",
+        "training.influence", "training.forgetting", "training.supernet",
         "training.predecessors",
         "training.constraints.contract", "training.constraints.bct", "training.constraints.cross_contrast",
         "training.constraints.focal", "training.constraints.hoc", "training.constraints.l2",
@@ -35,7 +36,7 @@ ORDER = {
         "training.validation",
         "training.mixing", "training.resuming",
         "training.loop",
-        "training.rehearsal", "training.launch", "training.exporting",
+        "training.rehearsal", "training.launch", "training.exporting", "training.search",
     ),
     "indexing": (
         "indexing", "indexing.checked_files", "indexing.columns", "indexing.embedding_files", "indexing.tables",
@@ -84,7 +85,7 @@ ORDER = {
         "flows.update.serving", "flows.update.canary", "flows.update.rollout", "flows.update.act",
         "flows.update.predecessors",
         "flows.update.freeze",
-        "flows.update.learning", "flows.update.train", "flows.update.variants",
+        "flows.update.learning", "flows.update.train", "flows.update.variants", "flows.update.architecture",
         "flows.update.judge", "flows.update.conclude",
         "flows.update.diagnosis",
         "flows.update.labelling", "flows.update.foresee",
@@ -112,6 +113,7 @@ ORDER = {
         "flows.commands.demo_world", "flows.commands.demo", "flows.api", "flows.terminal", "flows.terminal_debt",
         "flows.terminal_plan", "flows.terminal_canary",
         "flows.cli.signals", "flows.cli.shell", "flows.cli.entry", "flows.cli.updates", "flows.cli.candidates",
+        "flows.cli.variants",
         "flows.cli.evalset",
         "flows.cli.gallery", "flows.cli.operating", "flows.cli.canary",
         "flows.cli", "flows.cli.__main__", "flows.cli_reference", "flows.api_reference",
@@ -135,6 +137,7 @@ ALLOWED = {
     ),
     "ray": (
         "training.launch",
+        "training.search",
         "indexing.embedding_pool",
         "flows.runtime.cluster",
         "flows.runtime.jobs",

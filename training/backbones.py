@@ -6,7 +6,7 @@ network's. Arguments are JSON values, so that a generation's card can rebuild th
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,25 +23,42 @@ WEIGHTS_FILES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 class SmallCnn(nn.Module):
-    """Four blocks of 3x3 convolution, batch norm, ReLU and 2x2 max pooling, then the mean over what is left.
+    """Blocks of convolution, batch norm and ReLU, each ended by 2x2 max pooling, then the mean over what is left.
 
-    Suits images of 8x8 to 64x64. A block pools only while there are at least 2 pixels to pool.
+    Suits images of 8x8 to 64x64. Block b has `depths[b]` convolutions of `kernels[b]` pixels a side, by default one of
+    3, and pools only while there are at least 2 pixels to pool. Raises: UsageError where these do not go together.
     """
 
-    def __init__(self, width: int, channels: int, image_size: int, block_widths: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        width: int,
+        channels: int,
+        image_size: int,
+        block_widths: Sequence[int],
+        depths: Sequence[int] = (),
+        kernels: Sequence[int] = (),
+    ) -> None:
         super().__init__()
+        self.depths = tuple(depths) or (1,) * len(block_widths)
+        kernels = tuple(kernels) or (3,) * len(block_widths)
+        if not len(block_widths) == len(self.depths) == len(kernels) or any(kernel % 2 == 0 for kernel in kernels):
+            raise UsageError(
+                f"building small_cnn: expected a depth and an odd kernel for each of {len(block_widths)} blocks, found "
+                f"depths {list(self.depths)} and kernels {list(kernels)}"
+            )
         blocks: list[nn.Module] = []
         size, previous = image_size, channels
-        for block_width in block_widths:
-            blocks += [
-                nn.Conv2d(previous, block_width, 3, padding=1, bias=False),
-                nn.BatchNorm2d(block_width),
-                nn.ReLU(inplace=True),
-            ]
+        for block_width, depth, kernel in zip(block_widths, self.depths, kernels, strict=True):
+            for _ in range(depth):
+                blocks += [
+                    nn.Conv2d(previous, block_width, kernel, padding=kernel // 2, bias=False),
+                    nn.BatchNorm2d(block_width),
+                    nn.ReLU(inplace=True),
+                ]
+                previous = block_width
             if size >= 2:
                 blocks.append(nn.MaxPool2d(2))
                 size //= 2
-            previous = block_width
         self.blocks = nn.Sequential(*blocks)
         self.projection = nn.Linear(previous, width)
 
@@ -69,8 +86,9 @@ def build_backbone(
 
     All but factories take `negative_slope`: their ReLUs become leaky ones of this slope (for LQF).
 
-    "small_cnn" takes `block_widths` (default [32, 64, 128, 256]). A torchvision name takes `small_stem` (3x3 stride-1
-    first convolution and no pooling, ResNets only) and torchvision's own arguments; "timm/NAME" takes timm's. Both take
+    "small_cnn" takes `block_widths` (default [32, 64, 128, 256]), and for each block `depths` (default 1) and `kernels`
+    (default 3). A torchvision name takes `small_stem` (3x3 stride-1 first convolution and no pooling, ResNets only)
+    and torchvision's own arguments; "timm/NAME" takes timm's. Both take
     `projection`: false leaves out the linear layer to `width`, which an adopted network does not have, so that the
     output is the library's own features. "package.module:factory" is called
     with the spec's kwargs, and with `width`, `channels` and `image_size` where it has parameters of these names; it
@@ -85,9 +103,10 @@ def build_backbone(
         plain = BackboneSpec(name=spec.name, kwargs=kwargs)
         return leaky(build_backbone(plain, width, channels, image_size), slope, spec.name)
     if spec.name == "small_cnn":
-        block_widths = tuple(int(value) for value in kwargs.pop("block_widths", (32, 64, 128, 256)))
-        _refuse_unknown(spec.name, kwargs, ["block_widths", "negative_slope"])
-        return SmallCnn(width, channels, image_size, block_widths)
+        shape = {"block_widths": (32, 64, 128, 256), "depths": (), "kernels": ()}
+        given = {name: tuple(int(value) for value in kwargs.pop(name, default)) for name, default in shape.items()}
+        _refuse_unknown(spec.name, kwargs, [*shape, "negative_slope"])
+        return SmallCnn(width, channels, image_size, **given)
     projection = bool(kwargs.pop("projection", True))
     if spec.name.startswith(TIMM):
         features = build_timm(spec.name, kwargs, channels, image_size)

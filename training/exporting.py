@@ -109,7 +109,7 @@ def export_encoder(generation_uri: str, file: str, output_format: Format) -> Exp
         size_bytes=Path(file).stat().st_size,
         num_parameters=sum(parameter.numel() for parameter in network.parameters()),
         multiply_adds=multiply_adds(network, card.preprocessing),
-        latency_ms=_latency_ms(run, pixels[:1].numpy()),
+        latency_ms=latency_ms(run, pixels[:1].numpy()),
         threads=torch.get_num_threads(),
         machine=platform.processor() or platform.machine(),
         min_cosine=round(cosine, 7),
@@ -240,7 +240,7 @@ def _refusal(card: GenerationCard, output_format: Format, error: Exception) -> E
     )
 
 
-def _latency_ms(run: Run, pixels: NDArray[np.uint8]) -> float:
+def latency_ms(run: Run, pixels: NDArray[np.uint8]) -> float:
     seconds = []
     for number in range(_WARM_UPS + _TIMED):
         started = time.perf_counter()

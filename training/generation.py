@@ -148,6 +148,13 @@ class Preprocessing(BaseModel):
                 del values["background"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
+    def at_size(self, image_size: int) -> "Preprocessing":
+        """Return the same for an input of another size; a crop keeps its share of what is resized."""
+        changed: dict[str, Any] = {"image_size": image_size}
+        if self.resize_size is not None:
+            changed["resize_size"] = round(self.resize_size * image_size / self.image_size)
+        return self.model_copy(update=changed)
+
     def takes_weights_of(self, other: "Preprocessing") -> bool:
         """Whether a network trained on the other's input can go on with this one: shape and scale are the same."""
         mine, theirs = ((p.image_size, p.channels, p.mean, p.std) for p in (self, other))

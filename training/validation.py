@@ -21,6 +21,7 @@ from graceful.errors import UsageError
 from graceful.training.choosing import RULE, Option, choose
 from graceful.training.encoder import embed
 from graceful.training.finishing import calibrate, interpolate, mixed
+from graceful.training.generation import Preprocessing
 from graceful.training.job import TrainingConfig, TrainingJob
 from graceful.training.manifest import read_classes
 from graceful.training.material import open_images
@@ -48,14 +49,18 @@ class Dev:
     references: dict[str, Tensor]  # generation id to unit vectors (N, d_k), on the device
     max_flips: float | None
 
-    def vectors(self, network: nn.Module, run: Run, block: int = 512) -> Tensor:
+    def vectors(
+        self,
+        network: nn.Module,
+        preprocessing: Preprocessing,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        block: int = 512,
+    ) -> Tensor:
         """Return the unit vectors (N, d) of the dev images; zero rows for those without a direction."""
         network.eval()
         rows = torch.arange(len(self.identities)).split(block)
-        parts = [
-            embed(network, pixels, run.job.config.preprocessing, run.device, run.dtype)
-            for pixels in self.images.blocks(rows)
-        ]
+        parts = [embed(network, pixels, preprocessing, device, dtype) for pixels in self.images.blocks(rows)]
         return torch.cat(parts).nan_to_num(0.0)
 
     def right(self, queries: Tensor, gallery: Tensor) -> Tensor:
@@ -230,7 +235,7 @@ class Validation:
         run = self._run
         sample = run.material.sample(num_images, run.job.config.seed)
         calibrate(network, sample, run.job.config.preprocessing, run.device, run.dtype)
-        return self.dev.vectors(network, run)
+        return self.dev.vectors(network, run.job.config.preprocessing, run.device, run.dtype)
 
 
 def best_epoch(curve: Sequence[float]) -> int:

@@ -6,10 +6,21 @@ Exit codes: 0 done, 1 failed, 2 wrong use, 3 the decision is to hold, 4 it is in
 
 # Each module registers its commands; their order here is that of the help.
 # isort: off
-from graceful.flows.cli import updates, candidates, evalset, gallery, operating, canary
+from graceful.flows.cli import updates, candidates, variants, evalset, gallery, operating, canary
 # isort: on
 
 from graceful.flows.cli.entry import main
 from graceful.flows.cli.shell import app, reported_errors
 
-__all__ = ["app", "canary", "candidates", "evalset", "gallery", "main", "operating", "reported_errors", "updates"]
+__all__ = [
+    "app",
+    "canary",
+    "candidates",
+    "evalset",
+    "gallery",
+    "main",
+    "operating",
+    "reported_errors",
+    "updates",
+    "variants",
+]

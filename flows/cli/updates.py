@@ -187,37 +187,6 @@ def update(
 
 
 @command()
-def variant(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(help="Variants of \\[variants] to make; by default only those that are there are shown."),
-    ] = None,
-    root: RootOption = ".",
-    as_json: JsonOption = False,
-) -> None:
-    """Make a variant of the generation that serves, such as a small model for phones, and judge it; or show them all.
-
-    A variant only queries: it searches the vectors of its generation, and owns none. 'graceful update' makes those of
-    the configuration by itself. Exit code 3: it was not approved, and answers no queries.
-    """
-    with reported_errors(as_json):
-        from graceful.flows.terminal import print_variants
-
-        if names:
-            from graceful.flows.commands.check import require_checked
-            from graceful.flows.commands.variants import make_named
-
-            require_checked(place(root))
-            rows = make_named(place(root), names, console_for(as_json))
-        else:
-            from graceful.flows.commands.status import list_variants
-
-            rows = list_variants(place(root))
-        output(as_json, {"variants": rows}, lambda console: print_variants(console, rows))
-        raise typer.Exit(HELD if names and not all(row["approved"] for row in rows) else 0)
-
-
-@command()
 def replay(
     config: Annotated[
         Path, typer.Argument(help="Configuration with a \\[replay] table, such as examples/digits.toml.")

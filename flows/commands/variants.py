@@ -11,6 +11,7 @@ from graceful.flows.runtime.progress import TerminalProgress
 from graceful.flows.runtime.session import open_session
 from graceful.flows.settings.config import load_workspace_config
 from graceful.flows.store.workspace import require_workspace
+from graceful.flows.update.architecture import search_architectures
 from graceful.flows.update.order import give_variants
 
 
@@ -23,3 +24,24 @@ def make_named(root: str, names: Sequence[str], console: Console) -> list[dict[s
         rows = variant_rows(session.workspace)
     newest = {row["name"]: row for row in rows if row["of"] in of}
     return [newest[name] for name in dict.fromkeys(names)]
+
+
+def search_named(root: str, names: Sequence[str], console: Console) -> list[dict[str, Any]]:
+    """Search architectures for variants of the generation that serves; returns for each what was measured and found."""
+    require_workspace(root)
+    prepare_environment(root)
+    with open_session(root, load_workspace_config(root), TerminalProgress(console)) as session:
+        records = search_architectures(session, names)
+    return [
+        {
+            "name": record.name,
+            "of": record.of,
+            "backbone": record.best.architecture.backbone.model_dump(mode="json"),
+            "image_size": record.best.architecture.image_size,
+            "candidates": [
+                {**candidate.model_dump(mode="json"), "reward": round(candidate.reward, 6)}
+                for candidate in record.candidates
+            ],
+        }
+        for record in records
+    ]

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from graceful.errors import UsageError
+from graceful.training.architecture import SearchConfig
 from graceful.training.generation import BackboneSpec, Preprocessing
 from graceful.training.job import AugmentationConfig, ConstraintConfig, TrainingConfig
 
@@ -63,6 +64,9 @@ class VariantConfig(BaseModel):
     max_lr: float | None = Field(default=None, gt=0, description="Peak learning rate; by default first_max_lr.")
     weight_decay: float | None = Field(default=None, ge=0, description="By default training.weight_decay.")
     seed: int | None = Field(default=None, ge=0, description="By default training.seed.")
+    search: SearchConfig | None = Field(
+        default=None, description="Networks of which 'graceful variant NAME --search' looks for the best."
+    )
 
     def recipe(self, training: TrainingConfig) -> TrainingConfig:
         """Return the training of this variant: from scratch, its classifier rows started at its generation's means.
@@ -95,10 +99,7 @@ class VariantConfig(BaseModel):
     def _preprocessing(self, trained: Preprocessing) -> Preprocessing:
         if self.preprocessing is not None or self.image_size is None:
             return self.preprocessing or trained
-        changed: dict[str, Any] = {"image_size": self.image_size}
-        if trained.resize_size is not None:  # the crop keeps the same share
-            changed["resize_size"] = round(trained.resize_size * self.image_size / trained.image_size)
-        return trained.model_copy(update=changed)
+        return trained.at_size(self.image_size)
 
 
 def check_variants(variants: Mapping[str, VariantConfig], training: TrainingConfig) -> None:

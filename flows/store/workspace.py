@@ -98,6 +98,10 @@ class Workspace:
         """The list of images that an update chooses by; not there without a dev part."""
         return join(self.update_uri(update_key), "dev.parquet")
 
+    def search_uri(self, key: str) -> str:
+        """The networks that a search for an architecture has measured."""
+        return join(self.root, "searches", f"{key}.json")
+
     @property
     def known_images_uri(self) -> str:
         """What was found of images that were read before; derived."""

@@ -157,32 +157,10 @@ def train(
     `variant`: one is trained, on what its generation was trained on; nothing is chosen on the dev part.
     """
     config = session.config.cluster
-    run = [frozen.training_key, role, recipe.model_dump(mode="json"), parent_uri]
-    name = f"g{frozen.ordinal:03d}-{role}-{hashlib.sha256(json.dumps(run).encode()).hexdigest()[:12]}"
-    job = TrainingJob(
-        config=recipe,
-        name=name,
-        manifest_uri=session.workspace.manifest_uri(frozen.update_key),
-        output_uri=join(session.workspace.root, "generations"),
-        ordinal=frozen.ordinal,
-        parent_uri=parent_uri,
-        predecessors=tuple(predecessors),
-        dev=_dev_part(session, frozen, predecessors) if variant is None else None,
-        variant=variant,
-        storage_uri=join(session.workspace.root, "runs"),
-        num_workers=config.num_workers,
-        use_gpu=config.gpus_per_worker > 0,
-        cpus_per_worker=config.cpus_per_worker,
-        decoding_processes=config.decoding_processes,
-        min_workers=config.min_workers,
-        resources=config.worker_resources,
-        labels=config.worker_labels,
-        max_failures=config.max_failures,
-        checkpoint_minutes=config.checkpoint_minutes,
-    )
+    job = training_job(session, frozen, recipe, role, parent_uri, predecessors, variant)
     label = f"training g{frozen.ordinal:03d} ({role})"
     with (
-        open_trackers(session.config.trackers, name, recipe.model_dump(mode="json")) as write,
+        open_trackers(session.config.trackers, job.name, recipe.model_dump(mode="json")) as write,
         session.progress.track(label, job.planned_epochs) as advance,
     ):
         learning = LearningCurve(session.progress, f"{session.config.name}-learning-curve", role)
@@ -207,6 +185,42 @@ def train(
             return run_training(job, on_epoch, deadline_s=config.deadline_hours * 3600, on_glance=on_glance)
         finally:
             learning.show()
+
+
+def training_job(
+    session: Session,
+    frozen: UpdateStarted,
+    recipe: TrainingConfig,
+    role: str,
+    parent_uri: str | None,
+    predecessors: Sequence[PredecessorRef],
+    variant: VariantOf | None = None,
+) -> TrainingJob:
+    """The order of a training, named by what goes into it. A variant's has no dev part: nothing is chosen there."""
+    config = session.config.cluster
+    run = [frozen.training_key, role, recipe.model_dump(mode="json"), parent_uri]
+    name = f"g{frozen.ordinal:03d}-{role}-{hashlib.sha256(json.dumps(run).encode()).hexdigest()[:12]}"
+    return TrainingJob(
+        config=recipe,
+        name=name,
+        manifest_uri=session.workspace.manifest_uri(frozen.update_key),
+        output_uri=join(session.workspace.root, "generations"),
+        ordinal=frozen.ordinal,
+        parent_uri=parent_uri,
+        predecessors=tuple(predecessors),
+        dev=_dev_part(session, frozen, predecessors) if variant is None else None,
+        variant=variant,
+        storage_uri=join(session.workspace.root, "runs"),
+        num_workers=config.num_workers,
+        use_gpu=config.gpus_per_worker > 0,
+        cpus_per_worker=config.cpus_per_worker,
+        decoding_processes=config.decoding_processes,
+        min_workers=config.min_workers,
+        resources=config.worker_resources,
+        labels=config.worker_labels,
+        max_failures=config.max_failures,
+        checkpoint_minutes=config.checkpoint_minutes,
+    )
 
 
 def embed_evaluation(inputs: Inputs, generation: str) -> int:

@@ -43,20 +43,26 @@ def make_variants(session: Session, names: Sequence[str], do: Step) -> dict[str,
     Raises:
         ConfigError: the configuration describes no variant of a name, or nothing serves yet.
     """
-    cloud = session.workspace.registry.serving().champion
+    cloud = served_with(session, names)
+    found = {}
+    for name in names:
+        variant = do(f"train variant {name}", partial(train_variant, session, name, cloud))
+        found[name] = do(f"judge variant {name}", partial(judge, session, name, variant, cloud))
+    return found
+
+
+def served_with(session: Session, names: Sequence[str]) -> str:
+    """The generation that serves, of which variants of these names can be made. Raises ConfigError where none can."""
     unknown = [name for name in names if name not in session.config.variants]
     if unknown:
         raise ConfigError(
             f"making the variant {unknown[0]}: expected a table [variants.{unknown[0]}] in the configuration, found "
             f"{', '.join(session.config.variants) or 'no variants'}; add it"
         )
+    cloud = session.workspace.registry.serving().champion
     if cloud is None:
         raise ConfigError("making a variant: expected a generation that serves, found none; run 'graceful update'")
-    found = {}
-    for name in names:
-        variant = do(f"train variant {name}", partial(train_variant, session, name, cloud))
-        found[name] = do(f"judge variant {name}", partial(judge, session, name, variant, cloud))
-    return found
+    return cloud
 
 
 def train_variant(session: Session, name: str, cloud: str) -> str:
@@ -67,10 +73,10 @@ def train_variant(session: Session, name: str, cloud: str) -> str:
     for event in registry.events(VariantTrained):
         if event.payload.training_key == key:
             return event.generation
-    made = _update_of(registry, cloud)
+    made = update_of(registry, cloud)
     images = read_manifest(workspace.manifest_uri(made.update_key))
     folder = f"variant-{key}"
-    laid = [lay_vectors(session, folder, generation, images) for generation in _constrained(workspace, cloud)]
+    laid = [lay_vectors(session, folder, generation, images) for generation in constrained(workspace, cloud)]
     frozen = made.model_copy(update={"training_key": key, "ordinal": ordinal_of(cloud)})
     card = train(session, frozen, recipe, name, workspace.generation_uri(cloud), laid, VariantOf(name=name, of=cloud))
     trained = VariantTrained(name=name, of=cloud, training_key=key, summary=card.training)
@@ -142,7 +148,7 @@ def _measure(
     return bench.outcomes(), bench.chance(policy.metric, policy.k)
 
 
-def _constrained(workspace: Workspace, cloud: str) -> list[str]:
+def constrained(workspace: Workspace, cloud: str) -> list[str]:
     """The generation itself, and every older one whose rows it reads: they have vectors to compare with."""
     rows = workspace.view(cloud).rows_by_generation()
     older = [
@@ -153,7 +159,7 @@ def _constrained(workspace: Workspace, cloud: str) -> list[str]:
     return [*older, cloud]
 
 
-def _update_of(registry: Registry, generation: str) -> UpdateStarted:
+def update_of(registry: Registry, generation: str) -> UpdateStarted:
     """The update that made a generation: its training images are the variant's."""
     keys = {event.update_key for event in registry.events(Trained) if event.generation == generation}
     return next(event.payload for event in registry.events(UpdateStarted) if event.update_key in keys)
