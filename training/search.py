@@ -183,7 +183,7 @@ class Scorer:
 class _Trial(tune.Trainable):
     """One network to measure; Ray keeps the process for the next one."""
 
-    def setup(self, config: dict[str, Any], job: dict[str, Any], supernet_uri: str) -> None:
+    def setup(self, config: dict[str, Any], job: dict[str, Any], supernet_uri: str) -> None:  # type: ignore[override]
         self._opened = ExitStack()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         scratch = Path(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="graceful-search-")))
@@ -225,7 +225,7 @@ class _Proposals(Searcher):
     def __reduce__(self) -> tuple[type[Searcher], tuple[()]]:
         return Searcher, ()  # Ray writes down what a search was asked with; what is gone on from is the caller's
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]
         found = propose(
             self._space,
             self._config,

@@ -91,8 +91,9 @@ def _search(session: Session, name: str, cloud: str) -> SearchRecord:
     record = SearchRecord(name=name, of=cloud, supernet=supernet, search=variant.search, candidates=())
     if exists(where):
         record = SearchRecord.model_validate(read_json(where))
-    session.encoders.release()
-    session.cluster.ensure()
+    if len(record.candidates) < variant.search.evaluations:
+        session.encoders.release()  # the trials may need every processor that the embedding workers hold
+        session.cluster.ensure()
     with session.progress.track(f"searching the architecture of {name}", variant.search.evaluations) as advance:
         measured = list(record.candidates)
         advance(len(measured))

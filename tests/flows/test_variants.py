@@ -1,6 +1,7 @@
 """Variants that only query: trained after the decision, judged, and never anything but another query generation."""
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from graceful.files import set_crash_hook
+from graceful.files import set_crash_hook, write_json
 from graceful.flows.runtime.progress import SilentProgress
 from graceful.flows.runtime.session import open_session
 from graceful.flows.search.http import make_app
@@ -19,6 +20,7 @@ from graceful.flows.store.events import VariantJudged, VariantTrained
 from graceful.flows.store.items import item_table
 from graceful.flows.store.variants import QueryOnlyError, answering, settle
 from graceful.flows.store.workspace import UnsupportedGenerationError, open_workspace
+from graceful.flows.update import architecture
 from graceful.flows.update.act import Order, plain
 from graceful.flows.update.flow import replay_plainly
 from graceful.flows.update.gate import move
@@ -33,11 +35,13 @@ from graceful.flows.update.serving import (
 )
 from graceful.indexing.maintenance import collect
 from graceful.indexing.reindex import embed_missing
+from graceful.training.architecture import Architecture, propose
 from graceful.training.datasets import load_images
 from graceful.training.encoder import open_encoder
 from graceful.training.exporting import MIN_COSINE
 from graceful.training.generation import read_card
 from graceful.training.images import decode, read_payloads
+from graceful.training.search import cost_of
 from tests.flows import running, tiny
 
 pytestmark = pytest.mark.timeout(300)
@@ -197,6 +201,91 @@ def by_role(registry):
 def no_crash_hook():
     yield
     set_crash_hook(None)
+
+
+# Its architecture ----------------------------------------------------------------------------------------------------
+
+SEARCH = {
+    "block_widths": [[4, 8], [8, 16]],
+    "image_sizes": [6, 8],
+    "max_multiply_adds": 20_000,
+    "evaluations": 6,
+    "population": 3,
+    "epochs": 2,
+}
+SEARCHED = {
+    **EDGE,
+    "evaluation.dev": {"share": 0.3},
+    "variants.edge": {**EDGE["variants.edge"], "epochs": 2, "search": SEARCH},
+}
+
+
+def test_a_search_that_is_killed_goes_on_and_what_it_finds_makes_the_variant(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def write(where: str, value: Any) -> None:
+        write_json(where, value)
+        if len(value["candidates"]) == 2:
+            raise Killed
+
+    root = tiny.new_workspace(tmp_path / "workspace", SEARCHED)
+    running.update(root)
+    config = tiny.open_config(root)
+    with monkeypatch.context() as patch, open_session(str(root), config) as session:
+        patch.setattr(architecture, "write_json", write)
+        with pytest.raises(Killed):
+            architecture.search_architectures(session, ["edge"])
+    (stored,) = (root / "searches").iterdir()
+    first = json.loads(stored.read_text())["candidates"]
+    assert len(first) == 2
+    trained = sorted(path.name for path in (root / "generations").iterdir())
+    with open_session(str(root), config) as session:
+        (record,) = architecture.search_architectures(session, ["edge"])
+    assert sorted(path.name for path in (root / "generations").iterdir()) == trained, "the super-net is trained once"
+    candidates = record.candidates
+    assert [candidate.model_dump(mode="json") for candidate in candidates[:2]] == first
+    assert len({candidate.architecture for candidate in candidates}) == len(candidates) == 6
+    assert all(candidate.cost.multiply_adds <= 20_000 for candidate in candidates)
+    assert json.loads(stored.read_text())["candidates"] == record.model_dump(mode="json")["candidates"]
+    recipe = config.variants["edge"].recipe(config.training)
+
+    def is_within(tried: Architecture) -> bool:
+        return cost_of(recipe, tried, timed=False).multiply_adds <= 20_000
+
+    for number, candidate in enumerate(candidates):  # what one that was never killed would have tried
+        asked = propose(record.search.at(8), record.search, candidates[:number], (), is_within, recipe.seed)
+        assert asked == candidate.architecture
+    assert len(open_workspace(str(root)).registry.variants()) == 1, "a super-net is no variant"
+
+    (found,) = running.document("variant", "edge", "--search", "--root", root)["searches"]
+    chosen = max(found["candidates"], key=lambda candidate: candidate["reward"])
+    assert found["image_size"] == chosen["architecture"]["image_size"]
+    shown = running.command("variant", "edge", "--search", "--root", root).output
+    table = tomllib.loads(shown[shown.index("[variants.edge]") :])["variants"]["edge"]
+    assert table == {"backbone": found["backbone"], "image_size": found["image_size"]}
+    made = {**SEARCHED, "variants.edge": {**SEARCHED["variants.edge"], **table}}
+    tiny.write_config(root, root / "digits.parquet", made)
+    (row,) = [r for r in running.document("variant", "edge", "--root", root)["variants"] if r["answers"]]
+    card = read_card(open_workspace(str(root)).generation_uri(row["variant"]))
+    assert card.backbone.model_dump(mode="json") == found["backbone"]
+    assert card.preprocessing.image_size == found["image_size"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "said"),
+    [
+        ({}, ["edge"], "expected a table [variants.edge.search]"),
+        ({"variants.edge": {**EDGE["variants.edge"], "search": SEARCH}}, ["edge"], "set evaluation.dev"),
+        ({}, [], "expected the name of a variant"),
+        ({"variants.edge": {**EDGE["variants.edge"], "search": {"block_widths": [[4]]}}}, ["edge"], "expected a limit"),
+    ],
+)
+def test_a_search_that_cannot_be_made_says_what_is_missing(first, tmp_path, changes, arguments, said):
+    root = tiny.copy_workspace(first, tmp_path / "workspace")
+    tiny.write_config(root, root / "digits.parquet", {**EDGE, **changes})
+    assert said in running.document("variant", *arguments, "--search", "--root", root, code=2)["error"]
+    assert not (root / "searches").exists()
 
 
 # What it reads --------------------------------------------------------------------------------------------------------
