@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.comparison import summary
 from benchmarks.error_rates import RUNS, RUNS_DECISION, RUNS_POWER, exceeds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,7 @@ PAGES = (
     "error_rates.md",
     "comparison.md",
     "howto/congruent.md",
+    "howto/edge.md",
 )
 EXAMPLES = ("digits", "omniglot", "cifar100")
 
@@ -282,6 +284,77 @@ def congruent(stored: dict[str, Any], data: str) -> str:
     return "\n".join([*lines, "", f"{max(seeds, default=0)} seeds; {stored['hardware']}, {' and '.join(dates)}."])
 
 
+def edge_architectures(stored: dict[str, Any]) -> str:
+    """Ways of choosing a small network: what they chose, trained alike; means over seeds, half 95 % intervals."""
+    lines = [
+        "| chosen by | tried | CPU s of choosing | self-test | on the large network's vectors | product "
+        "| multiply-adds | weights | chosen |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for way, rows in _by_way(stored).items():
+        if way == "generation":
+            continue
+        found = summary([{name: row[name] for name in row if name not in _WORDS} for row in rows])
+        networks = "; ".join(_network(row["architecture"]) for row in rows)
+        cells = [_spread(found[name]) for name in ("self_test", "cross_test", "reward")]
+        counts = [f"{found[name]['mean']:,.0f}" for name in ("multiply_adds", "parameters")]
+        lines.append(
+            f"| {way} | {found['tried']['mean']:.0f} | {found['choosing_seconds']['mean']:.0f} | {' | '.join(cells)} "
+            f"| {' | '.join(counts)} | {networks} |"
+        )
+    return "\n".join([*lines, "", _told(stored)])
+
+
+def edge_cost(stored: dict[str, Any]) -> str:
+    """The small networks that evolution chose beside their generation: what they find, and what they take."""
+    rows = _by_way(stored)
+    pairs = list(zip(rows.get("generation", []), rows.get("evolution", []), strict=False))
+    columns: dict[str, list[dict[str, Any]]] = {
+        "self-test": [{"large": large["self_test"], "edge": small["self_test"]} for large, small in pairs],
+        "queries on the large network's vectors": [
+            {"large": large["self_test"], "edge": small["cross_test"]} for large, small in pairs
+        ],
+        "queries on the older generation's vectors": [
+            {"large": large["on_older"], "edge": small["on_older"]} for large, small in pairs
+        ],
+    }
+    lines = ["| | large network | edge network | difference in points |", "|---|---|---|---|"]
+    for name, values in columns.items():
+        if values:
+            found = summary([{**value, "lost": value["edge"] - value["large"]} for value in values])
+            lost = f"{100 * found['lost']['mean']:+.1f} +- {100 * found['lost']['half_width']:.1f}"
+            lines.append(f"| {name} | {_spread(found['large'])} | {_spread(found['edge'])} | {lost} |")
+    lines += ["", "| | large network | edge network | ratio |", "|---|---|---|---|"]
+    for name, key in (("multiply-adds", "multiply_adds"), ("weights", "parameters"), ("CPU s of training", "seconds")):
+        if pairs:
+            found = summary([
+                {"large": large[key], "edge": small[key], "ratio": small[key] / large[key]} for large, small in pairs
+            ])  # fmt: skip
+            large, small = (f"{found[column]['mean']:,.0f}" for column in ("large", "edge"))
+            lines.append(f"| {name} | {large} | {small} | {found['ratio']['mean']:.3f} |")
+    return "\n".join([*lines, "", _told(stored)])
+
+
+_WORDS = ("way", "architecture", "measured", "seed")
+
+
+def _by_way(stored: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(stored["rows"], key=lambda row: row["seed"]):
+        found.setdefault(row["way"], []).append(row)
+    return found
+
+
+def _network(architecture: dict[str, Any]) -> str:
+    blocks = zip(*(architecture[name] for name in ("block_widths", "depths", "kernels")), strict=True)
+    return f"{' '.join('/'.join(map(str, block)) for block in blocks)}, {architecture['image_size']} px"
+
+
+def _told(stored: dict[str, Any]) -> str:
+    seeds, dates = {row["seed"] for row in stored["rows"]}, sorted({row["measured"] for row in stored["rows"]})
+    return f"{len(seeds)} seeds, `python -m benchmarks.edge`; {stored['hardware']}, {' and '.join(dates)}."
+
+
 def _spread(value: dict[str, Any]) -> str:
     half = value["half_width"]
     return _percent(value["mean"]) + (f" +- {100 * half:.1f}" if half == half else "")
@@ -335,6 +408,8 @@ def with_tables(text: str) -> str:
     tables |= {f"long chains {data}": long_chains(compared, data) for data in ("omniglot-10", "omniglot-30")}
     trained = json.loads((ROOT / "benchmarks" / "results-congruent.json").read_text())
     tables |= {f"congruent {data}": congruent(trained, data) for data in ("omniglot", "cifar100")}
+    small = json.loads((ROOT / "benchmarks" / "results-edge.json").read_text())
+    tables |= {"edge architectures": edge_architectures(small), "edge cost": edge_cost(small)}
     for name, table in tables.items():
         opening, closing = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         block = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)

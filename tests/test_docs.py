@@ -214,6 +214,7 @@ def test_measured_tables_are_those_of_the_stored_results():
         ("statistics.md", 1),
         ("comparison.md", 4),
         ("howto/congruent.md", 1),
+        ("howto/edge.md", 2),
     ):
         text = (ROOT / "docs" / page).read_text()
         assert text.count("<!-- end of") == num_tables
