@@ -33,7 +33,7 @@ def supernet(
     write_manifest(str(tmp_path / "dev.parquet"), aside)
 
     def laid(images: LabelledImages, name: str) -> PredecessorRef:
-        vectors = write_embeddings(name, open_encoder(cloud, precision="float32")(images.sources)[0])
+        vectors = write_embeddings(f"vectors-{name}", open_encoder(cloud, precision="float32")(images.sources)[0])
         return PredecessorRef(generation_id=Path(cloud).name, generation_uri=cloud, embeddings_uri=vectors)
 
     recipe = config.model_copy(update={"start": "scratch", "interpolation": 0.0, "precision": "float32"})
