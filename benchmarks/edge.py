@@ -52,23 +52,22 @@ DATA = replace(
         **OMNIGLOT.recipe,
         "epochs": 8,
         "backbone": {"name": "small_cnn", "kwargs": {"block_widths": list(CLOUD_WIDTHS)}},
-        "preprocessing": {"image_size": 28, "channels": 1, "mean": [0.92], "std": [0.22]},
     },
 )
-EPOCHS, MAX_LR = 30, 5e-3  # of every edge network that is reported
+EPOCHS, MAX_LR = 24, 5e-3  # of every edge network that is reported
 SWEPT = (0.14, 0.18, 0.21)  # times the large network's widths
-SWEEP_EPOCHS = 10
-EVALUATIONS = 48
+SWEEP_EPOCHS = 8
+EVALUATIONS = 36
 WAYS = ("evolution", "random search", "width sweep")
 
 
-def space(limit: int, drawn: int = 12) -> SearchConfig:
+def space(limit: int, drawn: int = 10) -> SearchConfig:
     """The space of both searches; `drawn`: networks before any is changed."""
     return SearchConfig(
         block_widths=((4, 8, 12, 16), (12, 16, 24, 32), (24, 32, 48, 64), (48, 64, 96, 128)),
-        image_sizes=(20, 24, 28),
+        image_sizes=(16, 20),
         max_multiply_adds=limit,
-        epochs=15,
+        epochs=12,
         evaluations=EVALUATIONS,
         population=drawn,
     )
@@ -170,7 +169,9 @@ class Bench:
     def _plain(self, share: float) -> Architecture:
         """The large network with a share of its widths."""
         widths = tuple(round(share * width) for width in CLOUD_WIDTHS)
-        return Architecture(block_widths=widths, depths=(1,) * 4, kernels=(3,) * 4, image_size=28)
+        return Architecture(
+            block_widths=widths, depths=(1,) * 4, kernels=(3,) * 4, image_size=self.recipe.preprocessing.image_size
+        )
 
     def _variant(self, architecture: Architecture, epochs: int) -> TrainingConfig:
         described = VariantConfig(

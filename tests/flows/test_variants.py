@@ -232,15 +232,14 @@ def test_a_search_that_is_killed_goes_on_and_what_it_finds_makes_the_variant(tmp
     root = tiny.new_workspace(tmp_path / "workspace", SEARCHED)
     running.update(root)
     config = tiny.open_config(root)
-    with monkeypatch.context() as patch, open_session(str(root), config) as session:
-        patch.setattr(architecture, "write_json", write)
-        with pytest.raises(Killed):
-            architecture.search_architectures(session, ["edge"])
-    (stored,) = (root / "searches").iterdir()
-    first = json.loads(stored.read_text())["candidates"]
-    assert len(first) == 2
-    trained = sorted(path.name for path in (root / "generations").iterdir())
     with open_session(str(root), config) as session:
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(architecture, "write_json", write)
+            architecture.search_architectures(session, ["edge"])
+        (stored,) = (root / "searches").iterdir()
+        first = json.loads(stored.read_text())["candidates"]
+        assert len(first) == 2
+        trained = sorted(path.name for path in (root / "generations").iterdir())
         (record,) = architecture.search_architectures(session, ["edge"])
     assert sorted(path.name for path in (root / "generations").iterdir()) == trained, "the super-net is trained once"
     candidates = record.candidates
@@ -273,18 +272,19 @@ def test_a_search_that_is_killed_goes_on_and_what_it_finds_makes_the_variant(tmp
 
 
 @pytest.mark.parametrize(
-    ("changes", "arguments", "said"),
+    ("search", "names", "said", "code"),
     [
-        ({}, ["edge"], "expected a table [variants.edge.search]"),
-        ({"variants.edge": {**EDGE["variants.edge"], "search": SEARCH}}, ["edge"], "set evaluation.dev"),
-        ({}, [], "expected the name of a variant"),
-        ({"variants.edge": {**EDGE["variants.edge"], "search": {"block_widths": [[4]]}}}, ["edge"], "expected a limit"),
+        (None, ["edge"], "expected a table [variants.edge.search]", 2),
+        (SEARCH, ["edge"], "set evaluation.dev", 2),
+        (SEARCH, [], "expected the name of a variant", 1),
+        ({"block_widths": [[4]]}, ["edge"], "expected a limit", 2),
     ],
 )
-def test_a_search_that_cannot_be_made_says_what_is_missing(first, tmp_path, changes, arguments, said):
+def test_a_search_that_cannot_be_made_says_what_is_missing(first, tmp_path, search, names, said, code):
     root = tiny.copy_workspace(first, tmp_path / "workspace")
-    tiny.write_config(root, root / "digits.parquet", {**EDGE, **changes})
-    assert said in running.document("variant", *arguments, "--search", "--root", root, code=2)["error"]
+    table = EDGE["variants.edge"] if search is None else {**EDGE["variants.edge"], "search": search}
+    tiny.write_config(root, root / "digits.parquet", {**EDGE, "variants.edge": table})
+    assert said in running.document("variant", *names, "--search", "--root", root, code=code)["error"]
     assert not (root / "searches").exists()
 
 
