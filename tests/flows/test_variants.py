@@ -33,6 +33,7 @@ from graceful.flows.update.serving import (
     release_previous,
     rollback,
 )
+from graceful.flows.update.variants import train_variant
 from graceful.indexing.maintenance import collect
 from graceful.indexing.reindex import embed_missing
 from graceful.training.architecture import Architecture, propose
@@ -233,9 +234,10 @@ def test_a_search_that_is_killed_goes_on_and_what_it_finds_makes_the_variant(tmp
     running.update(root)
     config = tiny.open_config(root)
     with open_session(str(root), config) as session:
-        with monkeypatch.context() as patch, pytest.raises(Killed):
+        with monkeypatch.context() as patch:
             patch.setattr(architecture, "write_json", write)
-            architecture.search_architectures(session, ["edge"])
+            with pytest.raises(Killed):
+                architecture.search_architectures(session, ["edge"])
         (stored,) = (root / "searches").iterdir()
         first = json.loads(stored.read_text())["candidates"]
         assert len(first) == 2
@@ -265,8 +267,8 @@ def test_a_search_that_is_killed_goes_on_and_what_it_finds_makes_the_variant(tmp
     assert table == {"backbone": found["backbone"], "image_size": found["image_size"]}
     made = {**SEARCHED, "variants.edge": {**SEARCHED["variants.edge"], **table}}
     tiny.write_config(root, root / "digits.parquet", made)
-    (row,) = [r for r in running.document("variant", "edge", "--root", root)["variants"] if r["answers"]]
-    card = read_card(open_workspace(str(root)).generation_uri(row["variant"]))
+    with open_session(str(root), tiny.open_config(root)) as session:
+        card = read_card(session.workspace.generation_uri(train_variant(session, "edge", record.of)))
     assert card.backbone.model_dump(mode="json") == found["backbone"]
     assert card.preprocessing.image_size == found["image_size"]
 
