@@ -87,10 +87,10 @@ def _search(session: Session, name: str, cloud: str) -> SearchRecord:
     dev = DevPart(manifest_uri=workspace.dev_uri(made.update_key), predecessors=(beside,))
     job = training_job(session, *order).model_copy(update={"dev": dev})
 
-    where = workspace.search_uri(digest([supernet, variant.search.model_dump(mode="json")])[:16])
-    record = SearchRecord(name=name, of=cloud, supernet=supernet, search=variant.search, candidates=())
-    if exists(where):
-        record = SearchRecord.model_validate(read_json(where))
+    asked = variant.search.model_dump(mode="json", exclude={"evaluations"})  # with more of them, it goes on
+    where = workspace.search_uri(digest([supernet, asked])[:16])
+    candidates = SearchRecord.model_validate(read_json(where)).candidates if exists(where) else ()
+    record = SearchRecord(name=name, of=cloud, supernet=supernet, search=variant.search, candidates=candidates)
     if len(record.candidates) < variant.search.evaluations:
         session.encoders.release()  # the trials may need every processor that the embedding workers hold
         session.cluster.ensure()
