@@ -44,6 +44,12 @@ def test_a_part_gives_as_a_network_of_its_own_what_it_gave_in_the_supernet(super
     rebuilt.load_state_dict(part.state_dict(), strict=True)
 
 
+def test_a_part_takes_the_first_channels_and_the_middle_of_a_kernel(supernet):
+    whole, part = layers_of(supernet)[1][0][0], layers_of(supernet.part(SPACE.smallest))[1][0][0]
+    assert (whole.weight.shape, part.weight.shape) == ((8, 4, 5, 5), (4, 2, 3, 3))
+    torch.testing.assert_close(part.weight, whole.weight[:4, :2, 1:4, 1:4])
+
+
 def test_a_part_has_a_copy_of_its_weights(supernet):
     before = {name: value.clone() for name, value in supernet.state_dict().items()}
     for parameter in supernet.part(SPACE.largest).parameters():
