@@ -165,14 +165,17 @@ def export(
     out: Annotated[Path, typer.Option("--out", help="File to write; what was measured is written to FILE.json.")],
     root: RootOption = ".",
     output_format: Annotated[
-        str, typer.Option("--format", help="torch (torch.export), or onnx (needs graceful\\[onnx]).")
+        str,
+        typer.Option(
+            "--format", help="torch (torch.export), onnx, or onnx-int8 with weights of 8 bits (need graceful\\[onnx])."
+        ),
     ] = "torch",
     as_json: JsonOption = False,
 ) -> None:
     """Write an encoder for another runtime, such as a phone's: decoded pixels in, vectors of length 1 out.
 
     Says its size, its multiply-adds, how long one image takes here, and what must be done to an image before. Kept only
-    where its vectors agree with the encoder's own.
+    where its vectors agree with the encoder's own; with onnx-int8 how far they do is said.
     """
     with reported_errors(as_json):
         from graceful.flows.commands.export import export_generation

@@ -63,6 +63,22 @@ def test_the_file_gives_the_vectors_of_the_encoder_for_any_number_of_images(tmp_
     assert report.generation == card.generation_id
 
 
+@pytest.mark.skipif(not HAS_ONNX, reason="pip install 'graceful[onnx]'")
+def test_a_file_of_8_bit_weights_is_a_quarter_of_the_size_and_says_how_far_its_vectors_agree(tmp_path, capfd):
+    uri = stored(tmp_path, BackboneSpec(name="small_cnn"))
+    exact = export_encoder(uri, str(tmp_path / "exact"), "onnx")
+    report = export_encoder(uri, str(tmp_path / "model"), "onnx-int8")
+    assert report.size_bytes < 0.3 * exact.size_bytes
+    assert 0.99 < report.min_cosine < exact.min_cosine
+    assert not (tmp_path / "model.float32").exists()
+    assert capfd.readouterr().err == ""
+    card, network = open_network(uri, torch.device("cpu"))
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 3, 16, 16), np.uint8)
+    expected = embed(network, torch.from_numpy(pixels), card.preprocessing, torch.device("cpu"), None).numpy()
+    found = other_runtime(str(tmp_path / "model"), "onnx")(pixels)
+    assert 0.99 < float((found * expected).sum()) < 1 - 1e-7
+
+
 def test_multiply_adds_are_those_counted_by_hand():
     class Two(nn.Module):
         def __init__(self):
