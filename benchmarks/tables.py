@@ -286,6 +286,8 @@ def congruent(stored: dict[str, Any], data: str) -> str:
 
 def edge_architectures(stored: dict[str, Any]) -> str:
     """Ways of choosing a small network: what they chose, trained alike; means over seeds, half 95 % intervals."""
+    if not stored["rows"]:
+        return _UNMEASURED
     lines = [
         "| chosen by | tried | CPU s of choosing | self-test | on the large network's vectors | product "
         "| multiply-adds | weights | chosen |",
@@ -307,6 +309,8 @@ def edge_architectures(stored: dict[str, Any]) -> str:
 
 def edge_cost(stored: dict[str, Any]) -> str:
     """The small networks that evolution chose beside their generation: what they find, and what they take."""
+    if not stored["rows"]:
+        return _UNMEASURED
     rows = _by_way(stored)
     pairs = list(zip(rows.get("generation", []), rows.get("evolution", []), strict=False))
     columns: dict[str, list[dict[str, Any]]] = {
@@ -319,22 +323,21 @@ def edge_cost(stored: dict[str, Any]) -> str:
         ],
     }
     lines = ["| | large network | edge network | difference in points |", "|---|---|---|---|"]
-    for name, values in columns.items():
-        if values:
-            found = summary([{**value, "lost": value["edge"] - value["large"]} for value in values])
-            lost = f"{100 * found['lost']['mean']:+.1f} +- {100 * found['lost']['half_width']:.1f}"
-            lines.append(f"| {name} | {_spread(found['large'])} | {_spread(found['edge'])} | {lost} |")
+    for name, values in columns.items() if pairs else ():
+        found = summary([{**value, "lost": value["edge"] - value["large"]} for value in values])
+        lost = f"{100 * found['lost']['mean']:+.1f} +- {100 * found['lost']['half_width']:.1f}"
+        lines.append(f"| {name} | {_spread(found['large'])} | {_spread(found['edge'])} | {lost} |")
     lines += ["", "| | large network | edge network | ratio |", "|---|---|---|---|"]
-    for name, key in (("multiply-adds", "multiply_adds"), ("weights", "parameters"), ("CPU s of training", "seconds")):
-        if pairs:
-            found = summary([
-                {"large": large[key], "edge": small[key], "ratio": small[key] / large[key]} for large, small in pairs
-            ])  # fmt: skip
-            large, small = (f"{found[column]['mean']:,.0f}" for column in ("large", "edge"))
-            lines.append(f"| {name} | {large} | {small} | {found['ratio']['mean']:.3f} |")
+    measures = {"multiply-adds": "multiply_adds", "weights": "parameters", "CPU s of training": "seconds"}
+    for name, key in measures.items() if pairs else ():
+        ratios = [{"large": one[key], "edge": other[key], "ratio": other[key] / one[key]} for one, other in pairs]
+        found = summary(ratios)
+        large, small = (f"{found[column]['mean']:,.0f}" for column in ("large", "edge"))
+        lines.append(f"| {name} | {large} | {small} | {found['ratio']['mean']:.3f} |")
     return "\n".join([*lines, "", _told(stored)])
 
 
+_UNMEASURED = "Not measured yet: `python -m benchmarks.edge FOLDER`."
 _WORDS = ("way", "architecture", "measured", "seed")
 
 
