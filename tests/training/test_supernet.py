@@ -10,11 +10,14 @@ from torch.nn import functional
 from graceful.training.architecture import Architecture, SearchConfig, Space
 from graceful.training.backbones import build_backbone
 from graceful.training.encoder import open_network
-from graceful.training.generation import BackboneSpec
+from graceful.training.generation import BackboneSpec, GenerationCard
 from graceful.training.job import TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
+from graceful.training.loop import train_worker
+from graceful.training.progress import TrailReporter
 from graceful.training.supernet import MICRO_BATCHES, ElasticCnn, layers_of, supernet_recipe
 from tests.training.mortal import trained_with_kills
+from tests.training.ranks import on_ranks
 
 SPACE = Space(block_widths=((2, 4), (4, 8)), depths=(1, 2), kernels=(3, 5), image_sizes=(5, 8))
 
@@ -95,6 +98,17 @@ def test_a_supernet_is_trained_like_any_network_and_goes_on_where_it_was_killed(
     network = open_network(f"{make_job().output_uri}/{whole.generation_id}", torch.device("cpu"))[1]
     assert isinstance(network, ElasticCnn)
     assert network.space == search.at(8)
+
+
+def trained(rank: int, num_ranks: int, job: TrainingJob) -> GenerationCard | None:
+    return train_worker(job, TrailReporter(job.storage_uri, job.name), rank, num_ranks)
+
+
+def test_two_workers_train_a_supernet_together(make_job: Callable[..., TrainingJob], config: TrainingConfig):
+    search = SearchConfig(block_widths=SPACE.block_widths, max_parameters=10**6)
+    recipe = supernet_recipe(config.model_copy(update={"epochs": 1}), search)
+    card, nothing = on_ranks(2, trained, make_job(config=recipe))
+    assert (card.training["workers"], nothing) == (2, None)
 
 
 @pytest.mark.parametrize("kwargs", [{"depths": [1]}, {"kernels": [3, 4]}, {"kernels": [3, 3, 3]}])
