@@ -198,11 +198,8 @@ def main() -> None:
     wanted = parser.parse_args()
     folder, place = wanted.folder, Path(__file__).with_name("results-comparison.json")
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    results: dict[str, Any] = {
-        "hardware": f"{os.cpu_count()} x {processor()}",
-        "date": today,
-        "rows": json.loads(place.read_text())["rows"] if place.exists() else {},
-    }
+    about = {"measured": today, "hardware": f"{os.cpu_count()} x {processor()}"}
+    results: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {"rows": {}}
     for name in wanted.data or DATA:
         data = DATA[name]
         queries, gallery = data.evaluation()
@@ -219,7 +216,7 @@ def main() -> None:
                 for found in stored:
                     dev, test = (Vectors(found, split[p], one_set=gallery is None) for p in ("dev", "test"))
                     measured.append(measure(WAYS[way](test, dev)))
-                rows.append({"chain": chain, "way": way, "measured": today, **summary(measured)})
+                rows.append({"chain": chain, "way": way, **about, **summary(measured)})
                 print(f"{name}, {chain}, {way}: {len(measured)} seeds", flush=True)
             place.write_text(json.dumps(results, indent=1) + "\n")
 

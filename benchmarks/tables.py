@@ -243,8 +243,8 @@ def comparison(stored: dict[str, Any], data: str, encoders: int) -> str:
             f"| {row['chain']} | {row['way']} | {_spread(row['last'])} | {_spread(row['backfill'])} | {nfr} | {ac} "
             f"| {margin} | {attained} | {row['seconds']['mean']:.0f} | {row['seeds']} |"
         )
-    dates = sorted({row["measured"] for row in rows})
-    return "\n".join([*lines, "", f"{stored['hardware']}, {' and '.join(dates)}."])
+    measured = sorted({f"{row['hardware']}, {row['measured']}" for row in rows})
+    return "\n".join([*lines, "", f"{'; '.join(measured)}."])
 
 
 def long_chains(stored: dict[str, Any], data: str) -> str:
@@ -265,8 +265,8 @@ def long_chains(stored: dict[str, Any], data: str) -> str:
             f"| {100 * row['smallest_margin']['mean']:+.1f} (s.e. {100 * row['its_error']['mean']:.1f}) "
             f"| {row['seconds']['mean']:.0f} | {row['seeds']} |"
         )
-    dates = sorted({row["measured"] for row in rows})
-    return "\n".join([*lines, "", f"{stored['hardware']}, {' and '.join(dates)}."])
+    measured = sorted({f"{row['hardware']}, {row['measured']}" for row in rows})
+    return "\n".join([*lines, "", f"{'; '.join(measured)}."])
 
 
 def congruent(stored: dict[str, Any], data: str) -> str:
