@@ -71,9 +71,9 @@ def leave_out(
     features, others = reader(images.sources), reader(unseen)
     change = LastLayer(features, labels, rows, matrix_of(reader.layer)).without(gone.nonzero().flatten())
     with torch.no_grad():
-        reader.layer.weight += change[:, :-1].to(reader.layer.weight)
+        reader.layer.weight.add_(change[:, :-1].to(reader.layer.weight))
         if reader.layer.bias is not None:
-            reader.layer.bias += change[:, -1].to(reader.layer.bias)
+            reader.layer.bias.add_(change[:, -1].to(reader.layer.bias))
     matrix = matrix_of(reader.layer)
     vectors, unseen_vectors = (functional.normalize(part.inputs @ matrix.t(), dim=1) for part in (features, others))
     stay = labels[~gone].unique()

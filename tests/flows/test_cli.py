@@ -16,8 +16,8 @@ from tests.flows import tiny
 
 COMMANDS = [
     "accept", "adopt", "blame", "check", "cluster", "collect", "debt", "decide", "delete", "demo", "deploy", "doctor",
-    "export", "flips", "forget-training", "history", "ingest", "init", "plan", "promote", "reject", "replay", "report", "retire", "revoke",
-    "rollback", "search", "selftest", "serve", "status", "update", "variant",
+    "export", "flips", "forget-training", "history", "ingest", "init", "plan", "promote", "reject", "replay", "report",
+    "retire", "revoke", "rollback", "search", "selftest", "serve", "status", "update", "variant",
 ]  # fmt: skip
 IN_GROUPS = [
     "canary start",
