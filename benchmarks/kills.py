@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,13 @@ class Clock:
         return round(time.monotonic() - self._since, 1)
 
 
+def _is_training(trial: MortalTrial) -> bool:
+    return trial.epochs() >= _BEGUN
+
+
 def _training(trial: MortalTrial, process: "subprocess.Popen[bytes]") -> None:
     """Wait until the training is well under way."""
-    _reach(trial, process, lambda: trial.epochs() >= _BEGUN, "a training")
+    _reach(trial, process, lambda: _is_training(trial), "a training")
 
 
 def _reach(trial: MortalTrial, process: "subprocess.Popen[bytes]", condition: Callable[[], object], what: str) -> None:
@@ -163,38 +168,43 @@ def service(trial: MortalTrial) -> Outcome:
     return Outcome("service", "the next service", noticed, again, end, 2, code)
 
 
-def raylet_of_training(trial: MortalTrial, raylets: Raylets) -> Outcome:
-    """The node of the training's worker."""
+@dataclass(frozen=True)
+class Node:
+    """A node to kill: that of a worker, while something is under way whose `progress` changes as it goes on."""
+
+    what: str
+    worker: str
+    is_under_way: Callable[[MortalTrial], bool]
+    progress: Callable[[MortalTrial], object]
+
+
+NODES = {
+    "training_node": Node("node of the training worker", "RayTrainWorker", _is_training, MortalTrial.epochs),
+    "embedding_node": Node(
+        "node of the embedding worker, evaluation set",
+        "_Worker",
+        lambda trial: "s  embed evaluation set with g002" in trial.said(),
+        MortalTrial.said,
+    ),
+    "wave_node": Node(
+        "node of the embedding worker, a wave", "_Worker", lambda trial: "s  re-index" in trial.said(), MortalTrial.said
+    ),
+}
+
+
+def lost_node(node: Node, trial: MortalTrial, raylets: Raylets) -> Outcome:
+    """A node; another worker goes on elsewhere."""
     process = trial.start()
-    _training(trial, process)
-    raylet = raylets.raylet_of("RayTrainWorker")
+    _reach(trial, process, lambda: node.is_under_way(trial) and raylets.raylet_of(node.worker), node.what)
+    raylet = raylets.raylet_of(node.worker)
     assert raylet is not None
-    kill(raylet)
+    raylets.lose(raylet)
     clock = Clock()
-    noticed = clock.after(lambda: raylets.raylet_of("RayTrainWorker") not in (None, raylet), "another worker")
-    again = clock.after(_goes_on(trial), "an epoch")
+    noticed = clock.after(lambda: raylets.raylet_of(node.worker) or process.poll() is not None, "another worker")
+    known = node.progress(trial)
+    again = clock.after(lambda: node.progress(trial) != known or process.poll() is not None, "progress")
     runs = _to_the_end(trial, process)
-    return Outcome("node of the training worker", "Ray: another worker", noticed, again, clock.now(), runs)
-
-
-def raylet_of_embedding(trial: MortalTrial, raylets: Raylets, step: str) -> Outcome:
-    """The node of an embedding worker, within a step."""
-    process = trial.start()
-    _reach(trial, process, lambda: f"s  {step}" in trial.said(), step)
-    until(lambda: raylets.raylet_of("_Worker") is not None, "an embedding worker")
-    raylet = raylets.raylet_of("_Worker")
-    assert raylet is not None
-    kill(raylet)
-    clock = Clock()
-
-    def elsewhere() -> bool:
-        return process.poll() is not None or raylets.raylet_of("_Worker") not in (None, raylet)
-
-    again = clock.after(elsewhere, "another embedding worker")
-    runs = _to_the_end(trial, process)
-    return Outcome(
-        f"node of the embedding worker: {step}", "Ray: it starts again elsewhere", again, again, clock.now(), runs
-    )
+    return Outcome(node.what, "Ray: another worker", noticed, again, clock.now(), runs)
 
 
 def head(trial: MortalTrial, raylets: Raylets) -> Outcome:
@@ -333,18 +343,14 @@ def _judged(trial: MortalTrial, act: Callable[[], Outcome]) -> Outcome:
 
 Kill = Callable[[Path, Path], tuple[MortalTrial, Outcome]]
 KILLS: dict[str, Kill] = {
-    "flow_server": lambda b, f: _here(b, f, flow_server),
-    "update": lambda b, f: _here(b, f, update_itself),
-    "run": lambda b, f: _here(b, f, child_of_the_runner),
-    "service": lambda b, f: _here(b, f, service),
-    "training_node": lambda b, f: _on_raylets(b, f, raylet_of_training),
-    "embedding_node": lambda b, f: _on_raylets(
-        b, f, lambda trial, raylets: raylet_of_embedding(trial, raylets, "embed evaluation set with g002")
-    ),
-    "wave_node": lambda b, f: _on_raylets(b, f, lambda trial, raylets: raylet_of_embedding(trial, raylets, "re-index")),
-    "head": lambda b, f: _on_raylets(b, f, head),
+    "flow_server": partial(_here, act=flow_server),
+    "update": partial(_here, act=update_itself),
+    "run": partial(_here, act=child_of_the_runner),
+    "service": partial(_here, act=service),
+    **{name: partial(_on_raylets, act=partial(lost_node, node)) for name, node in NODES.items()},
+    "head": partial(_on_raylets, act=head),
     "job_driver": _as_job,
-    "folder": lambda b, f: _here(b, f, folder_away),
+    "folder": partial(_here, act=folder_away),
     "store": _in_store,
 }
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -158,16 +159,20 @@ def kill(pid: int) -> None:
 
 
 class Raylets:
-    """A Ray cluster of a head without processors and nodes of one each, all on this machine."""
+    """A Ray cluster of a head without processors and nodes of one each, all on this machine.
+
+    Its processes call the `python` that runs this.
+    """
 
     def __init__(self, num_nodes: int = 3, *, with_jobs: bool = False) -> None:
         from ray.cluster_utils import Cluster
 
-        memory = {"object_store_memory": 80 * 2**20}
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        of_all = {"object_store_memory": 80 * 2**20, "env_vars": {"PATH": path}}
         jobs = {"include_dashboard": with_jobs} | ({"dashboard_port": free_port()} if with_jobs else {})
         # A job needs no processor of its own, but one of a node that has any.
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **memory, **jobs})
-        self.nodes = [self.cluster.add_node(num_cpus=1, **memory) for _ in range(num_nodes)]
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **of_all, **jobs})
+        self.nodes = [self.cluster.add_node(num_cpus=1, **of_all) for _ in range(num_nodes)]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -179,15 +184,21 @@ class Raylets:
         """Address of the head for jobs."""
         return f"http://{self.cluster.head_node.address_info['webui_url']}"
 
-    def raylet_of(self, worker: str) -> int | None:
+    def raylet_of(self, worker: str) -> "subprocess.Popen[bytes] | None":
         """The raylet below which a worker of a class works."""
         for node in self.nodes:
-            for process in node.all_processes.get("raylet", []):
-                for pid in descendants(process.process.pid):
+            for started in node.all_processes.get("raylet", []):
+                for pid in descendants(started.process.pid):
                     with contextlib.suppress(OSError):
                         if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(f"ray::{worker}".encode()):
-                            return int(process.process.pid)
+                            found: subprocess.Popen[bytes] = started.process
+                            return found
         return None
+
+    def lose(self, raylet: "subprocess.Popen[bytes]") -> None:
+        """Kill a raylet and reap it, as init does: Ray's workers end with it, but take a zombie for one that lives."""
+        raylet.kill()
+        raylet.wait(60)
 
     def head(self) -> int:
         """The process that is the head."""

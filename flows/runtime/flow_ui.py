@@ -2,7 +2,8 @@
 
 The UI is never a dependency. Whatever asks the flow server is asked by a thread of its own, in order: a server that has
 gone or hangs costs the update nothing, and after a few failures in a row it is left alone for a while. What it did not
-take is not shown; the update says so once, and goes on.
+take is not shown; the update says so once, and goes on. It says so, too, when one thing takes long: Prefect's client
+tries for about a minute before it fails, and a server that is merely slow is not given up.
 """
 
 import contextvars
@@ -29,6 +30,9 @@ from graceful.flows.runtime.progress import Advance, Artifact, Progress
 SECONDS_LEFT_ALONE = 60.0
 """How long a server that failed is not asked."""
 
+SECONDS_OF_SILENCE = 45.0
+"""How long one thing may be under way before the update says so."""
+
 _SECONDS_BETWEEN_UPDATES = 2.0
 _SECONDS_BETWEEN_GLANCES = 60.0
 _FAILURES = 3
@@ -40,13 +44,15 @@ logger = logging.getLogger(__name__)
 class Aside:
     """Does things in the background, one after the other, and forgets those that fail or are too many.
 
-    `on_silence` is called once, from that thread, when several have failed in a row.
+    `on_silence` is called once: when several have failed in a row, or something is to be done while another thing has
+    been under way for SECONDS_OF_SILENCE.
     """
 
     def __init__(self, on_silence: Callable[[str], None]) -> None:
         self._queue: queue.Queue[Callable[[], object] | None] = queue.Queue(_WAITING)
         self._on_silence = on_silence
-        self._said = False
+        self._unsaid = threading.Semaphore(1)
+        self._begun: float | None = None  # when what is under way began
         self._failures = 0
         self._ask_again = 0.0
         self._thread: threading.Thread | None = None
@@ -61,6 +67,9 @@ class Aside:
             self._queue.put_nowait(lambda: context.run(act))
         except queue.Full:
             self._failed("it has not answered for a while")
+        begun = self._begun
+        if begun is not None and time.monotonic() - begun > SECONDS_OF_SILENCE:
+            self._say(f"nothing for {SECONDS_OF_SILENCE:g} s")
 
     def close(self, seconds: float = _SECONDS_TO_END) -> None:
         """Wait for what is left, at most so long."""
@@ -76,6 +85,7 @@ class Aside:
         while (act := self._queue.get()) is not None:
             if time.monotonic() < self._ask_again:
                 continue
+            self._begun = time.monotonic()
             try:
                 act()
                 self._failures = 0
@@ -84,11 +94,14 @@ class Aside:
                 if self._failures >= _FAILURES:
                     self._ask_again = time.monotonic() + SECONDS_LEFT_ALONE
                     self._failed(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            self._begun = None
 
     def _failed(self, why: str) -> None:
         logger.warning("the flow server does not answer (%s)", why)
-        if not self._said:
-            self._said = True
+        self._say(why)
+
+    def _say(self, why: str) -> None:
+        if self._unsaid.acquire(blocking=False):
             self._on_silence(why)
 
 

@@ -1,7 +1,6 @@
 """A workspace in an object store: the same gallery, registry, waves and compare-and-swap on s3://, against moto."""
 
 import json
-import logging
 import os
 import threading
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.mortal_world import object_store
 from graceful.files import exists, list_files, read_bytes, set_crash_hook, write_bytes
 from graceful.flows.cli import app
 from graceful.flows.commands.status import forget_items
@@ -36,36 +36,9 @@ NUM_ITEMS = 12
 
 @pytest.fixture(scope="module")
 def bucket():
-    """A bucket of moto's server, whose puts are made atomic by a lock as those of a real store are."""
-    boto3 = pytest.importorskip("boto3")
-    responses = pytest.importorskip("moto.s3.responses")
-    from moto.server import ThreadedMotoServer
-
-    lock, put = threading.RLock(), responses.S3Response.put_object
-
-    def locked(self):
-        with lock:
-            return put(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(responses.S3Response, "put_object", locked)
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        server.start()
-        endpoint = "http://{}:{}".format(*server.get_host_and_port())
-        for name, value in {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "AWS_REGION": "us-east-1",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():
-            patch.setenv(name, value)
-        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket="graceful")
+    """A bucket of moto's server, whose puts are atomic as those of a real store are."""
+    with object_store():
         yield "s3://graceful"
-        server.stop()
 
 
 def test_command_line_creates_and_reads_a_workspace_in_the_store(bucket, digits_file):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from graceful.flows.runtime import flow_ui
 from graceful.flows.runtime.flow_ui import Aside
 from graceful.flows.store.events import Decided
 from graceful.flows.store.workspace import Workspace
@@ -126,6 +127,33 @@ class TestAside:
         aside.close(seconds=0.1)
         assert time.monotonic() - started < 3
         for_ever.set()
+
+    def test_what_takes_long_is_said_once_and_nothing_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(flow_ui, "SECONDS_OF_SILENCE", 0.2)
+        answers, said, done = threading.Event(), list[str](), list[int]()
+        aside = Aside(said.append)
+        aside.do(lambda: answers.wait(30))
+        aside.do(lambda: done.append(0))
+        assert said == []
+        time.sleep(0.4)
+        for number in range(1, 5):
+            aside.do(lambda number=number: done.append(number))  # type: ignore[misc]
+        assert said == ["nothing for 0.2 s"]
+        answers.set()
+        aside.close()
+        assert done == [0, 1, 2, 3, 4]
+
+    def test_a_pause_of_the_update_is_no_silence_of_the_server(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(flow_ui, "SECONDS_OF_SILENCE", 0.2)
+        said, done = list[str](), threading.Event()
+        aside = Aside(said.append)
+        aside.do(lambda: 1 / 0)
+        aside.do(done.set)
+        assert done.wait(5)
+        time.sleep(0.4)
+        aside.do(lambda: None)
+        aside.close()
+        assert said == []
 
     def test_failures_in_a_row_are_said_once_and_the_server_is_left_alone(self) -> None:
         tried, said = list[int](), list[str]()
