@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +168,13 @@ class Raylets:
         from ray.cluster_utils import Cluster
 
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        of_all = {"object_store_memory": 80 * 2**20, "env_vars": {"PATH": path}}
+        # By default a raylet aborts where its agents take more than 15 s to start.
+        variables = {"PATH": path, "RAY_agent_register_timeout_ms": "120000"}
+        of_all = {"object_store_memory": 80 * 2**20, "env_vars": variables}
         jobs = {"include_dashboard": with_jobs} | ({"dashboard_port": free_port()} if with_jobs else {})
         # A job needs no processor of its own, but one of a node that has any.
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **of_all, **jobs})
-        self.nodes = [self.cluster.add_node(num_cpus=1, **of_all) for _ in range(num_nodes)]
+        self.cluster = _patiently(lambda: Cluster(True, head_node_args={"num_cpus": 0, **of_all, **jobs}))
+        self.nodes = [_patiently(lambda: self.cluster.add_node(num_cpus=1, **of_all)) for _ in range(num_nodes)]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -207,6 +209,17 @@ class Raylets:
     def end(self) -> None:
         """End all of it."""
         self.cluster.shutdown()
+
+
+def _patiently(start: Callable[[], Any]) -> Any:
+    """What a start comes to that Ray gives half a minute; a busy machine may not keep that, and tries again."""
+    for _ in range(3):
+        try:
+            return start()
+        except Exception as error:  # Ray raises a bare one
+            if "timed out" not in str(error):
+                raise
+    return start()
 
 
 def _serve_store(port: int) -> None:

@@ -1,45 +1,50 @@
-"""Ctrl-C and SIGTERM end a command within seconds: one line, an exit code, no process left; the work goes on later."""
+"""Ctrl-C and SIGTERM end a training within seconds: one line, an exit code, no process left; the work goes on later."""
 
-import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
-from tests.flows import tiny
+from benchmarks.mortal_world import MARK, living
+from tests.flows import running, tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+ENDLESS = {**tiny.grown(5), "training.epochs": 50_000, "cluster.object_store_mib": 80}
 
 
-def processes_of(session: int) -> list[str]:
-    """Command lines of the live processes of a session, and of those that carry its mark."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            stat = (folder / "stat").read_text().rpartition(")")[2].split()
-            environment = (folder / "environ").read_bytes()
-        except OSError:
-            continue
-        if stat[0] != "Z" and (int(stat[3]) == session or f"GRACEFUL_TEST_MARK={session}".encode() in environment):
-            found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120])
-    return found
+def until_it_trains(root: Path, log: Path) -> None:
+    deadline = time.monotonic() + 200
+    while not list(root.glob("runs/g002-*/metrics.jsonl")):
+        assert time.monotonic() < deadline, log.read_text()[-2000:]
+        time.sleep(0.1)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(("sign", "code", "workers"), [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 1)])
-def test_interrupted_training_ends_within_seconds_and_leaves_no_process(
-    workspace_root, digits_file, command_environment, tmp_path, sign, code, workers
-):
-    long = {**tiny.grown(5), "training.epochs": 50_000, "cluster.num_workers": workers, "cluster.object_store_mib": 80}
-    tiny.write_config(workspace_root, digits_file, long)
-    mark = str(os.getpid() * 1_000 + code)
-    environment = {**command_environment, "GRACEFUL_TEST_MARK": mark}
+def no_process_is_left(mark: str) -> None:
+    deadline = time.monotonic() + 30
+    while (left := living(f"{MARK}={mark}")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in left] == []
+
+
+def is_one_line(text: str) -> None:
+    assert text.splitlines()[-1] == "interrupted; run the same command again to go on"
+    assert "Traceback" not in text
+    assert "***" not in text, "a library's own stack trace"
+
+
+def test_ctrl_c_ends_an_update_and_its_flow_server(
+    workspace_root: Path, digits_file: Path, command_environment: dict[str, str], tmp_path: Path
+) -> None:
+    tiny.write_config(workspace_root, digits_file, ENDLESS)
+    environment = {**command_environment, MARK: str(tmp_path)}
     del environment["PREFECT_HOME"]
     log = tmp_path / "log"
     with log.open("w") as output:
@@ -48,24 +53,13 @@ def test_interrupted_training_ends_within_seconds_and_leaves_no_process(
             cwd=tiny.ROOT, env=environment, stdout=output, stderr=output, start_new_session=True,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 200
-        while not list(workspace_root.glob("runs/g002-*/metrics.jsonl")):
-            assert process.poll() is None, log.read_text()[-2000:]
-            assert time.monotonic() < deadline, log.read_text()[-2000:]
-            time.sleep(0.2)
+        until_it_trains(workspace_root, log)
         started = time.monotonic()
-        os.killpg(process.pid, sign)  # what a terminal sends: to the whole group
-        assert process.wait(60) == code, log.read_text()[-2000:]
-        took = time.monotonic() - started
-        text = log.read_text()
-        assert took < 10, f"{took:.1f} s"
-        assert text.splitlines()[-1] == "interrupted; run the same command again to go on"
-        assert "Traceback" not in text
-        assert "***" not in text, "a library's own stack trace"
-        end = time.monotonic() + 30
-        while (left := processes_of(int(mark))) and time.monotonic() < end:
-            time.sleep(0.5)
-        assert left == []
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal sends: to the whole group
+        assert process.wait(60) == 130, log.read_text()[-2000:]
+        assert time.monotonic() - started < 10
+        is_one_line(log.read_text())
+        no_process_is_left(str(tmp_path))
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -73,5 +67,30 @@ def test_interrupted_training_ends_within_seconds_and_leaves_no_process(
     with sqlite3.connect(workspace_root / ".prefect" / "prefect.db") as database:
         ((marked,),) = database.execute("select state_type from flow_run")
     assert marked in ("CRASHED", "CANCELLED")
-    state = json.loads(tiny.graceful("status", "--root", str(workspace_root), "--json", env=environment).stdout)
-    assert state["champion"] is not None
+    assert running.document("status", "--root", workspace_root)["champion"] is not None
+
+
+def test_sigterm_ends_an_update_and_its_ray_cluster(
+    workspace_root: Path,
+    digits_file: Path,
+    flow_server: dict[str, str],
+    tmp_path: Path,
+    spawn: Callable[..., BaseProcess],
+) -> None:
+    tiny.write_config(workspace_root, digits_file, {**ENDLESS, "cluster.num_workers": 1})
+    log = tmp_path / "log"
+    environment = {**flow_server, "RAY_USAGE_STATS_ENABLED": "0", MARK: str(tmp_path)}
+    process = spawn(running.command_in_child, ["update", "--root", str(workspace_root)], "", str(log), environment)
+    until_it_trains(workspace_root, log)
+    assert living(f"{MARK}={tmp_path}")
+    started = time.monotonic()
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143, log.read_text()[-2000:]
+    assert time.monotonic() - started < 10
+    is_one_line(log.read_text())
+    no_process_is_left(str(tmp_path))
+    runs = running.ask_server(flow_server["PREFECT_API_URL"], "POST", "/flow_runs/filter", {"limit": 200})
+    (run,) = [run for run in runs if run["parameters"].get("workspace") == str(workspace_root)]
+    assert run["state_type"] in ("CRASHED", "CANCELLED")
+    assert running.document("status", "--root", workspace_root)["champion"] is not None
