@@ -366,12 +366,13 @@ def _spread(value: dict[str, Any]) -> str:
 def kills(stored: dict[str, dict[str, Any]]) -> str:
     """What became of an update when a part of it was killed."""
     lines = [
-        "| killed | noticed by | after | works again after | done after | runs | same end | left | hardware, date |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| killed | noticed by | after | works again after | done after | left alone: in all | runs | same end "
+        "| processes left | hardware, date |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for found in stored.values():
-        seconds = " | ".join(f"{found[name]:g} s" for name in ("noticed_s", "again_s", "end_s"))
-        left, same = ", ".join(found["orphans"]) or "nothing", "yes" if found["same"] else "no"
+        seconds = " | ".join(f"{found[name]:g} s" for name in ("noticed_s", "again_s", "end_s", "undisturbed_s"))
+        left, same = ", ".join(found["orphans"]) or "none", "yes" if found["same"] else "no"
         lines.append(
             f"| {found['what']} | {found['noticed']} | {seconds} | {found['runs']} | {same} | {left} "
             f"| {found['hardware']}, {found['date']} |"

@@ -14,12 +14,13 @@ import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import ray
-from ray._private import services
+from ray._private import services, worker
 
 from graceful import files
 from graceful.errors import GracefulError
@@ -135,10 +136,20 @@ class RaySession:
 
 
 def log_with_processes() -> None:
-    """Let Ray's Python write where Ray's processes do, which a command sends to a log."""
+    """Let Ray's Python write where Ray's processes do, which a command sends to a log.
+
+    Ray would print to `sys.stdout` that a node was lost, among what a command prints there for programs.
+    """
     for handler in logging.getLogger("ray").handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr and sys.__stderr__ is not None:
             handler.setStream(sys.__stderr__)
+    worker.print_to_stdstream = _print_with_processes
+
+
+def _print_with_processes(message: Mapping[str, Any], **_: object) -> None:
+    """Print what a cluster says; stands for Ray's function, which is called with more."""
+    if sys.__stderr__ is not None:
+        print(*message["lines"], sep="\n", file=sys.__stderr__, flush=True)
 
 
 def _head_of(address: str) -> str:

@@ -13,9 +13,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from ray._private import worker
 
 from graceful.flows.runtime import head
-from graceful.flows.runtime.cluster import RaySession
+from graceful.flows.runtime.cluster import RaySession, log_with_processes
 from graceful.flows.runtime.head import ClusterLostError, HeadWatch
 from graceful.flows.settings.config import ClusterConfig
 from tests.flows.test_service import free_port
@@ -169,3 +170,11 @@ def test_a_cluster_that_is_not_there_is_refused_in_one_line_and_in_time(monkeypa
     with RaySession(ClusterConfig(address=address)) as session, pytest.raises(ClusterLostError, match="ray start"):
         session.ensure()
     assert time.monotonic() - started < 20
+
+
+def test_what_ray_says_of_a_lost_node_is_not_among_what_a_command_prints(capfd, monkeypatch):
+    monkeypatch.setattr(worker, "print_to_stdstream", worker.print_to_stdstream)
+    log_with_processes()
+    said = {"lines": ["a node was lost"], "pid": "raylet", "is_err": False}
+    worker.print_to_stdstream(said, ignore_prefix=False)  # as Ray's listener does
+    assert capfd.readouterr() == ("", "a node was lost\n")
