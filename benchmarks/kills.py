@@ -235,7 +235,8 @@ def job_driver(trial: MortalTrial) -> Outcome:
     code = process.wait(300)
     noticed = clock.now()
     process = trial.start()
-    again = clock.after(goes_on, "an epoch")
+    _reach(trial, process, goes_on, "an epoch")
+    again = clock.now()
     runs = 1 + _to_the_end(trial, process)
     return Outcome("driver of the Ray job", "the update: one line, ended", noticed, again, clock.now(), runs, code)
 

@@ -4,9 +4,11 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -161,19 +163,23 @@ def kill(pid: int) -> None:
 class Raylets:
     """A Ray cluster of a head without processors and nodes of one each, all on this machine.
 
-    Its processes call the `python` that runs this.
+    Its processes call the `python` that runs this. It has a folder of its own: a job joins the cluster that was started
+    last in its folder, which by default is that of every cluster on the machine.
     """
 
     def __init__(self, num_nodes: int = 3, *, with_jobs: bool = False) -> None:
+        from ray._private.utils import write_ray_address
         from ray.cluster_utils import Cluster
 
+        self._folder = tempfile.mkdtemp(prefix="raylets-")
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         # By default a raylet aborts where its agents take more than 15 s to start.
         variables = {"PATH": path, "RAY_agent_register_timeout_ms": "120000"}
-        of_all = {"object_store_memory": 80 * 2**20, "env_vars": variables}
+        of_all = {"object_store_memory": 80 * 2**20, "env_vars": variables, "temp_dir": self._folder}
         jobs = {"include_dashboard": with_jobs} | ({"dashboard_port": free_port()} if with_jobs else {})
         # A job needs no processor of its own, but one of a node that has any.
         self.cluster = _patiently(lambda: Cluster(True, head_node_args={"num_cpus": 0, **of_all, **jobs}))
+        write_ray_address(self.cluster.address, self._folder)
         self.nodes = [_patiently(lambda: self.cluster.add_node(num_cpus=1, **of_all)) for _ in range(num_nodes)]
 
     @property
@@ -209,6 +215,7 @@ class Raylets:
     def end(self) -> None:
         """End all of it."""
         self.cluster.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _patiently(start: Callable[[], Any]) -> Any:

@@ -5,6 +5,7 @@ workers end. What has not ended by then is ended from here, with all that it sta
 Python's own handling, because a main thread that waits in a library for something that is gone never comes back to it.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -27,7 +28,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 def end_on_signals() -> None:
-    """Let SIGINT and SIGTERM end this process. Called once, by the main thread."""
+    """Let SIGINT and SIGTERM end this process. Called once, by the main thread, before libraries are imported."""
+    atexit.register(_leave)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -68,6 +70,18 @@ def _listen(reader: int) -> None:
         for sign in os.read(reader, 64):
             if sign in _SIGNALS:
                 begin_to_end(sign)
+
+
+def _leave() -> None:
+    """End an interrupted process; registered first, and so called after what any library does at exit.
+
+    What Python takes apart after that holds a busy machine up for many seconds, in which no thread can end it.
+    """
+    code = exit_code()
+    if code is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _end() -> None:

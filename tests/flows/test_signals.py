@@ -117,6 +117,36 @@ def test_an_error_that_a_library_makes_of_the_signal_is_not_reported_as_one(spaw
     assert (code, lines) == (143, [signals.LINE])
 
 
+CLINGS = """
+import time
+from graceful.flows.cli import entry
+
+class Clings:
+    def __del__(self, sleep=time.sleep):
+        sleep(60)
+
+def app():
+    print("waits", flush=True)
+    time.sleep(60)
+
+clings, entry.app = Clings(), app
+entry.main()
+"""
+
+
+def test_what_python_takes_apart_at_its_end_does_not_hold_an_interrupted_command_up():
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLINGS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "waits\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20) == ("", signals.LINE + "\n")
+        assert process.returncode == 130
+    finally:
+        process.kill()
+
+
 def test_the_descendants_of_a_process_are_those_of_its_children_too():
     script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     child = subprocess.Popen([sys.executable, "-c", script], start_new_session=True)
