@@ -6,6 +6,7 @@ Python's own handling, because a main thread that waits in a library for somethi
 """
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -79,8 +80,9 @@ def _leave() -> None:
     """
     code = exit_code()
     if code is not None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
 
 
