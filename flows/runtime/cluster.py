@@ -143,7 +143,7 @@ def log_with_processes() -> None:
     for handler in logging.getLogger("ray").handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr and sys.__stderr__ is not None:
             handler.setStream(sys.__stderr__)
-    worker.print_to_stdstream = _print_with_processes
+    worker.print_to_stdstream = _print_with_processes  # type: ignore[assignment]
 
 
 def _print_with_processes(message: Mapping[str, Any], **_: object) -> None:
