@@ -27,7 +27,10 @@ from scipy import special
 
 _HALVINGS = 60
 
-Verdict = Literal["goes on", "changed", "failing"]
+Verdict = Literal["goes on", "changed", "failing", "flipping"]
+
+_CHANGED_PART, _FAILED_PART, _FLIPS_PART = 1 / 2, 1 / 4, 1 / 4
+"""What each limit has of the error level."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class Counts:
     """What was seen of a candidate beside its reference. Plain sums: those of several processes add up.
 
     `compared` answers of which `changed` differ in their first; `overlap` is the sum of the shares that two answers
-    have in common; `attempted` counts the candidate's answers, `failed` those that failed or came too late.
+    have in common; `attempted` counts the candidate's answers, `failed` those that failed or came too late. Of
+    `labelled` queries, whose right answer is known, the reference alone was right in `negative_flips`, the candidate
+    alone in `positive_flips`.
     """
 
     compared: int = 0
@@ -43,15 +48,22 @@ class Counts:
     overlap: float = 0.0
     attempted: int = 0
     failed: int = 0
+    labelled: int = 0
+    negative_flips: int = 0
+    positive_flips: int = 0
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a candidate may do: shares in [0, 1], and the error level of all bounds together."""
+    """What a candidate may do: shares in [0, 1], and the error level of all bounds together.
+
+    `max_nfr`: share of the labelled queries that may flip negatively.
+    """
 
     max_changed: float
     max_failed: float
     alpha: float
+    max_nfr: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,9 @@ class Watched:
     failed: float | None
     failed_lower: float
     overlap: float | None
+    nfr: float | None
+    nfr_lower: float
+    nfr_upper: float
     verdict: Verdict
 
 
@@ -112,27 +127,35 @@ def upper_bound(hits: int, n: int, alpha: float = 0.05) -> float:
 def watch(counts: Counts, limits: Limits) -> Watched:
     """Say how a candidate stands. It is worse than it may be where a lower bound is above its limit.
 
-    Each of the two limits has half of the error level. Pure: no clock, no I/O.
+    The limit of changed answers has half of the error level, each of the others a quarter. Pure: no clock, no I/O.
 
     >>> watch(Counts(200, 10, 150.0, 200, 0), Limits(0.1, 0.01, 0.05)).verdict
     'goes on'
     >>> watch(Counts(200, 60, 150.0, 200, 0), Limits(0.1, 0.01, 0.05)).verdict
     'changed'
+    >>> watch(Counts(labelled=200, negative_flips=30), Limits(0.1, 0.01, 0.05, max_nfr=0.05)).verdict
+    'flipping'
     """
-    half = limits.alpha / 2
-    changed_lower = lower_bound(counts.changed, counts.compared, half)
-    failed_lower = lower_bound(counts.failed, counts.attempted, half)
+    for_changed, for_flips = limits.alpha * _CHANGED_PART, limits.alpha * _FLIPS_PART
+    changed_lower = lower_bound(counts.changed, counts.compared, for_changed)
+    failed_lower = lower_bound(counts.failed, counts.attempted, limits.alpha * _FAILED_PART)
+    nfr_lower = lower_bound(counts.negative_flips, counts.labelled, for_flips)
     verdict: Verdict = "goes on"
     if changed_lower > limits.max_changed:
         verdict = "changed"
     elif failed_lower > limits.max_failed:
         verdict = "failing"
+    elif nfr_lower > limits.max_nfr:
+        verdict = "flipping"
     return Watched(
         changed=counts.changed / counts.compared if counts.compared else None,
         changed_lower=changed_lower,
-        changed_upper=upper_bound(counts.changed, counts.compared, half),
+        changed_upper=upper_bound(counts.changed, counts.compared, for_changed),
         failed=counts.failed / counts.attempted if counts.attempted else None,
         failed_lower=failed_lower,
         overlap=counts.overlap / counts.compared if counts.compared else None,
+        nfr=counts.negative_flips / counts.labelled if counts.labelled else None,
+        nfr_lower=nfr_lower,
+        nfr_upper=upper_bound(counts.negative_flips, counts.labelled, for_flips),
         verdict=verdict,
     )

@@ -32,7 +32,18 @@ def print_canary(console: Console, found: dict[str, Any]) -> None:
         f"failed or late: {found['failed']:,} of {found['attempted']:,}, at least {found['failed_lower']:.1%}; limit "
         f"{found['max_failed']:.1%}"
     )
+    if found["labelled"]:
+        limit = "none" if found["max_nfr"] is None else f"{found['max_nfr']:.1%}"
+        lines.append(
+            f"negative flips: {found['nfr']:.1%} of {found['labelled']:,} labelled pictures, {found['nfr_lower']:.1%} "
+            f"to {found['nfr_upper']:.1%} (at every moment); limit {limit}; positive flips: {found['positive_flips']:,}"
+        )
     lines.append(f"not compared: {found['dropped']:,} for want of room, {found['repeated']:,} seen before")
+    if found["vectors"]:
+        lines.append(
+            f"not watched: {found['vectors']:,} searches by a vector, which no other generation can answer; send the "
+            "picture"
+        )
     if found["ended"] is not None:
         lines.append(f"ended ({found['ended']['outcome']}): {found['ended']['reason']}")
         lines += [found["ended"]["move"]] if found["ended"]["move"] else []

@@ -49,6 +49,10 @@ def start(
     max_changed: Annotated[
         float | None, typer.Option(parser=_share, help="Share of first answers that may change, such as 10%.")
     ] = None,
+    max_nfr: Annotated[
+        float | None,
+        typer.Option(parser=_share, help="Share of labelled pictures that may be right before and wrong now."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Let a candidate answer a share of the queries, or only be asked beside; endpoints begin within a second.
@@ -61,7 +65,7 @@ def start(
         from graceful.flows.commands.canary import Wanted, start_canary
         from graceful.flows.terminal_canary import print_canary
 
-        found = start_canary(place(root), generation, Wanted(shadow, share or None, hours, max_changed))
+        found = start_canary(place(root), generation, Wanted(shadow, share or None, hours, max_changed, max_nfr))
         output(as_json, found, lambda console: print_canary(console, found))
 
 

@@ -14,9 +14,16 @@ from graceful.flows.update.serving import operator
 def start_canary(root: str, generation: str, wanted: Wanted) -> dict[str, Any]:
     """Watch a generation beside what serves."""
     workspace = open_workspace(root)
-    max_hidden = load_workspace_config(root).gallery.max_hidden_items
-    name = workspace.registry.resolve(generation)
-    return _standing(workspace, begin(workspace, load_canary_config(root), name, wanted, max_hidden=max_hidden))
+    config = load_workspace_config(root)
+    begun = begin(
+        workspace,
+        load_canary_config(root),
+        workspace.registry.resolve(generation),
+        wanted,
+        max_hidden=config.gallery.max_hidden_items,
+        policy_nfr=config.policy.nfr_limit,
+    )
+    return _standing(workspace, begun)
 
 
 def canary_status(root: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from graceful.errors import GracefulError
 from graceful.flows.search.answering import OtherGenerationError
-from graceful.flows.search.searcher import GallerySearcher, ServedSnapshot
+from graceful.flows.search.searcher import OpenSearcher, ServedSnapshot, ServingSearcher
 from graceful.flows.search.watching import CanaryWatch
 from graceful.flows.store.workspace import Workspace, open_workspace
 
@@ -31,7 +31,7 @@ _log = logging.getLogger("graceful.search")
 class _Named:
     """One generation that was asked for by name. `asked_at`: monotonic seconds."""
 
-    searcher: GallerySearcher
+    searcher: ServingSearcher
     asked_at: float = field(default_factory=time.monotonic)
 
 
@@ -42,11 +42,10 @@ class NotOpenYetError(GracefulError):
 class Beside:
     """The generations that one endpoint answers with beside the one that serves."""
 
-    def __init__(self, root: str, *, is_whole: bool) -> None:
-        """`is_whole`: this process holds the whole index; one of shards has no room for another."""
+    def __init__(self, root: str, open_searcher: OpenSearcher) -> None:
         self.root = root
-        self.is_whole = is_whole
-        self.watch = CanaryWatch(root)
+        self._open_searcher = open_searcher
+        self.watch = CanaryWatch(root, open_searcher)
         self._named: dict[str, _Named] = {}
         self._wanted: dict[str, list[asyncio.Future[str]]] = {}
         self._lock = threading.Lock()
@@ -58,9 +57,6 @@ class Beside:
     def start(self, seconds: float) -> None:
         """Look every so many seconds, and at once where a generation is asked for."""
         self._loop = asyncio.get_running_loop()
-        if not self.is_whole:
-            self.watch.error = "an index in shards is not compared: no canary is watched here"
-            return
         self._thread = threading.Thread(target=self._run, args=(seconds,), daemon=True, name="search-beside")
         self._thread.start()
 
@@ -75,11 +71,9 @@ class Beside:
         """Wait until a generation that is asked for by id or ordinal can be asked; returns its id.
 
         Raises:
-            OtherGenerationError: it may not query, or this endpoint holds shards.
+            OtherGenerationError: it may not query.
             NotOpenYetError: it takes long to open.
         """
-        if not self.is_whole:
-            raise OtherGenerationError(f"asking {name}: an index in shards answers by the serving generation alone")
         assert self._loop is not None
         waiting: asyncio.Future[str] = self._loop.create_future()
         with self._lock:
@@ -143,7 +137,7 @@ class Beside:
         elif arm is None or arm.canary.beside != generation:
             if len(self._named) >= MAX_NAMED:
                 del self._named[min(self._named, key=lambda name: self._named[name].asked_at)]
-            self._named[generation] = _Named(GallerySearcher(workspace, generation))
+            self._named[generation] = _Named(self._open_searcher(workspace, generation, ()))
 
     def _follow_named(self, workspace: Workspace) -> None:
         """Follow the gallery; one that may not query any more, or that nobody asks for, is closed."""

@@ -58,7 +58,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         "searching: expected the whole body within 20 s, found a part; send it again",
     ),
     409: _refusal(
-        "The vector was made by another generation than the one that answers, or ?generation= names one that may not.",
+        "The vector was made by another generation than the one that answers, or ?generation= names one that may not; "
+        "or a label comes while no canary is under way.",
         "other_generation",
         "the query was encoded by g002-1b6ea8, but g003-9f2c1a answers; encode it again",
     ),
@@ -87,14 +88,22 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 _IMAGE = {"type": "string", "format": "binary", "description": "An image file."}
 
-REQUEST_BODY: dict[str, Any] = {
+IMAGE_BODY: dict[str, Any] = {
     "required": True,
-    "description": "An image, alone or as the one file of a form, or a vector.",
+    "description": "An image, alone or as the one file of a form.",
     "content": {
         "image/*": {"schema": _IMAGE},
         "multipart/form-data": {
             "schema": {"type": "object", "required": ["image"], "properties": {"image": _IMAGE}},
         },
+    },
+}
+
+REQUEST_BODY: dict[str, Any] = {
+    "required": True,
+    "description": "An image, alone or as the one file of a form, or a vector.",
+    "content": {
+        **IMAGE_BODY["content"],
         "application/json": {
             "schema": VectorQuery.model_json_schema(),
             "example": {"vector": [0.12, -0.07, 0.99], "generation": "g003-9f2c1a", "k": 5},

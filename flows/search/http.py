@@ -7,12 +7,13 @@
     GET  /docs      this page as HTML, made from /openapi.json; loads nothing from elsewhere
     POST /search    an image (raw bytes, or a form with one file) or {"vector": [...]}; ?k=10&sources=false, and who is
                     to answer: ?generation=g003 or ?as=edge
+    POST /labels    an image and what is right for it, ?label=cat or ?item=photo-17: counted for the canary under way
 
 Five threads beside the event loop: one looks at the serving state, one at other generations and the canary, one answers
-vectors, one images (with others that decode for it), and one compares answers of a canary. The event loop itself reads
-bodies and writes answers, and waits for nobody: a probe of /health is answered whatever waits, and on Linux the other
-threads have a lower priority. Every answer names the query generation and the snapshot that it comes from, whole. Safe
-to run in any number of processes on one workspace.
+vectors, one images (with others that decode for it), and one compares answers of a canary and judges labels. The event
+loop itself reads bodies and writes answers, and waits for nobody: a probe of /health is answered whatever waits, and on
+Linux the other threads have a lower priority. Every answer names the query generation and the snapshot that it comes
+from, whole. Safe to run in any number of processes on one workspace.
 """
 
 import asyncio
@@ -43,15 +44,16 @@ from graceful.flows.search.answering import (
 )
 from graceful.flows.search.batches import Batches, QueueFullError, stand_back
 from graceful.flows.search.beside import Beside
-from graceful.flows.search.bodies import BodyBudget, json_limit, read_body
-from graceful.flows.search.describing import REFUSALS, REQUEST_BODY, SEARCH_EXAMPLE, page
+from graceful.flows.search.bodies import BodyBudget, HeldBody, json_limit, read_body
+from graceful.flows.search.comparing import Comparison, Judged, Labelled
+from graceful.flows.search.describing import IMAGE_BODY, REFUSALS, REQUEST_BODY, SEARCH_EXAMPLE, page
 from graceful.flows.search.guarding import Guard, Token
-from graceful.flows.search.looking import OpenSearcher, SearchState
+from graceful.flows.search.looking import SearchState
 from graceful.flows.search.metrics import CONTENT_TYPE, SearchMetrics
 from graceful.flows.search.refusals import ANSWERABLE, Refused, busy, refusal_of
 from graceful.flows.search.report_pages import report_pages
-from graceful.flows.search.searcher import GallerySearcher, NothingServedError, ServedSnapshot
-from graceful.flows.search.watching import Comparison
+from graceful.flows.search.searcher import GallerySearcher, NothingServedError, OpenSearcher, ServedSnapshot
+from graceful.flows.search.watching import NothingWatchedError
 from graceful.flows.settings.config import load_endpoint_config, load_search_config
 from graceful.flows.settings.endpoint import EndpointConfig
 from graceful.training.generation import variant_in
@@ -84,6 +86,7 @@ class Given(NamedTuple):
 
 
 Asked = TypeVar("Asked", ImageQuestion, VectorQuestion)
+Waited = TypeVar("Waited")
 
 
 class Endpoint:
@@ -91,14 +94,13 @@ class Endpoint:
 
     def __init__(self, root: str, config: EndpointConfig, open_searcher: OpenSearcher) -> None:
         self.config = config
-        # A searcher in several processes follows the champion alone.
-        self.state = SearchState(root, open_searcher, GallerySearcher if open_searcher is GallerySearcher else None)
+        self.state = SearchState(root, open_searcher)
         self.budget = BodyBudget(config.max_waiting_mib * 2**20)
         limits = {"max_waiting": config.max_waiting, "max_batch": config.batch_searches}
         self.images = Batches[ImageQuestion, Given]("images", self._answer_images, **limits)
         self.vectors = Batches[VectorQuestion, Given]("vectors", self._answer_vectors, **limits)
-        self.beside = Beside(root, is_whole=open_searcher is GallerySearcher)
-        self.comparisons = Batches[Comparison, None](
+        self.beside = Beside(root, open_searcher)
+        self.comparisons = Batches[Comparison | Labelled, Judged | None](
             "comparisons", self._compare, max_waiting=config.batch_searches, max_batch=config.batch_searches
         )
         self.metrics = SearchMetrics(
@@ -145,20 +147,13 @@ class Endpoint:
         elif generation is not None:
             generation = await self.beside.ready(generation)
         width = self._snapshot(generation, served).width
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        is_vector = kind == "application/json"
+        is_vector = _media_type(request) == "application/json"
         lane: Batches[Any, Given] = self.vectors if is_vector else self.images
         if lane.num_waiting >= lane.max_waiting:  # known before the body is here
             raise busy(f"searching: {lane.max_waiting} {lane.name} wait already; ask again")
         limit = json_limit(width) if is_vector else self.config.max_image_mib * 2**20
         with self.budget.hold() as held:
-            body = await read_body(
-                request,
-                held,
-                limit=limit,
-                timeout_s=self.config.body_timeout_s,
-                is_form=kind == "multipart/form-data",
-            )
+            body = await self._body(request, held, limit)
             started = time.perf_counter()
             question = _vector_question(body, wanted) if is_vector else _image(body, wanted)
             variants = {wanted.asked_as, question.generation} - {None, wanted.generation}
@@ -174,10 +169,38 @@ class Endpoint:
                 question = replace(question, generation=generation)
             given = await _unless_gone(request, lane.ask(question))
         self.metrics.answered("vector" if is_vector else "image", time.perf_counter() - started)
+        if is_vector and generation is None:
+            self.beside.watch.vector_came()
         if arm is not None:
             asked = ImageQuestion(body, wanted.k, with_sources=False)
             self._compare_later(Comparison(arm.canary.number, asked, given.body, given.seconds))
         return given.body
+
+    async def label(self, request: Request, label: str | None, item_id: str | None) -> Judged:
+        """Who is right about a picture, of the two generations of the canary under way; it is counted.
+
+        Raises:
+            NothingWatchedError: there is none.
+            Refused, or another error of `refusals.ANSWERABLE`: nothing was counted.
+            ClientDisconnect: the client has gone.
+        """
+        if self.beside.watch.arm is None:
+            raise NothingWatchedError(
+                "judging a label: expected a canary under way, found none; begin with 'graceful canary start'"
+            )
+        if (label is None) == (item_id is None) or _media_type(request) == "application/json":
+            line = "judging a label: expected a picture, and either ?label= or ?item=; a vector is of one generation"
+            raise Refused(422, "wrong_request", line)
+        with self.budget.hold() as held:
+            body = await self._body(request, held, self.config.max_image_mib * 2**20)
+            question = _image(body, Wanted(1, False, None, None))
+            judged = await _unless_gone(request, self.comparisons.ask(Labelled(question, label, item_id)))
+            assert judged is not None
+            return judged
+
+    async def _body(self, request: Request, held: HeldBody, limit: int) -> bytes:
+        is_form = _media_type(request) == "multipart/form-data"
+        return await read_body(request, held, limit=limit, timeout_s=self.config.body_timeout_s, is_form=is_form)
 
     def _snapshot(self, generation: str | None, served: ServedSnapshot) -> ServedSnapshot:
         """What a generation or variant answers from; by default the one that serves.
@@ -242,12 +265,20 @@ class Endpoint:
                 given[row] = body if isinstance(body, Exception) else Given(body, seconds)
         return given
 
-    def _compare(self, comparisons: Sequence[Comparison]) -> Sequence[None]:
+    def _compare(self, given: Sequence[Comparison | Labelled]) -> Sequence[Judged | Exception | None]:
+        comparisons = [one for one in given if isinstance(one, Comparison)]
         try:
             self.beside.watch.compare(comparisons, self.state.served(), self._ask_images)
         except Exception as error:  # what cannot be compared is not counted; the answers are out
             _log.warning("comparing answers: %s: %s", type(error).__name__, error)
-        return [None] * len(comparisons)
+        labelled = [one for one in given if isinstance(one, Labelled)]
+        judged: list[Judged | Exception] = []
+        try:
+            judged = self.beside.watch.judge(labelled, self.state.served(), self._ask_images)
+        except Exception as error:
+            judged = [error] * len(labelled)
+        of_labels = iter(judged)
+        return [next(of_labels) if isinstance(one, Labelled) else None for one in given]
 
 
 def make_app(
@@ -324,6 +355,22 @@ def make_app(
         except ANSWERABLE as error:
             raise refusal_of(error) from None
 
+    @app.post(
+        "/labels",
+        summary="Say what is right for a picture, while a canary is under way",
+        responses=REFUSALS,
+        openapi_extra={"requestBody": IMAGE_BODY},
+    )
+    async def labels(
+        request: Request,
+        label: Annotated[str | None, Query(description="The label that its first hit should have.")] = None,
+        item: Annotated[str | None, Query(description="The item that should be its first hit.")] = None,
+    ) -> Judged:
+        try:
+            return await endpoint.label(request, label, item)
+        except ANSWERABLE as error:
+            raise refusal_of(error) from None
+
     @app.exception_handler(Refused)
     async def refused(_: Request, refusal: Refused) -> JSONResponse:
         endpoint.metrics.failed(refusal.kind)
@@ -339,7 +386,11 @@ def make_app(
     return app
 
 
-async def _unless_gone(request: Request, answer: "asyncio.Future[Given]") -> Given:
+def _media_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+async def _unless_gone(request: Request, answer: "asyncio.Future[Waited]") -> Waited:
     """Wait for an answer; where the client goes first, its question is not answered."""
     gone = asyncio.ensure_future(_until_gone(request))
     either: set[asyncio.Future[Any]] = {answer, gone}

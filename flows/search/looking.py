@@ -10,12 +10,11 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from graceful.flows.runtime.notify import Notice, tell_of
-from graceful.flows.search.searcher import NothingServedError, ServedSnapshot, ServingSearcher
+from graceful.flows.search.searcher import NothingServedError, OpenSearcher, ServedSnapshot, ServingSearcher
 from graceful.flows.settings.config import load_supported_clients
 from graceful.flows.store.variants import NoVariantError, answering, live_variants
 from graceful.flows.store.workspace import Workspace, open_workspace
@@ -26,9 +25,6 @@ _COUNTING_SHARE = 20
 _SECONDS_TO_END = 2.0
 
 _log = logging.getLogger("graceful.search")
-
-OpenSearcher = Callable[[Workspace], ServingSearcher]
-OpenVariant = Callable[[Workspace, str], ServingSearcher]
 
 
 @dataclass(frozen=True)
@@ -49,15 +45,15 @@ class FollowedVariants:
     One that cannot be followed keeps what it has, and disturbs nobody else.
     """
 
-    def __init__(self, open_variant: OpenVariant | None) -> None:
-        self._open = open_variant
+    def __init__(self, open_searcher: OpenSearcher) -> None:
+        self._open = open_searcher
         self._searchers: dict[str, ServingSearcher] = {}
         self._answering: dict[str, str] = {}
         self._errors: dict[str, str] = {}
 
     def refresh(self, workspace: Workspace) -> None:
         """Open what has come, follow what is there, drop what may query no longer."""
-        if self._open is None or not workspace.registry.variants():
+        if not workspace.registry.variants():
             return
         supported = load_supported_clients(workspace.root)
         names = live_variants(workspace.registry, workspace.kept(supported), supported)
@@ -66,7 +62,7 @@ class FollowedVariants:
             searcher = self._searchers.get(variant)
             try:
                 if searcher is None:
-                    searcher = self._open(workspace, variant)
+                    searcher = self._open(workspace, variant, ())
                 else:
                     searcher.refresh()
             except Exception as error:
@@ -104,13 +100,12 @@ class FollowedVariants:
 class SearchState:
     """The searcher behind an endpoint, and how the last look at the serving state went."""
 
-    def __init__(self, root: str, open_searcher: OpenSearcher, open_variant: OpenVariant | None = None) -> None:
-        """`open_variant` opens what a variant searches; without it variants are not answered here."""
+    def __init__(self, root: str, open_searcher: OpenSearcher) -> None:
         self.root = root
         self.open_searcher = open_searcher
         self.searcher: ServingSearcher | None = None
         self.error: str | None = None
-        self.variants = FollowedVariants(open_variant)
+        self.variants = FollowedVariants(open_searcher)
         self.looked_at = 0.0
         self.moved_at = 0.0
         self.figures = Figures()
@@ -151,7 +146,7 @@ class SearchState:
         try:
             if self.searcher is None:
                 self._workspace = open_workspace(self.root)
-                self.searcher = self.open_searcher(self._workspace)
+                self.searcher = self.open_searcher(self._workspace, None, ())
                 moved = True
             else:
                 moved = self.searcher.refresh()

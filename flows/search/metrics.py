@@ -134,8 +134,8 @@ class _Watching(Collector):
         yield _gauge("graceful_canary_under_way", "1 while a generation is watched.", float(is_watched))
         for name, text, key in _CANARY:
             family = GaugeMetricFamily(f"graceful_canary_{name}", text, labels=["generation"])
-            if found is not None and is_watched:
-                family.add_metric([found["candidate"]], float(found[key] or 0.0))
+            if found is not None and is_watched and found[key] is not None:
+                family.add_metric([found["candidate"]], float(found[key]))
             yield family
 
 
@@ -147,6 +147,10 @@ _CANARY = (
     ("failed_lower", "Lower bound of the share of answers that fail or are late.", "failed_lower"),
     ("failed_limit", "Share that may fail.", "max_failed"),
     ("dropped", "Comparisons for which there was no room.", "dropped"),
+    ("vectors", "Searches by a vector, which are not watched.", "vectors"),
+    ("labelled", "Pictures with a label.", "labelled"),
+    ("nfr_lower", "Lower bound of the share of these that flips negatively, at every moment.", "nfr_lower"),
+    ("nfr_limit", "Share of these that may.", "max_nfr"),
 )
 
 

@@ -7,6 +7,7 @@ from graceful.flows.search.answering import OtherGenerationError
 from graceful.flows.search.batches import QueueFullError
 from graceful.flows.search.beside import NotOpenYetError
 from graceful.flows.search.searcher import IncompleteAnswerError, NothingServedError, UnreadableQueryError
+from graceful.flows.search.watching import NothingWatchedError
 from graceful.flows.store.variants import NoVariantError
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
 
@@ -37,12 +38,14 @@ _BY_ERROR: dict[type[GracefulError], tuple[int, str]] = {
     NothingServedError: (503, "nothing_served"),
     NoVariantError: (404, "unknown_variant"),
     NotOpenYetError: (503, "opening"),
+    NothingWatchedError: (409, "nothing_watched"),
 }
 ANSWERABLE = tuple(_BY_ERROR)
 """Errors that have a status and a kind."""
 
 KINDS = (
-    "busy", "gone", "incomplete_index", "internal", "no_report", "nothing_served", "opening", "other_generation",
+    "busy", "gone", "incomplete_index", "internal", "no_report", "nothing_served", "nothing_watched", "opening",
+    "other_generation",
     "timeout", "too_large", "unauthorized", "unknown_variant", "unreadable_image", "wrong_request", "wrong_vector",
 )  # fmt: skip
 """All kinds that are counted."""

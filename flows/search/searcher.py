@@ -231,6 +231,10 @@ class ServingSearcher(Protocol):
         """Follow the serving state and the gallery; True when another snapshot serves now."""
 
 
+OpenSearcher = Callable[[Workspace, str | None, Sequence[str]], ServingSearcher]
+"""Opens what a query generation searches: the champion's view for None; and what a canary grants it to read, if any."""
+
+
 class GallerySearcher:
     """Searches what production serves; safe to use from several threads. `refresh` follows the serving state."""
 
@@ -242,7 +246,7 @@ class GallerySearcher:
         """
         self._workspace = workspace
         self._pinned = query_generation
-        self._granted = tuple(sorted(granted, key=ordinal_of))
+        self._granted = tuple(granted)
         self._lock = threading.Lock()
         self._follower = open_follower(workspace)
         self._served: ServedSnapshot | None = None
@@ -270,20 +274,12 @@ class GallerySearcher:
         When nothing has moved this reads two versions and the certificates, no view.
         """
         with self._lock:
-            pinned = self._pinned
-            if pinned is not None and not self._granted:
-                pinned = variant_for(self._workspace.registry, pinned) if names_variant(pinned) else pinned
-                self._workspace.may_query(pinned, load_supported_clients(self._workspace.root))
-            generation, encoder = serving_encoder(self._workspace, pinned, self._served)
-            if self._granted:
-                target = Target(generation, self._granted, tuple(sorted(encoder.card.prefix_widths)))
-            else:
-                target = target_of(self._workspace, generation, encoder.card.prefix_widths)
+            encoder, target = searched_as(self._workspace, self._pinned, self._granted, self._served)
             followed = self._follower.follow(target)
             before = self._served
             if before is None or not isinstance(before.index, FollowedIndex) or before.index.followed is not followed:
                 thresholds = thresholds_of(self._workspace, target)
-                self._served = ServedSnapshot(generation, encoder, FollowedIndex(followed), thresholds)
+                self._served = ServedSnapshot(target.query_generation, encoder, FollowedIndex(followed), thresholds)
             return before is None or before.snapshot_id != followed.index.snapshot_id
 
     def search_images(self, sources: Sequence[str], k: int = 10) -> list[list[Hit]]:
@@ -295,18 +291,29 @@ class GallerySearcher:
         return self.served.search_vectors(vectors, k)
 
 
-def serving_encoder(
-    workspace: Workspace, pinned: str | None, served: ServedSnapshot | None
-) -> tuple[str, SourceEncoder]:
-    """The generation that is to serve and its encoder, which is opened unless it serves already.
+def searched_as(
+    workspace: Workspace, query_generation: str | None, granted: Sequence[str], served: ServedSnapshot | None
+) -> tuple[SourceEncoder, Target]:
+    """Who is to query now, and what it reads: the champion, or the one that is named; see `GallerySearcher`.
+
+    The encoder is opened unless it is that of `served`.
 
     Raises:
         NothingServedError: no generation serves yet.
+        GracefulError: the one that is named may not query.
         EncoderChangedError: it does not embed here as it did where it was made.
     """
-    generation = pinned or workspace.registry.serving().champion
+    generation = query_generation
+    if generation is None:
+        generation = workspace.registry.serving().champion
+    elif not granted:
+        generation = variant_for(workspace.registry, generation) if names_variant(generation) else generation
+        workspace.may_query(generation, load_supported_clients(workspace.root))
     if generation is None:
         raise NothingServedError("searching: expected a serving generation, found none; run 'graceful update' first")
-    if served is not None and served.generation == generation:
-        return generation, served.encoder
-    return generation, open_encoder(workspace.generation_uri(generation))
+    is_served = served is not None and served.generation == generation
+    encoder = served.encoder if is_served and served else open_encoder(workspace.generation_uri(generation))
+    widths = encoder.card.prefix_widths
+    if granted:
+        return encoder, Target(generation, tuple(sorted(granted, key=ordinal_of)), tuple(sorted(widths)))
+    return encoder, target_of(workspace, generation, widths)

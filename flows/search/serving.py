@@ -10,8 +10,7 @@ from graceful.errors import GracefulError
 from graceful.flows.search.connections import allow_open_files, limited_by
 from graceful.flows.search.guarding import Token, is_loopback
 from graceful.flows.search.http import make_app
-from graceful.flows.search.looking import OpenSearcher
-from graceful.flows.search.searcher import GallerySearcher
+from graceful.flows.search.searcher import GallerySearcher, OpenSearcher
 from graceful.flows.settings.config import load_endpoint_config
 from graceful.flows.store.workspace import require_workspace
 

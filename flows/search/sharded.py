@@ -23,7 +23,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from graceful.files import join
 from graceful.flows.runtime.cluster import RaySession
-from graceful.flows.search.searcher import IncompleteAnswerError, ServedSnapshot, serving_encoder
-from graceful.flows.search.views import index_folder, target_of, thresholds_of
+from graceful.flows.search.searcher import IncompleteAnswerError, OpenSearcher, ServedSnapshot, searched_as
+from graceful.flows.search.views import index_folder, thresholds_of
 from graceful.flows.settings.config import ClusterConfig, load_search_config
 from graceful.flows.store.workspace import Workspace, open_workspace
 from graceful.indexing.following import Followed, IndexFollower, Target, leased, snapshot_id_of
@@ -176,11 +177,21 @@ class ShardedIndex:
 
 
 class ShardedSearcher:
-    """Searches what production serves over shards; safe to use from several threads."""
+    """Searches what production serves over shards; safe to use from several threads.
 
-    def __init__(self, workspace: Workspace, num_shards: int) -> None:
-        """Start the shards on the cluster that this process is connected to, and prepare them."""
+    Its shards end with `close`, or once neither it nor an answer under way is held any more.
+    """
+
+    def __init__(
+        self, workspace: Workspace, num_shards: int, query_generation: str | None = None, granted: Sequence[str] = ()
+    ) -> None:
+        """Start the shards on the cluster that this process is connected to, and prepare them.
+
+        `query_generation` and `granted` as of a `GallerySearcher`.
+        """
         self._workspace = workspace
+        self._pinned = query_generation
+        self._granted = tuple(granted)
         self._lock = threading.Lock()
         self._served: ServedSnapshot | None = None
         config = load_search_config(workspace.root)
@@ -204,8 +215,8 @@ class ShardedSearcher:
         """
         with self._lock:
             served = self._served
-            generation, encoder = serving_encoder(self._workspace, None, served)
-            target = target_of(self._workspace, generation, encoder.card.prefix_widths)
+            encoder, target = searched_as(self._workspace, self._pinned, self._granted, served)
+            generation = target.query_generation
             version = self._workspace.gallery.version()
             if served is not None and served.snapshot_id == snapshot_id_of(generation, version, target.readable):
                 self._heal(served)
@@ -253,20 +264,23 @@ def shard_buckets(num_shards: int) -> list[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def open_sharded_searcher(num_shards: int, address: str = "local") -> Iterator[Callable[[Workspace], ShardedSearcher]]:
+def open_sharded_searcher(num_shards: int, address: str = "local") -> Iterator[OpenSearcher]:
     """Connect to a Ray cluster, or start one, for as long as the block runs; yield what opens a searcher there."""
-    opened: list[ShardedSearcher] = []
+    opened = weakref.WeakSet[ShardedSearcher]()
     with RaySession(ClusterConfig(address=address, num_workers=0)) as session:
         session.ensure()
 
-        def open_searcher(workspace: Workspace) -> ShardedSearcher:
-            opened.append(ShardedSearcher(workspace, num_shards))
-            return opened[-1]
+        def open_searcher(
+            workspace: Workspace, query_generation: str | None = None, granted: Sequence[str] = ()
+        ) -> ShardedSearcher:
+            searcher = ShardedSearcher(workspace, num_shards, query_generation, granted)
+            opened.add(searcher)
+            return searcher
 
         try:
             yield open_searcher
         finally:
-            for searcher in opened:
+            for searcher in list(opened):
                 searcher.close()
 
 

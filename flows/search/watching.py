@@ -1,15 +1,13 @@
 """A canary as one endpoint sees it: which queries take part, what is compared, and when it is over.
 
 A query takes part by a hash of its bytes, so that the same picture is always answered by the same generation, in every
-process. Two answers are compared by their first item: another label is another answer, and where items have none,
-another item is. A picture that was compared before says nothing new and is not counted again by this process.
+process. A picture that was compared, or labelled, before says nothing new and is not counted again by this process.
 
 Invariant: comparing never delays an answer. It waits in a queue of its own, after the answer; what finds no room there
 is dropped, and counted.
 """
 
 import hashlib
-import json
 import logging
 import os
 import socket
@@ -20,9 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from graceful.errors import GracefulError
+from graceful.evaluation.watching import Limits, Watched
 from graceful.flows.runtime.notify import Notice, tell_of
 from graceful.flows.search.answering import ImageQuestion
-from graceful.flows.search.searcher import GallerySearcher, ServedSnapshot
+from graceful.flows.search.comparing import Comparison, Judged, Labelled, compared
+from graceful.flows.search.searcher import OpenSearcher, ServedSnapshot, ServingSearcher
 from graceful.flows.store.canaries import (
     Canary,
     Tally,
@@ -44,6 +45,8 @@ MAX_SEEN = 200_000
 
 _log = logging.getLogger("graceful.search")
 
+_NO_VECTORS = "a vector can be answered by the generation alone that made it: such searches are not watched"
+
 AnswerImages = Callable[[ServedSnapshot, Sequence[ImageQuestion]], Sequence[bytes | Exception]]
 
 
@@ -52,7 +55,7 @@ class Arm:
     """A canary whose generation beside the serving one is open."""
 
     canary: Canary
-    searcher: GallerySearcher
+    searcher: ServingSearcher
 
     def takes(self, payload: bytes) -> bool:
         """Whether a query takes part: always the same for the same bytes."""
@@ -61,27 +64,23 @@ class Arm:
         return int.from_bytes(digest, "big") < self.canary.started.share * 2**64
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A query that was answered, to be asked of the other generation too. `seconds`: what answering it took."""
-
-    number: int
-    question: ImageQuestion
-    answer: bytes
-    seconds: float
+class NothingWatchedError(GracefulError):
+    """No generation is watched here now."""
 
 
 class CanaryWatch:
     """What one process knows and counts. Only the thread that calls `look` reads or writes the workspace."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, open_searcher: OpenSearcher) -> None:
         self.root = root
+        self._open = open_searcher
         self.process = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self.arm: Arm | None = None
         self.error: str | None = None
         self.total = Tally()
         self._tally = Tally()
         self._seen: set[bytes] = set()
+        self._labelled: set[bytes] = set()
         self._lock = threading.Lock()
         self._canary: Canary | None = None
         self._lineage = -1
@@ -99,11 +98,19 @@ class CanaryWatch:
         """Note a comparison for which there was no room."""
         self._add(Tally(dropped=1))
 
+    def vector_came(self) -> None:
+        """Note a search by a vector, which nobody but the generation that made it can answer."""
+        if self.arm is None:
+            return
+        if not self._tally.vectors:
+            _log.warning("canary %d: %s", self.arm.canary.number, _NO_VECTORS)
+        self._add(Tally(vectors=1))
+
     def compare(self, given: Sequence[Comparison], champion: ServedSnapshot, ask: AnswerImages) -> None:
         """Ask the other generation what was answered already, and count what differs."""
         arm = self.arm
         current = [one for one in given if arm is not None and one.number == arm.canary.number]
-        fresh = [one for one in current if self._is_new(one.question.payload)]
+        fresh = [one for one in current if _is_new(one.question.payload, self._seen)]
         self._add(Tally(repeated=len(current) - len(fresh)))
         if arm is None or not fresh:
             return
@@ -113,14 +120,39 @@ class CanaryWatch:
         answers = ask(other, [one.question for one in fresh])
         seconds = (time.perf_counter() - started) / len(fresh)
         for one, answer in zip(fresh, answers, strict=True):
-            self._add(_compared(canary, one, answer, seconds))
+            self._add(compared(canary, one, answer, seconds))
 
-    def _is_new(self, payload: bytes) -> bool:
-        digest = hashlib.blake2b(payload, digest_size=8).digest()
-        if digest in self._seen or len(self._seen) >= MAX_SEEN:
-            return False
-        self._seen.add(digest)
-        return True
+    def judge(self, given: Sequence[Labelled], champion: ServedSnapshot, ask: AnswerImages) -> list[Judged | Exception]:
+        """Ask both generations, and count who is right; for each label what was found, or why nothing was."""
+        arm, questions = self.arm, [one.question for one in given]
+        if not given:
+            return []
+        if arm is None or champion.generation != arm.canary.champion:
+            over = NothingWatchedError("judging a label: the canary is over; nothing was counted")
+            return [over for _ in given]
+        serving, beside = ask(champion, questions), ask(arm.searcher.served, questions)
+        found: list[Judged | Exception] = []
+        for one, served, other in zip(given, serving, beside, strict=True):
+            if isinstance(served, Exception):
+                found.append(served)
+            elif isinstance(other, Exception):
+                found.append(other)
+            else:
+                found.append(self._judged(arm.canary, one, served, other))
+        return found
+
+    def _judged(self, canary: Canary, given: Labelled, served: bytes, other: bytes) -> Judged:
+        is_right = {canary.champion: given.is_right(served), canary.beside: given.is_right(other)}
+        judged = Judged(
+            canary=canary.number,
+            candidate=canary.candidate,
+            reference=canary.started.reference,
+            candidate_is_right=is_right[canary.candidate],
+            reference_is_right=is_right[canary.started.reference],
+            counted=_is_new(given.question.payload, self._labelled),
+        )
+        self._add(judged.tally)
+        return judged
 
     def _add(self, more: Tally) -> None:
         with self._lock:
@@ -164,14 +196,14 @@ class CanaryWatch:
             if canary is None or self._canary is None or canary.number != self._canary.number:
                 self._close_arm()
                 self._canary = canary
-                self._seen = set()
+                self._seen, self._labelled = set(), set()
                 self.total = self._tally = Tally()
             self._lineage = version
         if self._canary is None:
             return
         if self.arm is None:
             granted = self._canary.started.readable
-            searcher = GallerySearcher(workspace, self._canary.beside, granted)
+            searcher = self._open(workspace, self._canary.beside, granted)
             known = together(list(read_tallies(self.root, self._canary.number).values()))
             self._before_s, self._began = known.watched_s, time.monotonic()
             self.arm = Arm(self._canary, searcher)
@@ -193,31 +225,20 @@ class CanaryWatch:
                 self._end(workspace, canary, "moved", f"{serving.champion} serves now", total)
                 return
             # Rolled back by this canary, by a process that died before it said so.
-            is_failing = found.verdict == "failing"
-            self._end(
-                workspace,
-                canary,
-                "failing" if is_failing else "changed",
-                serving.moved_by.removeprefix(canary.moved_by),
-                total,
-            )
-        elif found.verdict == "changed":
-            reason = (
-                f"at least {found.changed_lower:.1%} of the first answers change, above {canary.limits.max_changed:.1%}"
-            )
-            self._end(workspace, canary, "changed", reason, total)
-        elif found.verdict == "failing":
-            limit = canary.limits.max_failed
-            reason = f"at least {found.failed_lower:.1%} of the answers fail or are late, above {limit:.1%}"
-            self._end(workspace, canary, "failing", reason, total)
+            outcome = "changed" if found.verdict == "goes on" else found.verdict
+            self._end(workspace, canary, outcome, serving.moved_by.removeprefix(canary.moved_by), total)
+        elif found.verdict != "goes on":
+            self._end(workspace, canary, found.verdict, _reason(found, canary.limits), total)
         elif total.watched_s >= 3600 * canary.started.hours:
-            self._end(workspace, canary, "time", f"watched for {canary.started.hours:g} hours", total)
+            reason = f"watched for {canary.started.hours:g} hours"
+            reason += f"; {total.vectors:,} searches came as vectors: {_NO_VECTORS}" if total.vectors else ""
+            self._end(workspace, canary, "time", reason, total)
 
     def _end(
         self,
         workspace: Workspace,
         canary: Canary,
-        outcome: Literal["changed", "failing", "time", "moved"],
+        outcome: Literal["changed", "failing", "flipping", "time", "moved"],
         reason: str,
         total: Tally,
     ) -> None:
@@ -249,38 +270,21 @@ class CanaryWatch:
         threading.Thread(target=tell_of, args=(self.root, notice), daemon=True, name="search-telling").start()
 
 
-def _compared(canary: Canary, given: Comparison, other: bytes | Exception, seconds: float) -> Tally:
-    """What one comparison adds. A query that the other one, which serves, cannot answer says nothing."""
-    mine = json.loads(given.answer)
-    is_late = (given.seconds if canary.answers or canary.started.is_champion else seconds) > canary.started.max_answer_s
-    if canary.answers:
-        if isinstance(other, Exception) or mine["query_generation"] not in (canary.candidate, canary.champion):
-            return Tally()
-        if mine["query_generation"] != canary.candidate:  # answered in its place
-            return Tally(attempted=1, failed=1)
-        counted = Tally(attempted=1, failed=int(is_late), answered=1)
-    elif mine["query_generation"] != canary.champion:
-        return Tally()
-    elif isinstance(other, Exception):
-        return Tally(attempted=1, failed=int(not canary.started.is_champion))
-    else:
-        counted = Tally(attempted=1, failed=int(is_late))
-    theirs = json.loads(other)
-    return counted.plus(Tally(compared=1, changed=int(_first(mine) != _first(theirs)), overlap=_overlap(mine, theirs)))
+def _is_new(payload: bytes, seen: set[bytes]) -> bool:
+    digest = hashlib.blake2b(payload, digest_size=8).digest()
+    if digest in seen or len(seen) >= MAX_SEEN:
+        return False
+    seen.add(digest)
+    return True
 
 
-def _first(answer: dict[str, Any]) -> str:
-    """What an answer shows first: a label, an item without one, or nothing."""
-    hits = answer["hits"]
-    if not hits:
-        return ""
-    return f"label:{hits[0]['label']}" if hits[0]["label"] else f"item:{hits[0]['item_id']}"
-
-
-def _overlap(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The share of items that two answers have in common; 1 where both are empty."""
-    mine, theirs = ({hit["item_id"] for hit in answer["hits"]} for answer in (one, other))
-    return len(mine & theirs) / max(len(mine), len(theirs)) if mine or theirs else 1.0
+def _reason(found: Watched, limits: Limits) -> str:
+    """Why a candidate is ended that has crossed a limit."""
+    if found.verdict == "changed":
+        return f"at least {found.changed_lower:.1%} of the first answers change, above {limits.max_changed:.1%}"
+    if found.verdict == "failing":
+        return f"at least {found.failed_lower:.1%} of the answers fail or are late, above {limits.max_failed:.1%}"
+    return f"at least {found.nfr_lower:.1%} of the labelled pictures flip negatively, above {limits.max_nfr:.1%}"
 
 
 def _notice(canary: Canary, ended: CanaryEnded, total: Tally) -> Notice:

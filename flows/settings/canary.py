@@ -29,6 +29,13 @@ class CanaryConfig(BaseModel):
     max_failed: float = Field(
         default=0.01, ge=0, le=1, description="Share of the candidate's answers that may fail or come too late."
     )
+    max_nfr: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Share of the labelled pictures for which the candidate may be wrong where the other generation is "
+        "right; by default that of the policy.",
+    )
     max_answer_s: float = Field(
         default=2.0, gt=0, description="Seconds of computing after which an answer of the candidate comes too late."
     )
@@ -36,6 +43,6 @@ class CanaryConfig(BaseModel):
         default=0.05,
         gt=0,
         lt=0.5,
-        description="Chance that a candidate which keeps to both limits is ended all the same, however long it is "
+        description="Chance that a candidate which keeps to all limits is ended all the same, however long it is "
         "watched.",
     )

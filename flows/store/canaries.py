@@ -8,7 +8,7 @@ watched by its monotonic clock, and begins where the furthest of the others was:
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -44,7 +44,9 @@ class Canary:
     @property
     def limits(self) -> Limits:
         """What the candidate may do."""
-        return Limits(self.started.max_changed, self.started.max_failed, self.started.alpha)
+        started = self.started
+        max_nfr = 1.0 if started.max_nfr is None else started.max_nfr
+        return Limits(started.max_changed, started.max_failed, started.alpha, max_nfr)
 
     @property
     def champion(self) -> str:
@@ -71,7 +73,7 @@ class Tally(BaseModel):
     """What one process, or all of them, have seen of a canary. `watched_s`: for so long, by the process's own clock.
 
     `answered`: queries that the candidate answered; `dropped`: comparisons for which there was no room; `repeated`:
-    queries that were seen before, which say nothing new.
+    queries that were seen before, which say nothing new; `vectors`: searches by a vector, which are not watched.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,15 +84,20 @@ class Tally(BaseModel):
     overlap: float = Field(default=0.0, ge=0)
     attempted: int = Field(default=0, ge=0)
     failed: int = Field(default=0, ge=0)
+    labelled: int = Field(default=0, ge=0)
+    negative_flips: int = Field(default=0, ge=0)
+    positive_flips: int = Field(default=0, ge=0)
     answered: int = Field(default=0, ge=0)
     dropped: int = Field(default=0, ge=0)
     repeated: int = Field(default=0, ge=0)
+    vectors: int = Field(default=0, ge=0)
     watched_s: float = Field(default=0.0, ge=0)
 
     @property
     def counts(self) -> Counts:
         """What the bounds need."""
-        return Counts(self.compared, self.changed, self.overlap, self.attempted, self.failed)
+        names = (field.name for field in fields(Counts))
+        return Counts(**{name: getattr(self, name) for name in names})
 
     def plus(self, other: "Tally") -> "Tally":
         """Both together; they were watched for as long as one of them was."""

@@ -161,7 +161,7 @@ class CanaryStarted(_Happened):
 
     `readable`: what it may read for that time without certificates; empty where it has its own. `is_champion`: it
     serves already, and the reference is what it took the place of. `measured`: the share of changed first answers that
-    its evaluation found.
+    its evaluation found. `max_nfr`: share of the labelled queries that may flip negatively; None limits nothing.
     """
 
     kind: Literal["canary_started"] = "canary_started"
@@ -175,6 +175,7 @@ class CanaryStarted(_Happened):
     max_changed: float
     max_failed: float
     max_answer_s: float
+    max_nfr: float | None = None
     alpha: float
     measured: float | None = None
     by: str = ""
@@ -185,13 +186,15 @@ class CanaryEnded(_Happened):
 
     kind: Literal["canary_ended"] = "canary_ended"
     number: int
-    outcome: Literal["changed", "failing", "time", "stopped", "moved"]
+    outcome: Literal["changed", "failing", "flipping", "time", "stopped", "moved"]
     reason: str
     move: str = ""
     compared: int
     changed: int
     attempted: int
     failed: int
+    labelled: int = 0
+    negative_flips: int = 0
     by: str = ""
 
 

@@ -33,15 +33,23 @@ class Wanted:
     share: float | None = None
     hours: float | None = None
     max_changed: float | None = None
+    max_nfr: float | None = None
 
 
 def begin(
-    workspace: Workspace, config: CanaryConfig, generation: str, wanted: Wanted, *, max_hidden: int = 0
+    workspace: Workspace,
+    config: CanaryConfig,
+    generation: str,
+    wanted: Wanted,
+    *,
+    max_hidden: int = 0,
+    policy_nfr: float | None = None,
 ) -> Canary:
     """Watch a generation beside what serves; endpoints begin at their next look.
 
     A candidate that waits, or one that served before a rollback, answers a share of the queries, or is only asked
-    beside (`shadow`). The champion itself is watched against the generation whose place it took.
+    beside (`shadow`). The champion itself is watched against the generation whose place it took. `policy_nfr`: share of
+    labelled pictures that may flip negatively, where neither `wanted` nor `config` says it; None limits nothing.
 
     Raises:
         MoveRefusedError: nobody waits for it, or more than `max_hidden` items that can be read now it could not read.
@@ -64,6 +72,7 @@ def begin(
     readable = () if is_champion else _readable(workspace, generation, evaluation, max_hidden)
     measured = None if evaluation is None else _measured(evaluation, is_champion)
     limit = _limit(config, wanted, measured, act)
+    max_nfr = next((one for one in (wanted.max_nfr, config.max_nfr, policy_nfr) if one is not None), None)
 
     def started(number: int) -> CanaryStarted:
         return CanaryStarted(
@@ -77,6 +86,7 @@ def begin(
             max_changed=limit,
             max_failed=config.max_failed,
             max_answer_s=config.max_answer_s,
+            max_nfr=max_nfr,
             alpha=config.alpha,
             measured=measured,
             by=operator(),
@@ -88,7 +98,7 @@ def begin(
 def settle(
     workspace: Workspace,
     canary: Canary,
-    outcome: Literal["changed", "failing", "time", "stopped", "moved"],
+    outcome: Literal["changed", "failing", "flipping", "time", "stopped", "moved"],
     reason: str,
     tally: Tally,
     *,
@@ -100,7 +110,7 @@ def settle(
     look ends, by `moved_by` knowing why. Where the gate refuses, the end says so, and nothing has moved.
     """
     move = ""
-    if canary.started.is_champion and outcome in ("changed", "failing"):
+    if canary.started.is_champion and outcome in ("changed", "failing", "flipping"):
         try:
             state = rollback(workspace, reason=canary.moved_by + reason, leaving=canary.candidate)
             move = f"rolled back to {state.champion}"
@@ -117,6 +127,8 @@ def settle(
         changed=tally.changed,
         attempted=tally.attempted,
         failed=tally.failed,
+        labelled=tally.labelled,
+        negative_flips=tally.negative_flips,
         by=by,
     )
     return record_end(workspace.registry, canary, ended)
@@ -145,9 +157,17 @@ def summary_of(canary: Canary, tally: Tally) -> dict[str, Any]:
         "failed": tally.failed,
         "failed_lower": found.failed_lower,
         "max_failed": started.max_failed,
+        "labelled": tally.labelled,
+        "negative_flips": tally.negative_flips,
+        "positive_flips": tally.positive_flips,
+        "nfr": found.nfr,
+        "nfr_lower": found.nfr_lower,
+        "nfr_upper": found.nfr_upper,
+        "max_nfr": started.max_nfr,
         "answered_by_candidate": tally.answered,
         "dropped": tally.dropped,
         "repeated": tally.repeated,
+        "vectors": tally.vectors,
     }
 
 

@@ -1,5 +1,7 @@
 """Bounds that hold at every moment: against an integral, in simulation under optional stopping, and what follows."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -80,3 +82,14 @@ def test_a_limit_is_crossed_by_a_bound_and_not_by_a_share() -> None:
     assert watch(Counts(200, 40, 100.0, 200, 0), limits).verdict == "changed"
     assert watch(Counts(200, 5, 190.0, 200, 20), limits).verdict == "failing"
     assert watch(Counts(0, 0, 0.0, 50, 50), limits).verdict == "failing"
+    labelled = Counts(labelled=200, negative_flips=40, positive_flips=160)
+    assert watch(labelled, limits).verdict == "goes on", "without a limit of flips"
+    assert watch(labelled, replace(limits, max_nfr=0.1)).verdict == "flipping"
+    assert watch(Counts(labelled=20, negative_flips=4), replace(limits, max_nfr=0.1)).verdict == "goes on"
+
+
+def test_the_bounds_of_all_limits_share_the_error_level() -> None:
+    found = watch(Counts(100, 20, 80.0, 100, 20, 100, 20), Limits(0.5, 0.5, ALPHA, 0.5))
+    assert found.changed_lower == lower_bound(20, 100, ALPHA / 2)
+    assert (found.failed_lower, found.nfr_lower) == (lower_bound(20, 100, ALPHA / 4),) * 2
+    assert (found.changed_upper, found.nfr_upper) == (upper_bound(20, 100, ALPHA / 2), upper_bound(20, 100, ALPHA / 4))

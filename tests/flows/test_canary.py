@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 from graceful.flows.runtime.session import open_session
 from graceful.flows.search import watching
 from graceful.flows.search.http import make_app
-from graceful.flows.search.searcher import GallerySearcher, ServedSnapshot
+from graceful.flows.search.searcher import GallerySearcher, OpenSearcher, ServedSnapshot
 from graceful.flows.settings.endpoint import EndpointConfig
 from graceful.flows.store.canaries import read_tallies
 from graceful.flows.store.events import CanaryEnded, RolledBack
@@ -87,8 +87,10 @@ def said_by(address: str) -> str:
 class Client:
     """An endpoint of its own on a workspace, as another process would be."""
 
-    def __init__(self, root: Path, config: EndpointConfig | None = None) -> None:
-        self.http = TestClient(make_app(str(root), refresh_s=0.05, config=config))
+    def __init__(
+        self, root: Path, config: EndpointConfig | None = None, open_searcher: OpenSearcher = GallerySearcher
+    ) -> None:
+        self.http = TestClient(make_app(str(root), refresh_s=0.05, config=config, open_searcher=open_searcher))
 
     def __enter__(self) -> "Client":
         self.http.__enter__()
@@ -99,6 +101,11 @@ class Client:
 
     def watches(self) -> bool:
         return bool((self.http.get("/status").json()["canary"] or {}).get("watched_here"))
+
+    def label(self, payload: bytes, **params: str) -> dict[str, Any]:
+        judged = self.http.post("/labels", params=params, content=payload)
+        assert judged.status_code == 200, judged.text
+        return dict(judged.json())
 
     def ask(self, payload: bytes, **params: object) -> dict[str, Any]:
         answer = self.http.post("/search", params={"k": 5, **params}, content=payload)
@@ -186,35 +193,36 @@ def test_a_generation_may_be_asked_by_name_and_one_that_may_not_query_is_refused
 # When it ends
 
 
-def shuffled(searcher: type[GallerySearcher]) -> type[GallerySearcher]:
+class Shuffled(GallerySearcher):
     """A candidate whose answers have nothing to do with the pictures."""
 
-    class Shuffled(searcher):  # type: ignore[misc, valid-type]
-        @property
-        def served(self) -> ServedSnapshot:
-            found: ServedSnapshot = super().served
-            encode, draw = found.encoder.encode_pixels, np.random.default_rng(0)
+    @property
+    def served(self) -> ServedSnapshot:
+        found = super().served
+        encode, draw = found.encoder.encode_pixels, np.random.default_rng(0)
 
-            class Encoder:
-                card = found.encoder.card
+        class Encoder:
+            card = found.encoder.card
 
-                @staticmethod
-                def encode_pixels(pixels: np.ndarray) -> np.ndarray:
-                    return draw.standard_normal(encode(pixels).shape).astype(np.float32)
+            @staticmethod
+            def encode_pixels(pixels: np.ndarray) -> np.ndarray:
+                return draw.standard_normal(encode(pixels).shape).astype(np.float32)
 
-            return replace(found, encoder=Encoder())  # type: ignore[arg-type]
+        return replace(found, encoder=Encoder())  # type: ignore[arg-type]
 
-    return Shuffled
+
+def beside(kind: type[GallerySearcher]) -> OpenSearcher:
+    """Who does not serve is a searcher of this kind."""
+    return lambda workspace, name, granted: (kind if name else GallerySearcher)(workspace, name, granted)
 
 
 @pytest.mark.parametrize("mode", ["--shadow", "--share=100%"])
 def test_a_bad_candidate_is_ended_by_the_bound_and_answers_no_more(
-    root: Path, monkeypatch: pytest.MonkeyPatch, told: list[watching.Notice], mode: str
+    root: Path, told: list[watching.Notice], mode: str
 ) -> None:
     first, second = names(root)
-    monkeypatch.setattr(watching, "GallerySearcher", shuffled(GallerySearcher))
     start(root, mode, *([] if "share" in mode else ["--share", "100%"]), "--max-changed", "50%")
-    with Client(root, EndpointConfig(batch_searches=64)) as client:
+    with Client(root, EndpointConfig(batch_searches=64), beside(Shuffled)) as client:
         until(client.watches)
         for payload in pictures(root, 0, 80):
             client.ask(payload)
@@ -256,9 +264,7 @@ def test_a_good_candidate_goes_on_until_its_time_is_over(
     assert "watched for 0.0015 hours" in told[0].summary
 
 
-def test_a_candidate_that_fails_is_replaced_for_the_client_and_ended(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_candidate_that_fails_is_replaced_for_the_client_and_ended(root: Path) -> None:
     first, _ = names(root)
 
     class Failing(GallerySearcher):
@@ -266,9 +272,8 @@ def test_a_candidate_that_fails_is_replaced_for_the_client_and_ended(
         def served(self) -> ServedSnapshot:
             return replace(super().served, encoder=None)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(watching, "GallerySearcher", Failing)
     start(root, "--share", "100%", "--max-changed", "100%")
-    with Client(root) as client:
+    with Client(root, open_searcher=beside(Failing)) as client:
         until(client.watches)
         for payload in pictures(root, 0, 30):
             assert client.ask(payload)["query_generation"] == first
@@ -424,6 +429,103 @@ def test_comparing_delays_no_answer_and_what_finds_no_room_is_dropped_and_counte
         go_on.set()
         until(lambda: stands(root)["dropped"] == 10)
         until(lambda: stands(root)["compared"] == 2)
+
+
+# Searches that cannot be watched, and answers whose label is known
+
+
+def test_searches_by_a_vector_are_counted_and_named_wherever_the_canary_is_shown(
+    root: Path, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    start(root, "--share", "100%", "--shadow", "--max-changed", "100%", "--hours", "0.0015")
+    assert "vector" not in running.command("canary", "status", "-r", root).output
+    until(client.watches)
+    for _ in range(3):
+        assert client.http.post("/search", json={"vector": [1.0] * 16}).status_code == 200
+    until(lambda: stands(root)["vectors"] == 3)
+    assert stands(root)["compared"] == 0
+    assert "not watched: 3 searches by a vector" in running.command("canary", "status", "-r", root).output
+    assert "graceful_canary_vectors" in client.http.get("/metrics").text
+    assert [record.message for record in caplog.records if "such searches are not watched" in record.message] != []
+    until(lambda: stands(root)["ended"])
+    assert "; 3 searches came as vectors" in stands(root)["ended"]["reason"]
+
+
+def test_a_label_says_of_both_generations_whether_they_are_right_and_counts_once(root: Path, client: Client) -> None:
+    first, second = names(root)
+    asked = pictures(root, 0, 40)
+    refused = client.http.post("/labels?label=3", content=asked[0])
+    assert (refused.status_code, refused.json()["kind"]) == (409, "nothing_watched")
+    assert start(root, "--shadow", "--max-changed", "100%")["max_nfr"] == 0.9, "the policy's"
+    until(client.watches)
+    lost = won = 0
+    for row, payload in enumerate(asked):
+        before, after = (client.ask(payload, generation=name)["hits"][0] for name in (first, second))
+        key, by = ("label", "label") if row % 2 else ("item", "item_id")
+        right = (before, after)[row % 3 == 0][by]
+        judged = client.label(payload, **{key: right})
+        assert (judged["reference"], judged["candidate"], judged["counted"]) == (first, second, True)
+        assert judged["reference_is_right"] == (before[by] == right)
+        assert judged["candidate_is_right"] == (after[by] == right)
+        lost += before[by] == right != after[by]
+        won += after[by] == right != before[by]
+    assert lost > 0
+    assert won > 0
+    assert not client.label(asked[0], label="3")["counted"]
+    until(lambda: stands(root)["labelled"] == 40)
+    found = stands(root)
+    assert (found["negative_flips"], found["positive_flips"]) == (lost, won)
+    assert found["nfr_lower"] < found["nfr"] == lost / 40 < found["nfr_upper"]
+    assert f"negative flips: {lost / 40:.1%} of 40 labelled" in running.command("canary", "status", "-r", root).output
+    for params, body in (("", asked[0]), ("?label=3&item=x", asked[0])):
+        assert client.http.post(f"/labels{params}", content=body).status_code == 422
+    assert "a vector is of one" in client.http.post("/labels?label=3", json={"vector": [1.0] * 16}).json()["detail"]
+    assert client.http.post("/labels?label=3", content=b"no picture").json()["kind"] == "unreadable_image"
+    assert stands(root)["labelled"] == 40
+
+
+def test_a_champion_that_loses_too_many_labelled_pictures_is_rolled_back(root: Path) -> None:
+    """Although as many answers may change as will."""
+    first, _ = names(root)
+    running.command("accept", "g002", "--reason", "good", "-r", root)
+    started = start(root, "--share", "100%", "--max-changed", "100%", "--max-nfr", "1%")
+    assert (started["kind"], started["max_nfr"]) == ("probation", 0.01)
+    with Client(root) as client:
+        until(client.watches)
+        for payload in pictures(root, 0, 100):
+            right = client.ask(payload, generation=first)["hits"][0]["item_id"]
+            if not client.http.get("/status").json()["canary"]:
+                break
+            client.http.post("/labels", params={"item": right}, content=payload)
+        until(lambda: stands(root)["ended"])
+    found = stands(root)
+    assert (found["ended"]["outcome"], found["ended"]["move"]) == ("flipping", f"rolled back to {first}")
+    assert "of the labelled pictures flip negatively, above 1.0%" in found["ended"]["reason"]
+    assert open_workspace(str(root)).registry.serving().champion == first
+
+
+def test_the_limit_is_what_the_evaluation_measured_on_its_query_log_and_the_excess(tmp_path: Path) -> None:
+    root = tmp_path / "ws"
+    where = {"label": tiny.DIGITS[:5], "instance": {"min": 100, "max": 129}}
+    log = {"source": "digits", "label_columns": [], "where": where, "path": str(root / "digits.parquet")}
+    tiny.new_workspace(root, {"evaluation.log": log})
+    running.update(root)
+    changes = {"evaluation.log": log, "training.seed": 1, "rollout.approval": "always"}
+    tiny.write_config(root, root / "digits.parquet", changes | {"canary.max_changed_excess": 0.07})
+    assert running.update(root).approval == "waiting"
+    started = start(root, "--share", "100%", "--shadow")
+    assert started["max_changed"] == pytest.approx(started["measured"] + 0.07)
+    rows = pq.read_table(root / "digits.parquet").to_pylist()
+    logged = [row for row in rows if row["label"] in where["label"] and 100 <= row["instance"] <= 129]
+    assert len(logged) == 150
+    with Client(root) as client:
+        until(client.watches)
+        shown = [
+            [client.ask(bytes(row["image"]["bytes"]), generation=name)["hits"][0]["label"] for row in logged]
+            for name in names(root)
+        ]
+    share = np.mean([before != after for before, after in zip(*shown, strict=True)])
+    assert 0 < started["measured"] == pytest.approx(share)
 
 
 # What is refused

@@ -4,17 +4,20 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 from fastapi.testclient import TestClient
 
 from graceful.flows.search import sharded
 from graceful.flows.search.http import make_app
-from graceful.flows.search.searcher import GallerySearcher, IncompleteAnswerError
+from graceful.flows.search.searcher import GallerySearcher, IncompleteAnswerError, OpenSearcher, ServingSearcher
 from graceful.flows.search.sharded import ShardedSearcher, open_sharded_searcher, shard_buckets
 from graceful.flows.store.workspace import open_workspace
 from tests.flows import running, tiny
@@ -31,9 +34,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def searcher(workspace: Path) -> Iterator[ShardedSearcher]:
+def opener() -> Iterator[OpenSearcher]:
+    """What opens searchers over three shards of one cluster."""
     with open_sharded_searcher(3) as open_searcher:
-        yield open_searcher(open_workspace(str(workspace)))
+        yield open_searcher
+
+
+@pytest.fixture(scope="module")
+def searcher(workspace: Path, opener: OpenSearcher) -> ShardedSearcher:
+    return opener(open_workspace(str(workspace)), None, ())  # type: ignore[return-value]
 
 
 def queries(num: int = 4) -> np.ndarray:
@@ -128,7 +137,7 @@ def test_a_killed_shard_is_rebuilt_at_the_same_version_and_no_part_is_given_as_t
     monkeypatch.setattr(sharded, "ANSWER_TIMEOUT_S", 0.3)
     with pytest.raises(IncompleteAnswerError, match="expected an answer of all 3 shards, found none of shard 1"):
         served.search_vectors(queries(), 12)
-    with TestClient(make_app(str(workspace), open_searcher=lambda _: searcher, refresh_s=60)) as client:
+    with TestClient(make_app(str(workspace), open_searcher=lambda *_: searcher, refresh_s=60)) as client:
         answers = []
 
         def answered() -> bool:
@@ -140,6 +149,48 @@ def test_a_killed_shard_is_rebuilt_at_the_same_version_and_no_part_is_given_as_t
         assert [hit["item_id"] for hit in answers[-1].json()["hits"]] == [hit.item_id for hit in expected[0]]
         assert all("of all 3 shards" in answer.text for answer in answers[:-1])
     assert searcher.served.snapshot_id == served.snapshot_id
+
+
+def test_a_shadow_over_shards_is_compared_like_one_over_a_whole_index_and_its_shards_end_with_it(
+    workspace: Path, opener: OpenSearcher, tmp_path: Path
+) -> None:
+    root = tiny.copy_workspace(workspace, tmp_path / "ws")
+    tiny.write_config(root, root / "digits.parquet", {"training.seed": 1, "rollout.approval": "always"})
+    assert running.update(root).approval == "waiting"
+    running.command("canary", "start", "g002", "--shadow", "--share", "100%", "--max-changed", "100%", "-r", root)
+    pictures = [bytes(row["bytes"]) for row in pq.read_table(root / "digits.parquet")["image"].slice(0, 30).to_pylist()]
+    names = open_workspace(str(root)).registry.generations()
+
+    def answered(client: TestClient, payload: bytes, name: str) -> str:
+        answer = client.post("/search", params={"generation": name}, content=payload)
+        assert (answer.status_code, answer.json()["query_generation"]) == (200, name)
+        return str(answer.json()["hits"][0]["label"])
+
+    opened: list[Any] = []
+
+    def open_searcher(*given: Any) -> ServingSearcher:
+        searcher = opener(*given)
+        opened.append(weakref.ref(searcher))
+        return searcher
+
+    with TestClient(make_app(str(root), refresh_s=0.05, open_searcher=open_searcher)) as client:
+        until(lambda: (client.get("/status").json()["canary"] or {}).get("watched_here"))
+        changed = 0
+        for payload in pictures:
+            assert client.post("/search", content=payload).json()["query_generation"] == names[0]
+            before, after = (answered(client, payload, name) for name in names)
+            changed += before != after
+            judged = client.post("/labels", params={"label": before}, content=payload).json()
+            assert (judged["reference_is_right"], judged["candidate_is_right"]) == (True, before == after)
+        until(lambda: running.document("canary", "status", "-r", root)["compared"] == len(pictures))
+        found = running.document("canary", "status", "-r", root)
+        assert (found["changed"], found["negative_flips"]) == (changed, changed)
+        beside = opened[1]()
+        processes = [ray.get(shard.process_id.remote()) for shard in beside.shards]
+        del beside
+        running.command("canary", "stop", "--reason", "seen enough", "-r", root)
+        until(lambda: not any(Path("/proc", str(process)).exists() for process in processes))
+        assert client.post("/search", content=pictures[0]).json()["query_generation"] == names[0]
 
 
 def test_all_buckets_are_in_one_shard() -> None:
