@@ -488,15 +488,17 @@ def test_a_champion_that_loses_too_many_labelled_pictures_is_rolled_back(root: P
     """Although as many answers may change as will."""
     first, _ = names(root)
     running.command("accept", "g002", "--reason", "good", "-r", root)
-    started = start(root, "--share", "100%", "--max-changed", "100%", "--max-nfr", "1%")
-    assert (started["kind"], started["max_nfr"]) == ("probation", 0.01)
     with Client(root) as client:
+        asked = pictures(root, 0, 100)
+        right = [client.ask(payload, generation=first)["hits"][0]["item_id"] for payload in asked]
+        started = start(root, "--share", "100%", "--max-changed", "100%", "--max-nfr", "1%")
+        assert (started["kind"], started["max_nfr"]) == ("probation", 0.01)
         until(client.watches)
-        for payload in pictures(root, 0, 100):
-            right = client.ask(payload, generation=first)["hits"][0]["item_id"]
-            if not client.http.get("/status").json()["canary"]:
+        for payload, item in zip(asked, right, strict=True):
+            judged = client.http.post("/labels", params={"item": item}, content=payload)
+            if judged.status_code != 200:
+                assert judged.json()["kind"] == "nothing_watched"
                 break
-            client.http.post("/labels", params={"item": right}, content=payload)
         until(lambda: stands(root)["ended"])
     found = stands(root)
     assert (found["ended"]["outcome"], found["ended"]["move"]) == ("flipping", f"rolled back to {first}")
