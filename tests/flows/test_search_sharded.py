@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from graceful.flows.search import sharded
 from graceful.flows.search.http import make_app
 from graceful.flows.search.searcher import GallerySearcher, IncompleteAnswerError, OpenSearcher, ServingSearcher
 from graceful.flows.search.sharded import ShardedSearcher, open_sharded_searcher, shard_buckets
-from graceful.flows.store.workspace import open_workspace
+from graceful.flows.store.workspace import Workspace, open_workspace
 from tests.flows import running, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -168,9 +168,10 @@ def test_a_shadow_over_shards_is_compared_like_one_over_a_whole_index_and_its_sh
 
     opened: list[Any] = []
 
-    def open_searcher(*given: Any) -> ServingSearcher:
-        searcher = opener(*given)
-        opened.append(weakref.ref(searcher))
+    def open_searcher(opened_in: Workspace, name: str | None, granted: Sequence[str]) -> ServingSearcher:
+        """The candidate over shards; for the champion that is tested above."""
+        searcher = opener(opened_in, name, granted) if name else GallerySearcher(opened_in)
+        opened.extend([weakref.ref(searcher)] if name else [])
         return searcher
 
     with TestClient(make_app(str(root), refresh_s=0.05, open_searcher=open_searcher)) as client:
@@ -185,7 +186,8 @@ def test_a_shadow_over_shards_is_compared_like_one_over_a_whole_index_and_its_sh
         until(lambda: running.document("canary", "status", "-r", root)["compared"] == len(pictures))
         found = running.document("canary", "status", "-r", root)
         assert (found["changed"], found["negative_flips"]) == (changed, changed)
-        beside = opened[1]()
+        (candidate,) = opened
+        beside = candidate()
         processes = [ray.get(shard.process_id.remote()) for shard in beside.shards]
         del beside
         running.command("canary", "stop", "--reason", "seen enough", "-r", root)

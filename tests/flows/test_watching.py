@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Suspended
 
 from graceful.files import write_bytes
+from graceful.flows import schedule
 from graceful.flows.deployments import UPDATE, deployments
+from graceful.flows.runtime.notify import Notice
 from graceful.flows.settings.config import load_workspace_config
+from graceful.flows.store.claim import claim
 from graceful.flows.watching import NEW_DATA, begin_update, digest_of, watch_data
 from tests.flows import tiny
 from tests.flows.test_object_store import bucket  # noqa: F401  a fixture
@@ -154,3 +158,41 @@ def test_an_update_that_waits_already_is_enough(
         begun, runs = asyncio.run(twice())
     assert begun == [True, False]
     assert [sorted(run.tags) for run in runs] == [["graceful", NEW_DATA]]
+
+
+def test_the_service_looks_for_data_for_stuck_updates_and_for_answers_beside_its_runs(
+    tmp_path: Path, flow_server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own order, on a real server; nothing is carried out, and it ends once all three were seen."""
+    root = workspace_of(tmp_path, str(tmp_path / "photos"))
+    write_bytes(str(tmp_path / "photos" / "ann" / "1.png"), b"1")
+    name = f"beside-{os.getpid()}"
+    changes = {"watch_minutes": LOOK_S / 60, "quiet_minutes": QUIET_S / 60}
+    tables = {"training_data": {"source": "folder", "path": str(tmp_path / "photos")}, "schedule": changes}
+    tiny.write_config(root, tmp_path / "unused", {**tables, "name": name, "notify": {"stuck_hours": 1e-6}})
+    told: list[Notice] = []
+    monkeypatch.setattr(schedule, "tell", lambda *given: told.append(given[-1]))
+    monkeypatch.setattr(schedule, "is_answered", lambda where, key: (where, key) == (str(root), "answered"))
+    seen: set[str] = set()
+
+    async def until_all_were_seen(_: object) -> None:
+        deadline = time.monotonic() + 60
+        async with get_client() as client:
+            deployment = await client.read_deployment_by_name(f"{UPDATE}/{name}")
+            asked = await client.create_flow_run_from_deployment(deployment.id, state=Suspended(pause_key="answered"))
+            while seen != {"new data", "stuck", "woken"}:
+                assert time.monotonic() < deadline, f"within the time only {seen}"
+                for run in await client.read_flow_runs():
+                    if run.deployment_id == deployment.id and NEW_DATA in run.tags:
+                        seen.add("new data")
+                asked = await client.read_flow_run(asked.id)
+                seen.update({"woken"} if asked.state_name == "Resuming" else ())
+                seen.update(notice.kind for notice in told)
+                await asyncio.sleep(0.1)
+
+    monkeypatch.setattr(schedule, "_until_signalled", until_all_were_seen)
+    with temporary_settings({PREFECT_API_URL: flow_server["PREFECT_API_URL"]}), claim(str(root), "an update"):
+        config = load_workspace_config(str(root))
+        asyncio.run(schedule._run(str(root), config, flow_server["PREFECT_API_URL"], at_once=False))
+    assert seen == {"new data", "stuck", "woken"}
+    assert len(told) == 1
