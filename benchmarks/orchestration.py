@@ -23,6 +23,7 @@ def orchestration(epochs: int = 66) -> Ratio:
         from graceful.flows.runtime.session import open_session
         from graceful.flows.settings.config import load_config
         from graceful.flows.store.events import UpdateCompleted
+        from graceful.flows.store.workspace import Workspace
         from graceful.flows.update import order
         from graceful.flows.update.flow import as_task
 
@@ -34,6 +35,7 @@ def orchestration(epochs: int = 66) -> Ratio:
             "train_paragon": False,
         }
         config = load_config(example, folder, overrides)
+        Workspace(folder).create()
 
         @flow(persist_result=False)
         def nothing() -> None:

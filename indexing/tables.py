@@ -139,6 +139,11 @@ class TableSnapshot:
             found[file.partition].append(file)
         return {partition: tuple(files) for partition, files in found.items()}
 
+    @cached_property
+    def records(self) -> tuple[dict[str, Any], ...]:
+        """All rows by `sequence`, read once: for small tables that are looked at again and again. To be read only."""
+        return tuple(self.rows().sort_by("sequence").to_pylist())
+
     def location(self, file: DataFile) -> str:
         """Where one of the files lies."""
         return join(self.uri, file.path)

@@ -93,7 +93,7 @@ ORDER = {
         "flows.update.explorer", "flows.update.publish", "flows.update.order", "flows.update.replay",
         "flows.update.form", "flows.update.by_hand", "flows.update.flow",
         "flows.search", "flows.search.views", "flows.search.searcher", "flows.search.sharded",
-        "flows.search.batches", "flows.search.answering", "flows.search.looking",
+        "flows.search.pauses", "flows.search.batches", "flows.search.answering", "flows.search.looking",
         "flows.search.comparing", "flows.search.watching", "flows.search.beside", "flows.search.refusals",
         "flows.search.bodies", "flows.search.describing", "flows.search.guarding", "flows.search.metrics",
         "flows.search.report_pages", "flows.search.http", "flows.search.connections", "flows.search.serving",

@@ -9,21 +9,19 @@ and an error of one question is not that of another; a question that nobody wait
 
 import asyncio
 import contextlib
-import os
 import queue
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from graceful.errors import GracefulError
+from graceful.flows.search.pauses import stand_back
 
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 
 _SECONDS_TO_END = 2.0
-_NICENESS = 5
 
 
 class QueueFullError(GracefulError):
@@ -119,13 +117,6 @@ class Batches(Generic[Question, Answer]):
             return self._answer(questions)
         except Exception as error:
             return [error] * len(questions)
-
-
-def stand_back() -> None:
-    """Let the event loop come first where processors are scarce; for this thread, and those that it starts."""
-    if sys.platform == "linux":  # elsewhere it would be for the whole process
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, max(os.getpriority(os.PRIO_PROCESS, thread), _NICENESS))
 
 
 def _deliver(batch: Sequence[_Waiting[Question, Answer]], answers: Sequence[Answer | Exception]) -> None:

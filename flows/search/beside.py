@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from graceful.errors import GracefulError
 from graceful.flows.search.answering import OtherGenerationError
+from graceful.flows.search.pauses import stand_back
 from graceful.flows.search.searcher import OpenSearcher, ServedSnapshot, ServingSearcher
 from graceful.flows.search.watching import CanaryWatch
 from graceful.flows.store.workspace import Workspace, open_workspace
@@ -100,6 +101,7 @@ class Beside:
         )
 
     def _run(self, seconds: float) -> None:
+        stand_back()
         workspace: Workspace | None = None
         while not self._stopping:
             with contextlib.suppress(GracefulError, OSError):  # said by the thread that follows what serves

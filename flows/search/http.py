@@ -42,7 +42,7 @@ from graceful.flows.search.answering import (
     answer_images,
     answer_vectors,
 )
-from graceful.flows.search.batches import Batches, QueueFullError, stand_back
+from graceful.flows.search.batches import Batches, QueueFullError
 from graceful.flows.search.beside import Beside
 from graceful.flows.search.bodies import BodyBudget, HeldBody, json_limit, read_body
 from graceful.flows.search.comparing import Comparison, Judged, Labelled
@@ -50,6 +50,7 @@ from graceful.flows.search.describing import IMAGE_BODY, REFUSALS, REQUEST_BODY,
 from graceful.flows.search.guarding import Guard, Token
 from graceful.flows.search.looking import SearchState
 from graceful.flows.search.metrics import CONTENT_TYPE, SearchMetrics
+from graceful.flows.search.pauses import short_collections, short_turns, stand_back
 from graceful.flows.search.refusals import ANSWERABLE, Refused, busy, refusal_of
 from graceful.flows.search.report_pages import report_pages
 from graceful.flows.search.searcher import GallerySearcher, NothingServedError, OpenSearcher, ServedSnapshot
@@ -121,7 +122,8 @@ class Endpoint:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(looked, first_look_s)
         try:
-            yield
+            with short_turns(), short_collections():
+                yield
         finally:
             ending = (
                 self.state.close,

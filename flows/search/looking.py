@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graceful.flows.runtime.notify import Notice, tell_of
+from graceful.flows.search.pauses import stand_back
 from graceful.flows.search.searcher import NothingServedError, OpenSearcher, ServedSnapshot, ServingSearcher
 from graceful.flows.settings.config import load_supported_clients
 from graceful.flows.store.variants import NoVariantError, answering, live_variants
@@ -125,6 +126,7 @@ class SearchState:
                 looked.set_result(None)
 
         def run() -> None:
+            stand_back()
             self.refresh()
             with contextlib.suppress(RuntimeError):  # the loop has been closed
                 loop.call_soon_threadsafe(say)

@@ -166,7 +166,7 @@ class Registry:
         event_id = f"{name}/{key}"
         for attempt in range(_ATTEMPTS):
             version = self._lineage.version()
-            rows = self._lineage.snapshot(version).rows().sort_by("sequence").to_pylist()
+            rows = self._lineage.snapshot(version).records
             before: list[Event[H]] = [from_row(row, self.location) for row in rows if row["kind"] == name]
             known = [event.payload for event in before if event.event_id == event_id]
             if known:
@@ -199,7 +199,7 @@ class Registry:
         wanted = kind.model_fields["kind"].default
         return [
             from_row(row, self.location)
-            for row in self._lineage_rows()
+            for row in self._lineage.snapshot().records
             if row["kind"] == wanted and (update_key is None or row["update_key"] == update_key)
         ]
 
@@ -209,11 +209,7 @@ class Registry:
 
     def history(self) -> list[Event[Any]]:
         """Everything that happened, in order. Raises UnknownFormatError, also for a kind that is not known."""
-        return [from_row(row, self.location) for row in self._lineage_rows()]
-
-    def _lineage_rows(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = self._lineage.snapshot().rows().sort_by("sequence").to_pylist()
-        return rows
+        return [from_row(row, self.location) for row in self._lineage.snapshot().records]
 
     def generations(self) -> list[str]:
         """Every generation ever trained or adopted, by ordinal."""
@@ -274,8 +270,10 @@ class Registry:
 
     def certificates(self) -> set[tuple[str, str]]:
         """Pairs (query generation, gallery generation) in force."""
-        rows = self._certificates.snapshot().rows().sort_by("sequence").to_pylist()
-        latest = {(row["query_generation"], row["gallery_generation"]): row["in_force"] for row in rows}
+        latest = {
+            (row["query_generation"], row["gallery_generation"]): row["in_force"]
+            for row in self._certificates.snapshot().records
+        }
         return {pair for pair, in_force in latest.items() if in_force}
 
     def readable(self, query_generation: str) -> list[str]:
@@ -375,8 +373,8 @@ class Registry:
 
     def serving(self) -> ServingState:
         """The serving state now."""
-        history = self.serving_history()
-        return history[-1] if history else ServingState()
+        records = self._serving.snapshot().records
+        return ServingState.model_validate_json(records[-1]["state"]) if records else ServingState()
 
     def serving_history(self) -> list[ServingState]:
         """Every serving state there has been, oldest first."""
@@ -385,7 +383,7 @@ class Registry:
     def serving_periods(self) -> list[tuple[str, float, float | None]]:
         """Who served from when to when (seconds since the epoch), oldest first; the last one has no end."""
         periods: list[tuple[str, float, float | None]] = []
-        for row in self._serving.snapshot().rows().sort_by("sequence").to_pylist():
+        for row in self._serving.snapshot().records:
             champion = ServingState.model_validate_json(row["state"]).champion
             if champion is None or (periods and periods[-1][0] == champion):
                 continue
@@ -442,8 +440,7 @@ class Registry:
         raise AssertionError("the last attempt returns or raises")
 
     def _serving_history_at(self, version: int | None) -> list[ServingState]:
-        rows = self._serving.snapshot(version).rows().sort_by("sequence").to_pylist()
-        return [ServingState.model_validate_json(row["state"]) for row in rows]
+        return [ServingState.model_validate_json(row["state"]) for row in self._serving.snapshot(version).records]
 
 
 def _append(

@@ -1,8 +1,9 @@
-"""What a person sees: the flow run and its artifacts in the flow UI, and the report, in a real browser.
+"""What a person sees and does: runs, artifacts and the form of a decision in the flow UI, and the report, in a browser.
 
 GRACEFUL_WRITE_SCREENSHOTS=1 writes the pictures of docs/images; otherwise they go to a temporary folder.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -13,16 +14,19 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
+from graceful.flows.overlap import SKIPPED
 from graceful.flows.runtime.server import flow_server
 from tests.flows import running, tiny
 from tests.flows.browsing import NEEDS_BROWSER, open_browser, visit
+from tests.flows.conftest import Spawn
 from tests.flows.test_service import environment, free_port
 
 CODE = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(500),
+    pytest.mark.timeout(1500),
     *NEEDS_BROWSER,
 ]
 
@@ -35,6 +39,7 @@ class ShownUpdate:
     run: str
     report: Path
     outcome: str
+    root: Path
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +70,21 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ShownUpdate]:
             assert run["state_name"].split()[0].rstrip(":") in run["tags"]
             shown_as = run["state_name"].split()[0]
             report = max(root.glob("evaluations/*/report.html"), key=lambda path: path.stat().st_mtime)
-            yield ShownUpdate(api.removesuffix("/api"), run["id"], report, shown_as)
+            yield ShownUpdate(api.removesuffix("/api"), run["id"], report, shown_as, root)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with open_browser() as opened:
         yield opened
+
+
+def keep(page: Any, path: Path, height: int) -> None:
+    """Keep a picture of a page, in few colours: pages have few, and the file is small."""
+    page.screenshot(path=path, clip={"x": 0, "y": 0, "width": 1280, "height": height})
+    with Image.open(path) as picture:
+        few = picture.convert("RGB").quantize(64)
+    few.save(path, optimize=True)
 
 
 @pytest.fixture
@@ -95,7 +108,7 @@ def test_the_flow_run_shows_its_tasks_and_its_artifacts(browser: Any, shown: Sho
     page.get_by_role("tablist").get_by_text("Task Runs", exact=True).click()
     for name in ("freeze inputs", "train candidate", "train paragon", "judge", "publish"):
         expect(page.get_by_text(name).first).to_be_visible(timeout=20_000)
-    page.screenshot(path=pictures / "flow-run.png", clip={"x": 0, "y": 0, "width": 1280, "height": 1200})
+    keep(page, pictures / "flow-run.png", 1200)
     page.get_by_role("tablist").get_by_text("Artifacts", exact=True).click()
     for key in ("digits-compatibility-matrix", "digits-decision", "digits-report", "digits-learning-curve"):
         expect(page.get_by_text(key).first).to_be_visible(timeout=20_000)
@@ -115,10 +128,54 @@ def test_the_flow_run_shows_its_tasks_and_its_artifacts(browser: Any, shown: Sho
         expect(picture).to_be_visible(timeout=20_000)
         assert picture.evaluate("image => image.naturalWidth") > 100
         names = {"digits-decision": "flow-decision.png", "digits-compatibility-matrix": "flow-artifacts.png"}
-        name = names.get(key, f"{key}.png")
-        page.screenshot(path=pictures / name, clip={"x": 0, "y": 0, "width": 1280, "height": 860})
+        keep(page, pictures / names.get(key, "flow-learning-curve.png"), 860)
     assert seen.outside == []
     page.close()
+
+
+def test_a_decision_is_accepted_in_the_form_and_the_runs_read_as_a_history(
+    browser: Any, shown: ShownUpdate, pictures: Path, spawn: Spawn, tmp_path: Path
+) -> None:
+    """A run that finds nothing new, one that is skipped, and one that waits until somebody has pressed Resume."""
+    from playwright.sync_api import expect
+
+    api = f"{shown.base}/api"
+    ask = functools.partial(running.ask_server, api)
+    flow = ask("POST", "/flows/", {"name": "graceful-update"})["id"]
+    deployment = ask("POST", "/deployments/", {"name": "digits", "flow_id": flow, "enforce_parameter_schema": False})
+
+    def begun(**state: object) -> str:
+        wanted = {"parameters": {"workspace": str(shown.root)}, "state": {"type": "SCHEDULED", **state}}
+        return str(ask("POST", f"/deployments/{deployment['id']}/create_flow_run", wanted)["id"])
+
+    def carried_out(run: str) -> str:
+        log = tmp_path / "log"
+        process = spawn(running.deployed_run_in_child, run, str(log), {"PREFECT_API_URL": api})
+        process.join(120)
+        assert process.exitcode == 0, log.read_text()[-3000:]
+        return str(ask("GET", f"/flow_runs/{run}")["state_name"])
+
+    assert carried_out(begun()) == "Nothing new"
+    begun(type="CANCELLED", name=SKIPPED, message="Skipped: another update was under way when it was due.")
+    wide = {"name": "digits", "training.epochs": 2, "rollout.approval": "always", **tiny.grown(6)}
+    tiny.write_config(shown.root, shown.root / "digits.parquet", wide)
+    waits = begun()
+    assert carried_out(waits) == "AWAITING APPROVAL"
+
+    seen = visit(browser, shown.base, 1280, 1600)
+    page = seen.page
+    page.goto(f"{shown.base}/runs/flow-run/{waits}")
+    page.get_by_role("button", name="Resume").first.click()
+    form = page.get_by_role("dialog")
+    expect(form.get_by_text("guards pass").first).to_be_visible(timeout=20_000)
+    keep(page, pictures / "flow-approval.png", 1200)
+    page.goto(f"{shown.base}/runs")
+    page.wait_for_load_state("networkidle")
+    page.wait_for_timeout(3000)
+    keep(page, Path("/tmp/svc/runs.png"), 1200)
+    import time
+
+    time.sleep(int(os.environ.get("HOLD_S", "0")))
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (400, 850)])
