@@ -1,6 +1,7 @@
 """The search endpoint under load and under abuse, behind its real server: a socket at the other end, no mocks."""
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import uvicorn
+from fastapi.testclient import TestClient
 
 from graceful.flows.search.answering import ImageQuestion, VectorQuestion, answer_images, answer_vectors
 from graceful.flows.search.batches import Batches, QueueFullError
@@ -251,6 +253,26 @@ def test_threads_that_work_stand_back_behind_the_event_loop() -> None:
 
     here, there = asyncio.run(ask())
     assert there == max(here, 5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux alone")
+def test_an_endpoint_keeps_its_event_loop_from_waiting_and_leaves_the_process_as_it_was(workspace: Path) -> None:
+    before = sys.getswitchinterval()
+
+    def stand_back() -> bool:
+        threads = [thread for thread in threading.enumerate() if thread.name.startswith("search-")]
+        names = {thread.name.removeprefix("search-") for thread in threads}
+        assert names >= {"looking", "beside", "images", "vectors", "comparisons"}
+        return all(os.getpriority(os.PRIO_PROCESS, thread.native_id or 0) >= 5 for thread in threads)
+
+    with TestClient(make_app(str(workspace))):
+        assert sys.getswitchinterval() == pytest.approx(0.0005)
+        assert gc.get_freeze_count() > 10_000
+        deadline = time.monotonic() + 10
+        while not stand_back():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert (sys.getswitchinterval(), gc.get_freeze_count()) == (before, 0)
 
 
 # Load
