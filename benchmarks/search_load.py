@@ -6,6 +6,7 @@ in turn, and stores what was seen in benchmarks/results-search-load.json.
 
 The encoder is a real one (the small CNN, untrained), images are JPEGs of 320 x 240 noise; server, clients and probe are
 processes of their own on the same cores. A client that is told to come again (429) does, and that is counted apart.
+A second probe asks a bare server that does nothing: what it waits for, the machine makes everybody wait for.
 """
 
 import argparse
@@ -34,6 +35,7 @@ NUM_ITEMS, WIDTH, IMAGE_SIZE = 20_000, 128, 64
 IMAGE_CLIENTS, VECTOR_CLIENTS, SECONDS, PAIRS = 100, 16, 10.0, 3
 HEALTH_S, PROBE_EVERY_S = 0.1, 0.02
 PORTS = (8_951, 8_952)
+BARE_PORT = 8_953
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results-search-load.json"
 PACKAGES = ("training", "indexing", "evaluation", "flows")
@@ -45,6 +47,7 @@ def search_load() -> list[Ratio]:
         rounds = measured(folder, {"one by one": (None, {"batch_searches": 1}), "together": (None, {})})
     images = [one for rounds_of in rounds.values() for one in rounds_of["images"]]
     worst = max(one["health_p99_s"] for one in images)
+    bare = max(one["bare_p99_s"] for one in images)
     failed = sum(one["failed"] for one in images)
     pairs = zip(rounds["one by one"]["vectors"], rounds["together"]["vectors"], strict=True)
     vectors = ratio_of(
@@ -66,7 +69,8 @@ def search_load() -> list[Ratio]:
         candidate_s=round(worst, 4),
         note=f"99th percentile of /health under {IMAGE_CLIENTS} image clients / 100 ms, worst of {len(images)} runs; "
         f"{sum(one['answered'] for one in images):,} images answered, {failed} failed, "
-        f"{sum(one['busy'] for one in images):,} told to come again",
+        f"{sum(one['busy'] for one in images):,} told to come again; a bare server beside it {bare * 1e3:.0f} ms, load "
+        f"{os.getloadavg()[0]:.0f}",
     )
     return [vectors, health]
 
@@ -83,6 +87,7 @@ def measured(folder: str, variants: dict[str, Variant]) -> dict[str, dict[str, l
     found: dict[str, dict[str, list[dict[str, Any]]]] = {name: {"vectors": [], "images": []} for name in variants}
     with contextlib.ExitStack() as servers:
         ports = {}
+        servers.enter_context(_bare_server())
         for port, (name, (package, settings)) in zip(PORTS, variants.items(), strict=True):
             servers.enter_context(_server(folder, root, port, package, settings))
             ports[name] = port
@@ -100,10 +105,10 @@ def measured(folder: str, variants: dict[str, Variant]) -> dict[str, dict[str, l
 def _load(port: int, request: bytes, num_clients: int) -> dict[str, Any]:
     """What so many clients see who ask without a pause, and what a probe of the health sees meanwhile."""
     context = multiprocessing.get_context("spawn")
-    with context.Pool(2) as pool:
-        probe = pool.apply_async(_probe, (port, SECONDS))
+    with context.Pool(3) as pool:
+        probe, bare = (pool.apply_async(_probe, (one, SECONDS)) for one in (port, BARE_PORT))
         latencies, busy, failed = pool.apply(_ask, (port, request, num_clients, SECONDS))
-        probes = probe.get()
+        probes, bare_probes = probe.get(), bare.get()
     return {
         "per_second": round(len(latencies) / SECONDS, 1),
         "p50_s": round(float(np.median(latencies)), 4),
@@ -114,6 +119,7 @@ def _load(port: int, request: bytes, num_clients: int) -> dict[str, Any]:
         "health_p50_s": round(float(np.median(probes)), 4),
         "health_p99_s": round(float(np.percentile(probes, 99)), 4),
         "health_max_s": round(max(probes), 4),
+        "bare_p99_s": round(float(np.percentile(bare_probes, 99)), 4),
         "probes": len(probes),
     }
 
@@ -175,6 +181,31 @@ def _probe(port: int, seconds: float) -> list[float]:
             found.append(10.0)
         time.sleep(PROBE_EVERY_S)
     return found
+
+
+@contextlib.contextmanager
+def _bare_server() -> Iterator[None]:
+    server = multiprocessing.get_context("spawn").Process(target=_answer_nothing, daemon=True)
+    server.start()
+    try:
+        yield
+    finally:
+        server.kill()
+        server.join()
+
+
+def _answer_nothing() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async def serve() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", BARE_PORT) as server:
+            await server.serve_forever()
+
+    asyncio.run(serve())
 
 
 @contextlib.contextmanager
