@@ -175,7 +175,7 @@ def test_a_shadow_over_shards_is_compared_like_one_over_a_whole_index_and_its_sh
         return searcher
 
     with TestClient(make_app(str(root), refresh_s=0.05, open_searcher=open_searcher)) as client:
-        until(lambda: (client.get("/status").json()["canary"] or {}).get("watched_here"))
+        until(lambda: (client.get("/status").json()["canary"] or {}).get("watched_here"), 180)
         changed = 0
         for payload in pictures:
             assert client.post("/search", content=payload).json()["query_generation"] == names[0]
