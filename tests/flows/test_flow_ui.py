@@ -188,7 +188,7 @@ def test_a_decision_is_accepted_in_the_form_and_the_runs_read_as_a_history(
     page.goto(f"{shown.base}/runs")
     for text in ("COMPATIBLE_ROLLOUT", "Nothing new", SKIPPED, shown.outcome):
         expect(page.get_by_text(text).first).to_be_visible(timeout=20_000)
-    keep(page, pictures / "flow-history.png", 1100)
+    keep(page, pictures / "flow-history.png", 1160)
     assert seen.outside == []
     page.close()
 
