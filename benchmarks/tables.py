@@ -130,6 +130,30 @@ def schedule(stored: dict[str, Any]) -> str:
     )
 
 
+def search_load(stored: dict[str, Any]) -> str:
+    """What image clients and a probe of the health saw, round by round, before and after a change."""
+    head = [
+        "| | images a second | failed | `/health` median, ms | 99 of 100, ms | longest, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = [
+        f"| {name} | {one['per_second']} | {one['failed']} | {_ms(one['health_p50_s'])} | {_ms(one['health_p99_s'])} | "
+        f"{_ms(one['health_max_s'])} |"
+        for name, rounds in stored["rounds"].items()
+        for one in rounds["images"]
+    ]
+    told = (
+        f"{stored['clients']['images']} image clients for {stored['seconds']:g} s, in turn with commit "
+        f"{stored['before']}; load average {stored['load_average']:.0f} at the end, most of it other work "
+        f"(`python -m benchmarks.search_load --before {stored['before']}`, {stored['hardware']}, {stored['date']})."
+    )
+    return "\n".join([told, "", *head, *rows])
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f}"
+
+
 def error_rates(stored: dict[str, Any]) -> str:
     """Every cell that exceeds its level, the worst of the others, and the named ones."""
     cells = sorted(stored["cells"], key=lambda cell: -cell.get("false_again", cell["false"]) / cell["level"])
@@ -402,6 +426,7 @@ def with_tables(text: str) -> str:
         "spending price": spending_price(rates),
     }
     tables["schedule"] = schedule(json.loads((ROOT / "benchmarks" / "results-schedule.json").read_text()))
+    tables["search load"] = search_load(json.loads((ROOT / "benchmarks" / "results-search-load.json").read_text()))
     tables["kills"] = kills(json.loads((ROOT / "benchmarks" / "results-kills.json").read_text()))
     tables["scale"] = scale(json.loads((ROOT / "benchmarks" / "results-scale.json").read_text()))
     stored = json.loads((ROOT / "benchmarks" / "results-labels.json").read_text())
