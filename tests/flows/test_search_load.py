@@ -282,7 +282,7 @@ def test_health_answers_while_every_image_waits_and_a_search_too_many_is_told_wh
     workspace: Path, served: ServedSnapshot, payloads: list[bytes]
 ) -> None:
     slow = SlowSearcher(served)
-    with serving(workspace, lambda _: slow, max_waiting=60, batch_searches=16) as address:
+    with serving(workspace, lambda *_: slow, max_waiting=60, batch_searches=16) as address:
         with ThreadPoolExecutor(101) as clients, httpx.Client(base_url=address, limits=httpx.Limits()) as client:
 
             def ask(number: int) -> httpx.Response:
@@ -317,7 +317,7 @@ def test_health_answers_while_a_look_at_the_workspace_hangs(workspace: Path, ser
             return False
 
     hanging = Hanging()
-    with serving(workspace, lambda _: hanging) as address:
+    with serving(workspace, lambda *_: hanging) as address:
         until(lambda: hanging.looks == 1)
         for path in ("/health", "/status", "/metrics"):
             assert httpx.get(address + path, timeout=2).status_code == 200
@@ -406,8 +406,8 @@ def test_a_half_sent_body_is_dropped_after_its_time(workspace: Path, caplog: pyt
         half.sendall(HEADERS.format("image/png", 1_000).encode() + b"x" * 10)
         trickling.sendall(b"POST /search HTTP/1.1\r\n")
         with half, trickling, silent:
-            assert half.recv(4_096).startswith(b"HTTP/1.1 408")
-            assert half.recv(4_096) == b"", "and the connection is closed"
+            answer = b"".join(iter(lambda: half.recv(4_096), b""))  # until the connection is closed
+            assert answer.startswith(b"HTTP/1.1 408")
             assert time.monotonic() - started < 15
 
             def goes_on_trickling() -> bool:
@@ -427,7 +427,7 @@ def test_clients_that_go_leave_no_traceback_and_their_questions_are_not_answered
     workspace: Path, served: ServedSnapshot, payloads: list[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     slow = SlowSearcher(served)
-    with serving(workspace, lambda _: slow) as address:
+    with serving(workspace, lambda *_: slow) as address:
         first = connect(address)
         request = HEADERS.format("image/png", len(payloads[0])).encode() + payloads[0]
         first.sendall(request)
@@ -469,7 +469,7 @@ def test_at_the_limit_of_connections_the_one_goes_that_has_been_sending_longest(
 
 def test_all_bodies_together_are_limited(workspace: Path, served: ServedSnapshot) -> None:
     slow = SlowSearcher(served)
-    with serving(workspace, lambda _: slow, max_waiting_mib=1) as address:
+    with serving(workspace, lambda *_: slow, max_waiting_mib=1) as address:
         with connect(address) as held:
             held.sendall(HEADERS.format("image/png", 900_000).encode() + b"x" * 800_000)
             until(lambda: figure(address, "graceful_search_body_bytes") == 800_000)
@@ -483,7 +483,7 @@ def test_a_server_that_ends_answers_what_waits_and_leaves_no_traceback(
     workspace: Path, served: ServedSnapshot, payloads: list[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     slow = SlowSearcher(served)
-    with serving(workspace, lambda _: slow) as address:
+    with serving(workspace, lambda *_: slow) as address:
         half = connect(address)
         half.sendall(HEADERS.format("image/png", 1_000).encode() + b"x")
         until(lambda: figure(address, "graceful_search_body_bytes") == 1)
@@ -496,7 +496,7 @@ def test_a_server_that_ends_answers_what_waits_and_leaves_no_traceback(
 def test_the_searcher_is_opened_while_the_probe_is_answered_already(workspace: Path) -> None:
     opening = threading.Event()
 
-    def open_slowly(opened: Workspace) -> GallerySearcher:
+    def open_slowly(opened: Workspace, *_: object) -> GallerySearcher:
         assert opening.wait(60)
         return GallerySearcher(opened)
 
