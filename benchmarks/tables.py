@@ -349,7 +349,7 @@ def edge_cost(stored: dict[str, Any]) -> str:
     lines = ["| | large network | edge network | difference in points |", "|---|---|---|---|"]
     for name, values in columns.items() if pairs else ():
         found = summary([{**value, "lost": value["edge"] - value["large"]} for value in values])
-        lost = f"{100 * found['lost']['mean']:+.1f} +- {100 * found['lost']['half_width']:.1f}"
+        lost = f"+{_spread(found['lost'])}" if found["lost"]["mean"] > 0 else _spread(found["lost"])
         lines.append(f"| {name} | {_spread(found['large'])} | {_spread(found['edge'])} | {lost} |")
     lines += ["", "| | large network | edge network | ratio |", "|---|---|---|---|"]
     measures = {"multiply-adds": "multiply_adds", "weights": "parameters", "CPU s of training": "seconds"}
@@ -379,7 +379,8 @@ def _network(architecture: dict[str, Any]) -> str:
 
 def _told(stored: dict[str, Any]) -> str:
     seeds, dates = {row["seed"] for row in stored["rows"]}, sorted({row["measured"] for row in stored["rows"]})
-    return f"{len(seeds)} seeds, `python -m benchmarks.edge`; {stored['hardware']}, {' and '.join(dates)}."
+    number = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    return f"{number}, `python -m benchmarks.edge`; {stored['hardware']}, {' and '.join(dates)}."
 
 
 def _spread(value: dict[str, Any]) -> str:
