@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.comparison import summary
 from benchmarks.error_rates import RUNS, RUNS_DECISION, RUNS_POWER, exceeds
+from graceful.flows.terminal import network_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
@@ -321,7 +322,7 @@ def edge_architectures(stored: dict[str, Any]) -> str:
         if way == "generation":
             continue
         found = summary([{name: row[name] for name in row if name not in _WORDS} for row in rows])
-        networks = "; ".join(_network(row["architecture"]) for row in rows)
+        networks = "; ".join(network_text(row["architecture"]) for row in rows)
         cells = [_spread(found[name]) for name in ("self_test", "cross_test", "reward")]
         counts = [f"{found[name]['mean']:,.0f}" for name in ("multiply_adds", "parameters")]
         lines.append(
@@ -370,11 +371,6 @@ def _by_way(stored: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     for row in sorted(stored["rows"], key=lambda row: row["seed"]):
         found.setdefault(row["way"], []).append(row)
     return found
-
-
-def _network(architecture: dict[str, Any]) -> str:
-    blocks = zip(*(architecture[name] for name in ("block_widths", "depths", "kernels")), strict=True)
-    return f"{' '.join('/'.join(map(str, block)) for block in blocks)}, {architecture['image_size']} px"
 
 
 def _told(stored: dict[str, Any]) -> str:

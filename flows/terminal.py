@@ -105,7 +105,7 @@ def print_architectures(console: Console, searches: Sequence[Mapping[str, Any]],
                 *(_share(candidate[name]) for name in ("self_test", "cross_test")),
                 *(f"{cost[name]:,}" for name in ("multiply_adds", "num_parameters")),
                 "" if latency is None else f"{latency:g}",
-                _network(candidate["architecture"]),
+                network_text(candidate["architecture"]),
             )
         title = f"{search['name']}: the best of {len(ranked)} on the dev part (width/depth/kernel of each block)"
         console.print(title, table, sep="\n", highlight=False)
@@ -120,7 +120,8 @@ def print_architectures(console: Console, searches: Sequence[Mapping[str, Any]],
             console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _network(architecture: Mapping[str, Any]) -> str:
+def network_text(architecture: Mapping[str, Any]) -> str:
+    """A searched network: width/depth/kernel of each block, and the size of its input."""
     blocks = zip(*(architecture[name] for name in ("block_widths", "depths", "kernels")), strict=True)
     return f"{' '.join('/'.join(map(str, block)) for block in blocks)} at {architecture['image_size']} px"
 

@@ -77,7 +77,9 @@ def freeze(session: Session, *, again: bool = False, adopted: str | None = None)
     check_log(evaluation_set, config.policy.metric, config.policy.k)
     images, num_dropped = separate(config.evaluation, load_images(config.training_data, known), evaluation_set)
     withdrawn = withdrawn_images(registry)
-    images, dev = with_dev(config.evaluation, images.take(~among(images, withdrawn)), evaluation_set, known)
+    if withdrawn:
+        images = images.take(~among(images, withdrawn))
+    images, dev = with_dev(config.evaluation, images, evaluation_set, known)
     check_trainable(images)
     data = _digest_of_data(images, dev, config)
     versions = [TRAINING_VERSION, JUDGING_VERSION]
@@ -166,7 +168,7 @@ def _num_forgotten(
 ) -> int:
     """How many of the images that the champion was trained on are withdrawn, where nothing else has changed; else 0."""
     registry, config = session.workspace.registry, session.config
-    before = trained_on(session.workspace, champion)
+    before = trained_on(session.workspace, champion) if withdrawn else None
     if before is None:
         return 0
     gone = among(before, withdrawn)
