@@ -10,6 +10,7 @@ images by itself and by the one before it, its classifier rows, and the processo
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from benchmarks.live import live_predecessors
 from graceful.indexing.embedding_files import write_embedding_file
 from graceful.training.datasets import DatasetConfig, column_values, load_images
 from graceful.training.encoder import open_encoder, read_classifier
@@ -103,7 +105,14 @@ CIFAR = Data(
     {"batch_size": 256, "backbone": {"name": "small_cnn", "kwargs": {"block_widths": [32, 32, 64, 128]}}},
     is_closed=True,
 )  # fmt: skip
-LONG = ("ours, a = 0", "initialised", "ours, a = 0.4", "ours, a = 0.4, latest two", "ours, a = 0, b = 0.5")
+LONG = (
+    "ract alone, b = 0.5",
+    "initialised",
+    "ract alone, b = 0.5, latest two",
+    "ract alone, a = 0",
+    "ours, a = 0, b = 0.5",
+    "ours, a = 0.4",
+)
 TEN = replace(OMNIGLOT, name="omniglot-10", counts=tuple(range(3, 31, 3)), chains=LONG)
 THIRTY = replace(OMNIGLOT, name="omniglot-30", counts=tuple(range(1, 31)), chains=LONG)
 DATA = {data.name: data for data in (OMNIGLOT, CIFAR, TEN, THIRTY)}
@@ -118,6 +127,8 @@ class Chain:
     without_parent: bool = False
     latest: int | None = None
     """How many predecessors it is trained against, the others being retired; None: all."""
+    is_live: bool = False
+    """Whether the predecessors' networks run in every step."""
 
 
 def _only(*constraints: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -131,30 +142,33 @@ HOC = {"name": "hoc", "weight": 0.9, "reduction": "mean"}
 SIMPLEX = {"name": "simplex", "weight": 0.1}
 OCA = {"name": "oca", "against": "latest"}
 ROTATED = {"name": "additive_margin", "rotation": True, "label_smoothing": 0.1, "weight": 5.0}
+OURS = (CROSS, RACT)
 CHAINS = {
     chain.name: chain
     for chain in (
-        Chain("ours, a = 0", {"interpolation": 0.0}),
+        Chain("ours, a = 0", _only(*OURS, interpolation=0.0)),
         Chain("initialised", _only(interpolation=0.0)),
         Chain("from scratch", _only(start="scratch", rows_from_parent=False, interpolation=0.0), without_parent=True),
-        Chain("ours, a = 0.4", {"interpolation": 0.4}),
+        Chain("ours, a = 0.4", _only(*OURS, interpolation=0.4)),
         Chain("hoc, fixed simplex", _only(HOC, interpolation=0.0, head=SIMPLEX, width=512)),
         Chain("oca, against the latest", _only(OCA, interpolation=0.0, head=ROTATED)),
         Chain("mixbct", _only({"name": "mixbct"}, interpolation=0.0)),
-        Chain("ours, a = 0, b = 0.5", {"interpolation": 0.0, "mixture": 0.5}),
-        Chain("ours, a = 0, b = 0.5, weight 50", {"interpolation": 0.0, "mixture": 0.5, "mixture_weight": 50.0}),
+        Chain("ours, a = 0, b = 0.5", _only(*OURS, interpolation=0.0, mixture=0.5)),
+        Chain("ours, a = 0, b = 0.5, weight 50", _only(*OURS, interpolation=0.0, mixture=0.5, mixture_weight=50.0)),
         Chain("initialised, b = 0.5", _only(interpolation=0.0, mixture=0.5)),
-        Chain("ours, a = 0, b on dev", {"interpolation": 0.0, "mixture": "dev"}),
         Chain("bct alone, a = 0", _only({"name": "bct"}, interpolation=0.0)),
         Chain("ract alone, a = 0", _only(RACT, interpolation=0.0)),
+        Chain("ract alone, b = 0.5", _only(RACT, interpolation=0.0, mixture=0.5)),
+        Chain("ract alone, b = 0.5, latest two", _only(RACT, interpolation=0.0, mixture=0.5), latest=2),
+        Chain("ract alone, a = 0, live predecessors", _only(RACT, interpolation=0.0), is_live=True),
+        Chain("ract alone, b = 0.5, twice the epochs", _only(RACT, interpolation=0.0, mixture=0.5, epochs=2.0)),
+        Chain("ract alone, a = 0.2", _only(RACT, interpolation=0.2)),
+        Chain("ract alone, a on dev", _only(RACT, interpolation="dev")),
+        Chain("ract alone, b on dev", _only(RACT, interpolation=0.0, mixture="dev")),
         Chain("l2", _only({"name": "l2"}, interpolation=0.0)),
         Chain("bct with uncertainty, a = 0", _only({"name": "bct", "uncertainty": True}, interpolation=0.0)),
         Chain("repulsion, a = 0", _only({"name": "repulsion"}, interpolation=0.0)),
         Chain("cross contrast alone, a = 0", _only(CROSS, interpolation=0.0)),
-        Chain("ours, a = 0.2", {"interpolation": 0.2}),
-        Chain("ours, a on dev", {"interpolation": "dev"}),
-        Chain("ours, a = 0.4, latest two", {"interpolation": 0.4}, latest=2),
-        Chain("ours, a = 0, twice the epochs", {"interpolation": 0.0, "epochs": 2.0}),
         Chain("initialised, twice the epochs", _only(interpolation=0.0, epochs=2.0)),
     )
 }
@@ -186,8 +200,10 @@ def train_chain(folder: Path, data: Data, chain: Chain, seed: int, full: bool = 
         known = predecessors[-chain.latest :] if chain.latest is not None else predecessors
         references = [reference_to(folder, data, f"{count}", reference, images) for reference in known]
         dev = partial(dev_part, folder, data, queries, gallery, known)
-        job = training_job(folder / data.name, manifest, recipe, number, parent, references, dev)
-        card = run_training(job)
+        live = chain.is_live and bool(references)
+        job = training_job(folder / data.name, manifest, recipe, number, parent, references, dev, live)
+        with live_predecessors() if live else contextlib.nullcontext():
+            card = run_training(job)
         uri = f"{job.output_uri}/{card.generation_id}"
         kept[f"seconds/{number}"] = time.process_time() - started
         encode = open_encoder(uri)
@@ -238,6 +254,7 @@ def training_job(
     parent: str | None,
     references: list[PredecessorRef],
     dev: Callable[[], DevPart],
+    live: bool = False,
 ) -> TrainingJob:
     """The job of generation `number`; what is asked of `dev` is what a recipe chooses on, where it chooses."""
     config = TrainingConfig.model_validate(
@@ -253,6 +270,8 @@ def training_job(
     if number == 1:
         shown = config.model_copy(update={"constraints": (), "rows_from_parent": True, "mixture": 0.0})
         what[0] = shown.model_dump(mode="json")
+    if live:
+        what.append("live")
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     return TrainingJob(
         config=config, name=f"g{number}-{digest}", manifest_uri=str(manifest), output_uri=str(folder / "generations"),

@@ -7,7 +7,8 @@ benchmarks.tables` makes docs/comparison.md of it. Nothing is trained.
 Every step of a chain is an update: before it, everything that is served comes from the generation before. A way of
 updating says how queries are scored while a share of the gallery is re-embedded. Choices (a share of the mixture, a
 point on the great circle, a temperature) are made for each step on dev: half of the identities of Omniglot, half of the
-images of CIFAR-100. All that is printed comes from the other half.
+images of CIFAR-100. All that is printed comes from the other half, but for one table of plain searches on dev: what the
+default is chosen by.
 """
 
 import argparse
@@ -212,11 +213,14 @@ def main() -> None:
                 continue
             rows[:] = [row for row in rows if row["chain"] != chain]
             for way in ways_of(data, chain):
-                measured = []
+                measured, on_dev = [], []
                 for found in stored:
                     dev, test = (Vectors(found, split[p], one_set=gallery is None) for p in ("dev", "test"))
                     measured.append(measure(WAYS[way](test, dev)))
-                rows.append({"chain": chain, "way": way, **about, **summary(measured)})
+                    if way == "plain" and data.chains is None:
+                        on_dev.append(measure(Way(dev)))
+                chosen_by = {"on_dev": summary(on_dev)} if on_dev else {}
+                rows.append({"chain": chain, "way": way, **about, **summary(measured), **chosen_by})
                 print(f"{name}, {chain}, {way}: {len(measured)} seeds", flush=True)
             place.write_text(json.dumps(results, indent=1) + "\n")
 

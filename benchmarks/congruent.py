@@ -22,7 +22,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.chains import CIFAR, OMNIGLOT, SEEDS, Data, dev_part, reference_to, training_job, vectors_of
+from benchmarks.chains import (
+    CIFAR,
+    OMNIGLOT,
+    OURS,
+    RACT,
+    SEEDS,
+    Data,
+    dev_part,
+    reference_to,
+    training_job,
+    vectors_of,
+)
 from benchmarks.comparison import summary
 from benchmarks.harness import processor
 from benchmarks.ways import Part, parts
@@ -33,6 +44,7 @@ from graceful.training.launch import run_training
 from graceful.training.manifest import LabelledImages, write_manifest
 
 RESULTS = Path(__file__).with_name("results-congruent.json")
+DATA = {data.name: data for data in (OMNIGLOT, CIFAR)}
 STEP, LAST = 1, 3  # places in a chain's counts: the predecessor's classes, and the update's
 AMOUNTS: dict[str, int | None] = {"5 images": 5, "10 images": 10, "all": None}
 FOLDS = {"5 images": 4, "10 images": 2, "all": 1}  # epochs, so that every update takes about as many steps
@@ -52,11 +64,7 @@ class Way:
     amounts: tuple[str, ...] = tuple(AMOUNTS)
 
 
-def _focal(**changes: Any) -> list[dict[str, Any]]:
-    recipe = [{"name": "cross_contrast", "reduction": "sum"}, {"name": "ract", "reduction": "mean"}]
-    return [*recipe, {"name": "focal_kl", "against": "latest", **changes}]
-
-
+FOCAL = {"name": "focal_kl", "against": "latest"}
 BARE: dict[str, Any] = {"constraints": [], "mixture": 0.0}
 LQF = {"loss": "squared", "optimizer": "kfac"}
 ABLATED = ("10 images",)
@@ -64,9 +72,11 @@ WAYS = (
     Way("from scratch", {**BARE, "start": "scratch", "rows_from_parent": False}, from_parent=False),
     Way("fine tuned", BARE),
     Way("fine tuned, weights interpolated, a on dev", {**BARE, "interpolation": "dev"}, constrained=True),
-    Way("recipe R", {"mixture": 0.0}, constrained=True),
-    Way("recipe R, focal distillation", {"mixture": 0.0, "constraints": _focal()}, constrained=True),
-    Way("recipe R, mixture (the default)", {"mixture": 0.5}, constrained=True),
+    Way("recipe R", {"constraints": OURS, "mixture": 0.0}, constrained=True),
+    Way("recipe R, focal distillation", {"constraints": [*OURS, FOCAL], "mixture": 0.0}, constrained=True),
+    Way("recipe R, mixture", {"constraints": OURS, "mixture": 0.5}, constrained=True),
+    Way("RACT alone", {"constraints": [RACT], "mixture": 0.0}, constrained=True),
+    Way("RACT alone, focal distillation", {"constraints": [RACT, FOCAL], "mixture": 0.0}, constrained=True),
     Way("LQF", {**BARE, "lqf": LQF}),
     Way("LQF without leaky ReLU", {**BARE, "lqf": LQF}, slope=0.0, amounts=ABLATED),
     Way("LQF without the squared loss", {**BARE, "lqf": {**LQF, "loss": "head"}}, amounts=ABLATED),
@@ -181,16 +191,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--way", choices=[way.name for way in WAYS], action="append", help="Only these; others stay.")
+    parser.add_argument("--data", choices=DATA, action="append", help="Only these; others stay.")
     parser.add_argument("--amount", choices=sorted(AMOUNTS), action="append", help="Only these; others stay.")
     wanted = parser.parse_args()
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
-    for data in (OMNIGLOT, CIFAR):
-        bench = Bench(wanted.folder, data)
-        for amount in wanted.amount or AMOUNTS:
+    benches = {data: Bench(wanted.folder, DATA[data]) for data in wanted.data or DATA}
+    for amount in wanted.amount or AMOUNTS:
+        for data, bench in benches.items():
             for way in WAYS:
                 if amount not in way.amounts or (wanted.way and way.name not in wanted.way):
                     continue
-                key = {"data": data.name, "images": amount, "way": way.name}
+                key = {"data": data, "images": amount, "way": way.name}
                 others = [row for row in stored["rows"] if any(row[name] != value for name, value in key.items())]
                 if not wanted.way and len(others) < len(stored["rows"]):
                     continue

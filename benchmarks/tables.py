@@ -272,6 +272,20 @@ def comparison(stored: dict[str, Any], data: str, encoders: int) -> str:
     return "\n".join([*lines, "", f"{'; '.join(measured)}."])
 
 
+def chosen_by(stored: dict[str, Any], data: str) -> str:
+    """The same columns on dev, of plain searches: what the default is chosen by."""
+    lines = ["| training | last self-test | mean over the backfill | NFR at 0, 50, 100 % | AC | seeds |"]
+    lines.append("|---|---|---|---|---|---|")
+    rows = [(row["chain"], row["on_dev"]) for row in stored["rows"][data] if "on_dev" in row]
+    for chain, row in sorted(rows, key=lambda named: -named[1]["backfill"]["mean"]):
+        nfr = " ".join(f"{100 * value:.1f}" for value in row["nfr"]["mean"])
+        ac = f"{row['ac']['mean']:.2f} ({row['above_error']['mean']:.2f})"
+        lines.append(
+            f"| {chain} | {_spread(row['last'])} | {_spread(row['backfill'])} | {nfr} | {ac} | {row['seeds']} |"
+        )
+    return "\n".join(lines)
+
+
 def long_chains(stored: dict[str, Any], data: str) -> str:
     """Chains of many generations: self-tests on the way, and what the last one reads."""
     rows = stored["rows"].get(data, [])
@@ -431,6 +445,7 @@ def with_tables(text: str) -> str:
     compared = json.loads((ROOT / "benchmarks" / "results-comparison.json").read_text())
     for data in ("omniglot", "cifar100"):
         tables |= {f"comparison {data} {count}": comparison(compared, data, count) for count in (1, 2)}
+    tables |= {f"chosen by {data}": chosen_by(compared, data) for data in ("omniglot", "cifar100")}
     tables |= {f"long chains {data}": long_chains(compared, data) for data in ("omniglot-10", "omniglot-30")}
     trained = json.loads((ROOT / "benchmarks" / "results-congruent.json").read_text())
     tables |= {f"congruent {data}": congruent(trained, data) for data in ("omniglot", "cifar100")}
