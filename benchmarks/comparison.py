@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", choices=sorted(DATA), action="append", help="Only these; the others stay.")
     parser.add_argument("--chain", choices=sorted(CHAINS), action="append", help="Only these; the others stay.")
+    parser.add_argument("--way", choices=sorted(WAYS), action="append", help="Only these; the others stay.")
     wanted = parser.parse_args()
     folder, place = wanted.folder, Path(__file__).with_name("results-comparison.json")
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
@@ -211,8 +212,9 @@ def main() -> None:
             stored = [dict(np.load(file)) for file in files if file.exists()]
             if len(stored) < (len(SEEDS) if data.chains is None else 1):
                 continue
-            rows[:] = [row for row in rows if row["chain"] != chain]
-            for way in ways_of(data, chain):
+            ways = [way for way in ways_of(data, chain) if not wanted.way or way in wanted.way]
+            rows[:] = [row for row in rows if row["chain"] != chain or row["way"] not in ways]
+            for way in ways:
                 measured, on_dev = [], []
                 for found in stored:
                     dev, test = (Vectors(found, split[p], one_set=gallery is None) for p in ("dev", "test"))

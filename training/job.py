@@ -1,8 +1,8 @@
 """What one training is: the recipe (TrainingConfig) and the order to carry it out (TrainingJob). Plain JSON values.
 
-The defaults are recipe R: fine-tune from the parent with classifier rows started at the parent's class means, one
-cross-contrast term and one RACT term against every predecessor, put the mixture with the parent into the network, then
-calibrate batch norm.
+The defaults are the recipe that docs/comparison.md compares with others: fine-tune from the parent with classifier rows
+started at the parent's class means, one RACT term against every predecessor, put the mixture with the parent into the
+network, then calibrate batch norm.
 """
 
 import os
@@ -210,11 +210,8 @@ class LqfConfig(BaseModel):
 
 
 def recipe_constraints() -> tuple[ConstraintConfig, ...]:
-    """Return recipe R's constraints."""
-    return (
-        ConstraintConfig(name="cross_contrast", reduction="sum"),
-        ConstraintConfig(name="ract", reduction="mean"),
-    )
+    """Return the default recipe's constraints."""
+    return (ConstraintConfig(name="ract", reduction="mean"),)
 
 
 class TrainingConfig(BaseModel):

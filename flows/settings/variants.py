@@ -17,7 +17,7 @@ _AS_TRAINED = ("initial_weights", "augmentation", "epochs", "batch_size", "weigh
 
 
 def distillation() -> tuple[ConstraintConfig, ...]:
-    """Return a variant's constraints: the vectors of its generation, and recipe R's against every readable one."""
+    """Return a variant's constraints: the vectors of its generation, and two terms against every readable one."""
     return (
         ConstraintConfig(name="l2", weight=10.0, against="latest"),
         ConstraintConfig(name="cross_contrast", reduction="sum"),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from graceful.training.datasets import DatasetConfig, load_images
 from graceful.training.generation import BackboneSpec, Preprocessing
-from graceful.training.job import AugmentationConfig, TrainingConfig, TrainingJob
+from graceful.training.job import AugmentationConfig, ConstraintConfig, TrainingConfig, TrainingJob
 from graceful.training.manifest import LabelledImages, write_manifest
 
 RAY_ENVIRONMENT = {
@@ -49,6 +49,10 @@ def config(preprocessing: Preprocessing) -> TrainingConfig:
     return TrainingConfig(
         backbone=BackboneSpec(name="small_cnn", kwargs={"block_widths": [16, 32]}),
         width=16,
+        constraints=(
+            ConstraintConfig(name="cross_contrast", reduction="sum"),
+            ConstraintConfig(name="ract", reduction="mean"),
+        ),
         interpolation=0.4,
         mixture=0.0,
         preprocessing=preprocessing,
