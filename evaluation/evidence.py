@@ -326,7 +326,7 @@ def certify(
     below it. The candidate's own rows, if any, are covered by its self-test and left out.
     """
     owners = [owner for owner in live_owners if owner != candidate]
-    return _certified(
+    return certify_pairs(
         outcomes,
         policy,
         [(candidate, owner, float(live_owners[owner])) for owner in owners],
@@ -342,7 +342,7 @@ def certify_clients(
     Each is compared with what it has for sure: a gallery of its own vectors. Without the certificate ingest goes on
     writing vectors for it; no option depends on it.
     """
-    return _certified(
+    return certify_pairs(
         outcomes,
         policy,
         [(client, candidate, 1.0) for client in clients],
@@ -350,13 +350,16 @@ def certify_clients(
     )
 
 
-def _certified(
+def certify_pairs(
     outcomes: Outcomes,
     policy: RolloutPolicy,
     wanted: Sequence[tuple[str, str, float]],
     states: Sequence[tuple[str, str]],
 ) -> tuple[CertificateEvidence, ...]:
-    """Judge each wanted (query generation, gallery generation, share) by its states (before, after)."""
+    """Judge each wanted (query generation, gallery generation, share) by its states (before, after).
+
+    A state that was not measured is UNKNOWN.
+    """
     pairs = [
         _pair(outcomes, policy, before, after)
         if before in outcomes.first_rank and after in outcomes.first_rank

@@ -176,12 +176,37 @@ class WorkspaceHandle:
         Raises:
             NothingServedError: no generation serves yet.
             UnreadableQueryError: an image cannot be read, decoded or embedded.
+            WrongQueryError: a text tower is asked, which takes texts; see `search_texts`.
             NoVariantError: no variant of this name may read what is served.
         """
+        sources = [_place(image) for image in _several(images, "searching")]
+        return self._searcher(generation).search_images(sources, k)
+
+    def search_texts(self, texts: Sequence[str], k: int = 10, *, generation: str) -> list[list["Hit"]]:
+        """Search the gallery with texts; the tower and the index stay open and follow the pointer.
+
+        Args:
+            texts: What to search for, in words.
+            k: How many items to return for each.
+            generation: The text tower that encodes them: a variant by its name (words), or its id.
+
+        Returns:
+            For each text up to k hits, best first; scores are cosines, higher is better.
+
+        Raises:
+            NoVariantError: no variant of this name may read what is served.
+            WrongQueryError: it takes images.
+            UnreadableTextError: a text is empty, too long, or has no vector.
+            TextTowerError: the tower cannot be built here, raises, or gives no vectors.
+        """
+        if isinstance(texts, str):
+            raise UsageError(f"searching: expected a list of texts, found the single text {texts!r}; write [text]")
+        return self._searcher(generation).search_texts(texts, k)
+
+    def _searcher(self, generation: str | None) -> "GallerySearcher":
         from graceful.flows.search.searcher import GallerySearcher
         from graceful.flows.store.variants import names_variant
 
-        sources = [_place(image) for image in _several(images, "searching")]
         if generation is not None and not names_variant(generation):
             generation = open_workspace(self.root).registry.resolve(generation)
         searcher = self._searchers.get(generation)
@@ -189,7 +214,7 @@ class WorkspaceHandle:
             searcher = self._searchers[generation] = GallerySearcher(open_workspace(self.root), generation)
         else:
             searcher.refresh()
-        return searcher.search_images(sources, k)
+        return searcher
 
     def rollback(self, reason: str = "rollback", *, yes: bool = False) -> dict[str, Any]:
         """Return to the previous generation: one move of a pointer, no data touched. Returns the serving state.

@@ -275,7 +275,9 @@ def _happened(event: dict[str, Any]) -> str:
         "canary_ended": f"{name} is watched no longer ({event.get('outcome')})",
         "certificate_revoked": f"operator revoked the certificate of {name} for {event.get('gallery_generation')}",
         "previous_released": f"{name} released: its items are not kept for it any more",
-        "variant_trained": f"{name} trained, a variant that only queries",
+        "variant_trained": f"{name} made with {event['factory']}, a text tower that only queries"
+        if event.get("factory")
+        else f"{name} trained, a variant that only queries",
         "variant_judged": f"{name} judged",
         "retired": f"{name} retired" + ("" if event.get("reason") else ": it owns no readable row"),
     }[event["what"]]

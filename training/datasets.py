@@ -45,6 +45,10 @@ class ValueRange(BaseModel):
     max: float | None = Field(default=None, description="Largest value allowed.")
 
 
+Where = dict[str, tuple[str | int | float | bool, ...] | ValueRange]
+"""Column -> its allowed values, or the range of them."""
+
+
 class HoldOut(BaseModel):
     """A split: a share of all images drawn by their bytes, or `count` images of every label drawn with a seed.
 
@@ -104,9 +108,7 @@ class DatasetConfig(BaseModel):
     label_columns: tuple[str, ...] = Field(
         default=("label",), description="Joined with / to the label; none for images without labels."
     )
-    where: dict[str, tuple[str | int | float | bool, ...] | ValueRange] = Field(
-        default_factory=dict, description="Column to its allowed values, or to {min, max}."
-    )
+    where: Where = Field(default_factory=dict, description="Column to its allowed values, or to {min, max}.")
     attributes: tuple[str, ...] = Field(default=(), description="Further columns to keep, as slices.")
     split: HoldOut | None = Field(default=None, description="Take one side of a split.")
     min_per_label: int | None = Field(
@@ -287,7 +289,7 @@ def _read(config: DatasetConfig, known: KnownImages | None) -> _Read:
 def _candidates(config: DatasetConfig) -> tuple[Rows, NDArray[np.int64]]:
     """All rows, and the positions of those that pass `where`."""
     rows = _all_rows(config)
-    return rows, np.flatnonzero(_where_mask(config, rows.columns, len(rows.sources)))
+    return rows, np.flatnonzero(where_mask(config.where, rows.columns, len(rows.sources)))
 
 
 def _draw(config: DatasetConfig, labels: NDArray[np.str_]) -> NDArray[np.bool_]:
@@ -344,9 +346,10 @@ def _all_rows(config: DatasetConfig) -> Rows:
     return parquet_rows(paths, config.label_columns, further, config.image_column)
 
 
-def _where_mask(config: DatasetConfig, columns: Mapping[str, NDArray[Any]], num_rows: int) -> NDArray[np.bool_]:
+def where_mask(where: Where, columns: Mapping[str, NDArray[Any]], num_rows: int) -> NDArray[np.bool_]:
+    """Mask (num_rows,) of the rows whose columns have the values that `where` allows."""
     mask = np.ones(num_rows, dtype=bool)
-    for name, rule in config.where.items():
+    for name, rule in where.items():
         values = columns[name]
         if isinstance(rule, ValueRange):
             numbers = np.array([np.nan if value is None else float(value) for value in values])

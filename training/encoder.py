@@ -47,6 +47,7 @@ from graceful.training.probes import (
     refuse_changed,
     write_probes,
 )
+from graceful.training.text_tower import probe_text_tower
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 MIN_AGREEMENT = 0.999
@@ -57,6 +58,10 @@ _log = logging.getLogger("graceful.encoder")
 
 # By folder and digest of the probes: the libraries that a process has loaded do not change under it.
 _AGREEMENTS: dict[tuple[str, str], Agreement] = {}
+
+
+class TakesTextError(GracefulError):
+    """Images were to be encoded with a text tower."""
 
 
 class CorruptedWeightsError(GracefulError):
@@ -170,7 +175,9 @@ def open_encoder(
 
 
 def probe_encoder(generation_uri: str) -> Agreement | None:
-    """Open a stored generation and embed its probes again; None where it has none. Refuses nothing."""
+    """Open a stored generation or text tower and embed its probes again; None where it has none. Refuses nothing."""
+    if read_card(generation_uri).takes == "text":
+        return probe_text_tower(generation_uri)
     probes = read_probes(generation_uri)
     if probes is None:
         return None
@@ -194,8 +201,16 @@ def _exact(network: nn.Module, preprocessing: Preprocessing) -> Encode:
 
 
 def open_network(generation_uri: str, device: torch.device) -> tuple[GenerationCard, nn.Module]:
-    """Return card and network (evaluation mode, no gradients) of a stored generation, its weights verified."""
+    """Return card and network (evaluation mode, no gradients) of a stored generation, its weights verified.
+
+    Raises: CorruptedWeightsError, TakesTextError, GenerationNotFoundError.
+    """
     card = read_card(generation_uri)
+    if card.takes == "text":
+        raise TakesTextError(
+            f"opening {card.generation_id}: expected an encoder of images, found a text tower from {card.backbone.name}"
+            f", whose weights are not kept here; name its generation, {card.of}"
+        )
     payload = _verified(join(generation_uri, WEIGHTS_FILE), card.digest)
     network = build_backbone(card.backbone, card.width, card.preprocessing.channels, card.preprocessing.image_size)
     network.load_state_dict(load_tensors(payload), strict=True)

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graceful.errors import GracefulError
 from graceful.training.encoder import embed, normalise, open_network
-from graceful.training.generation import GenerationCard, Preprocessing
+from graceful.training.generation import GenerationCard, Preprocessing, read_card
 
 Format = Literal["torch", "onnx", "onnx-int8"]
 FORMATS: tuple[Format, ...] = ("torch", "onnx", "onnx-int8")
@@ -92,6 +92,13 @@ def export_encoder(generation_uri: str, file: str, output_format: Format) -> Exp
     Raises:
         ExportError: an operator that the format lacks, a missing runtime, or other vectors than the encoder's.
     """
+    card = read_card(generation_uri)
+    if card.takes == "text":
+        raise ExportError(
+            f"exporting {card.generation_id}: expected an encoder of images, found a text tower: its weights are not "
+            f"kept here, and what it does to a text before them is not known; take it from where {card.backbone.name} "
+            "has it"
+        )
     card, network = open_network(generation_uri, torch.device("cpu"))
     network = network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     pixels = _pixels(card, _NUM_COMPARED)

@@ -7,6 +7,9 @@ A generation is a folder (local, or any URI that `pyarrow.fs` resolves):
     probes.json              pictures with the vectors that it gave them, by which it is checked (`probes`)
     card.json                this module's `GenerationCard`, written last and atomically
 
+A text tower (`text_tower`) has no weights here: its digest is of what builds it and of the
+vectors that it gives to a few texts.
+
 A folder without a card is not a generation: whoever finds one may overwrite it. The id carries the digest of the
 weights file, so the same id always means the same weights.
 """
@@ -196,13 +199,17 @@ class GenerationCard(BaseModel):
     origin: Literal["trained", "adopted"] = Field(description="Trained here, or an encoder that came from elsewhere.")
     parent: str | None = Field(default=None, description="Generation whose weights the training started from.")
     predecessors: tuple[str, ...] = Field(default=(), description="Generations it was constrained against.")
-    backbone: BackboneSpec = Field(description="Network to build.")
-    preprocessing: Preprocessing = Field(description="How an image becomes the network's input.")
+    backbone: BackboneSpec = Field(description="Network to build; of a text tower its factory and parameters.")
+    preprocessing: Preprocessing = Field(
+        description="How an image becomes the network's input; of a text tower that of its generation."
+    )
     preprocessing_fingerprint: str = Field(description="Digest of the preprocessing.")
     width: int = Field(ge=1, description="Length of an embedding.")
     prefix_widths: tuple[int, ...] = Field(default=(), description="Shorter prefixes that are valid embeddings too.")
     classes: tuple[str, ...] = Field(default=(), description="Class names, in the order of the classifier's rows.")
-    digest: str = Field(description="sha256 of the weights file.")
+    digest: str = Field(
+        description="sha256 of the weights file; of a text tower of its factory, parameters and vectors of a few texts."
+    )
     has_classifier: bool = Field(description="Whether classifier rows and class means are stored.")
     classifier_digest: str | None = Field(default=None, description="sha256 of the classifier file.")
     normalized: bool = Field(default=True, description="Whether the stored rows have unit length.")
@@ -214,11 +221,15 @@ class GenerationCard(BaseModel):
         default="full", description="full: its vectors are stored and searched; query_only: a variant, which only asks."
     )
     of: str | None = Field(default=None, description="query_only: the generation that it is a variant of.")
+    takes: Literal["image", "text"] = Field(
+        default="image", description="What it encodes; text: a text tower, whose weights are where it came from."
+    )
 
     @model_serializer(mode="wrap")
-    def _without_the_usual_role(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_what_is_usual(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values = write(self)
-        return {key: value for key, value in values.items() if key not in ("role", "of") or self.role != "full"}
+        usual = {*(("role", "of") if self.role == "full" else ()), *(("takes",) if self.takes == "image" else ())}
+        return {key: value for key, value in values.items() if key not in usual}
 
     @model_validator(mode="before")
     @classmethod
@@ -248,6 +259,11 @@ class GenerationCard(BaseModel):
             raise UsageError(
                 f"card of {self.generation_id}: expected the role query_only, a generation in 'of' and a variant's "
                 f"name in the id together, found role {self.role}, of {self.of}; the card was edited or mixed up"
+            )
+        if self.takes == "text" and self.role != "query_only":
+            raise UsageError(
+                f"card of {self.generation_id}: expected the role query_only of a text tower, found {self.role}; the "
+                "card was edited or mixed up"
             )
         if self.preprocessing.fingerprint() != self.preprocessing_fingerprint:
             raise UsageError(

@@ -103,22 +103,23 @@ def draw_pictures() -> tuple[bytes, ...]:
     return tuple(pictures)
 
 
-def write_probes(generation_uri: str, encode: Encode, backbone: str) -> None:
+def write_probes(generation_uri: str, encode: Encode, backbone: str, pictures: Sequence[bytes] | None = None) -> None:
     """Store pictures with the vectors that `encode` gives them; what is there already is left as it is.
 
-    A picture without a finite vector is left out; where none has one, nothing is written.
+    `pictures`: by default those drawn here; of a text tower its texts, as UTF-8. A picture without a finite vector is
+    left out; where none has one, nothing is written.
     """
     place = join(generation_uri, PROBES_FILE)
     if exists(place):
         return
-    pictures = draw_pictures()
+    pictures = draw_pictures() if pictures is None else pictures
     vectors = np.asarray(encode(pictures), np.float32)
     usable = np.flatnonzero(np.isfinite(vectors).all(axis=1))
     if not len(usable):
         return
     record = {
-        "pictures": [base64.b64encode(pictures[row]).decode() for row in usable],
-        "vectors": [base64.b64encode(vectors[row].astype("<f4").tobytes()).decode() for row in usable],
+        "pictures": [base64.b64encode(pictures[row]).decode() for row in usable.tolist()],
+        "vectors": [base64.b64encode(vectors[row].astype("<f4").tobytes()).decode() for row in usable.tolist()],
         "libraries": library_versions(backbone),
     }
     write_json(place, {"format_version": FORMAT_VERSION, "sha256": _digest(record), **record})

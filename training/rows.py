@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from graceful.errors import UsageError
-from graceful.files import join, list_files, read_bytes, resolve
+from graceful.files import exists, join, list_files, read_bytes, resolve
 from graceful.training.folders import list_folder
 from graceful.training.images import image_column
 from graceful.training.manifest import DatasetNotFoundError
@@ -110,6 +110,37 @@ def csv_rows(paths: Sequence[str], label_columns: Sequence[str], further: Sequen
     return Rows(sources, _labels(columns, label_columns, sources), columns)
 
 
+def table_rows(
+    source: Literal["parquet", "csv"], paths: Sequence[str], label_columns: Sequence[str], further: Sequence[str]
+) -> Rows:
+    """Rows of Parquet or CSV files that name no image: a source is the file and the number of the row in it.
+
+    Raises: DatasetNotFoundError, UsageError.
+    """
+    needed = list(dict.fromkeys([*label_columns, *further]))
+    sources: list[str] = []
+    values: dict[str, list[Any]] = {name: [] for name in needed}
+    for place in parquet_files(paths) if source == "parquet" else paths:
+        if source == "parquet":
+            with open_parquet(place) as reader:
+                _require(reader.schema_arrow.names, needed, place)
+                columns, num_rows = reader.read(columns=needed).to_pydict(), int(reader.metadata.num_rows)
+        else:
+            if not exists(place):
+                raise DatasetNotFoundError(
+                    f"loading texts: expected a CSV file, found none (at {place}); check the path"
+                )
+            table = csv.DictReader(io.StringIO(_text_of(place), newline=""))
+            _require(list(table.fieldnames or []), needed, place)
+            rows = list(table)
+            columns, num_rows = {name: [row[name] or None for row in rows] for name in needed}, len(rows)
+        sources += [f"{place}#{row}" for row in range(num_rows)]
+        for name in needed:
+            values[name] += columns[name]
+    found = {name: np.array(column, dtype=object) for name, column in values.items()}
+    return Rows(sources, _labels(found, label_columns, sources), found)
+
+
 def parquet_files(paths: Sequence[str]) -> list[str]:
     """The Parquet files that are named, and those below folders that are. Raises DatasetNotFoundError."""
     found: list[str] = []
@@ -160,7 +191,7 @@ def _require(found: Sequence[str], wanted: Sequence[str], place: str) -> None:
     if missing:
         raise UsageError(
             f"loading images: expected the columns {missing}, found {list(found)} (in {place}); correct "
-            "label_columns, where, attributes or image_column"
+            "label_columns, where, attributes, image_column or text_column"
         )
 
 

@@ -135,7 +135,7 @@ def selftest(
 
 @command()
 def search(
-    image: Annotated[Path, typer.Argument(help="Image to search with.")],
+    query: Annotated[str, typer.Argument(help="Image to search with; for a text tower, words.")],
     root: RootOption = ".",
     k: Annotated[int, typer.Option("-k", min=1, help="How many items to return.")] = 10,
     generation: Annotated[
@@ -150,12 +150,13 @@ def search(
 ) -> None:
     """Search the gallery with an image, as production would; with --as edge, as a phone would.
 
-    A variant reads the vectors that it is certified for; items without one cannot be found by it, and are counted.
+    With a text tower, --as words, it is searched with a text. A variant reads the vectors that it is certified for;
+    items without one cannot be found by it, and are counted.
     """
     with reported_errors(as_json):
-        from graceful.flows.commands.images import search_image
+        from graceful.flows.commands.images import search_gallery
 
-        found = search_image(place(root), place(image), k, generation)
+        found = search_gallery(place(root), query, k, generation)
         output(as_json, found, lambda console: _print_hits(console, found))
 
 

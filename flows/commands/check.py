@@ -19,14 +19,17 @@ from numpy.typing import NDArray
 
 from graceful.errors import GracefulError
 from graceful.files import exists, is_remote
-from graceful.flows.commands.networks import problem_with_encoder, problem_with_network
+from graceful.flows.commands.networks import problem_with_encoder, problem_with_factory, problem_with_network
 from graceful.flows.settings.config import ClusterConfig, ConfigError, PipelineConfig, load_workspace_config
+from graceful.flows.settings.variants import VariantConfig
+from graceful.flows.store.evaluation_set import EvaluationConfig
 from graceful.flows.store.leaks import training_manifests
 from graceful.flows.store.workspace import WorkspaceMissingError, open_workspace, require_workspace
 from graceful.training.combinations import IncompatibleParentError, check_combination
 from graceful.training.datasets import DatasetConfig, list_images
 from graceful.training.generation import read_card
 from graceful.training.images import read_payloads, split_source
+from graceful.training.texts import load_texts
 
 Level = Literal["error", "warning", "ok"]
 _HASHED_BYTES = 256 * 2**20
@@ -302,6 +305,9 @@ def _check_network(root: str, config: PipelineConfig, adopt: str | None) -> Iter
 
 def _check_variants(config: PipelineConfig) -> Iterator[Finding]:
     for variant, described in config.variants.items():
+        if described.backbone is None:
+            yield from _check_text_tower(variant, described, config.evaluation)
+            continue
         name = f"variants.{variant}.backbone {described.backbone.name}"
         problem = problem_with_network(described.backbone.name)
         yield (
@@ -309,6 +315,40 @@ def _check_variants(config: PipelineConfig) -> Iterator[Finding]:
             if problem is None
             else Finding("error", f"{name}: {problem[0]}", problem[1])
         )
+
+
+def _check_text_tower(name: str, described: VariantConfig, evaluation: EvaluationConfig) -> Iterator[Finding]:
+    """Whether its factory is there, and its texts look for what the evaluation gallery has."""
+    assert described.factory is not None
+    assert described.queries is not None
+    problem = problem_with_factory(described.factory)
+    named = f"variants.{name}.factory {described.factory}"
+    yield (
+        Finding("ok", f"{named}: there") if problem is None else Finding("error", f"{named}: {problem[0]}", problem[1])
+    )
+    named = f"variants.{name}.queries"
+    try:
+        texts = load_texts(described.queries)
+    except (GracefulError, ValueError, OSError) as error:
+        yield _failure(error, f"{named}: ")
+        return
+    gallery = evaluation.gallery or evaluation.queries
+    if gallery.source in ("digits", "glyphs") and not all(map(exists, gallery.paths)):
+        yield Finding("ok", f"{named}: {len(texts):,} texts")
+        return
+    known = set(list_images(gallery)[1].tolist())
+    lost = sum(label not in known for label in texts.labels.tolist())
+    if lost == len(texts):
+        first = ", ".join(repr(label) for label in sorted(known)[:3])
+        yield Finding(
+            "error", f"{named}: expected labels of the evaluation gallery, such as {first}, found none",
+            "correct label_columns",
+        )  # fmt: skip
+    elif lost:
+        line = f"{named}: {lost:,} of {len(texts):,} texts have no image of their label to find"
+        yield Finding("warning", line, "leave them out with where")
+    else:
+        yield Finding("ok", f"{named}: {len(texts):,} texts of {len(set(texts.labels.tolist())):,} labels")
 
 
 def _check_parent(root: str, config: PipelineConfig) -> Iterator[Finding]:

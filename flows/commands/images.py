@@ -1,5 +1,6 @@
 """Commands about pictures: ingest and search. They load encoders."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from graceful.flows.runtime.progress import TerminalProgress
 from graceful.flows.runtime.session import open_session
-from graceful.flows.search.searcher import GallerySearcher
+from graceful.flows.search.searcher import GallerySearcher, WrongQueryError
 from graceful.flows.settings.config import load_workspace_config
 from graceful.flows.store.items import ids_below, item_table, settle_ids
 from graceful.flows.store.variants import names_variant
@@ -19,6 +20,7 @@ from graceful.flows.update.conclude import release_when_due
 from graceful.flows.update.serving import ingest
 from graceful.training.datasets import DatasetConfig, load_images
 from graceful.training.folders import find_source
+from graceful.training.images import split_source
 from graceful.training.manifest import LabelledImages
 
 
@@ -64,13 +66,31 @@ def ingest_images(
     }
 
 
-def search_image(root: str, image: str, k: int, generation: str | None) -> dict[str, Any]:
-    """Search with one image."""
+def search_gallery(root: str, query: str, k: int, generation: str | None) -> dict[str, Any]:
+    """Search with an image, by its path or URI; with a text, where who asks takes texts.
+
+    Raises: WrongQueryError, where a text is given for an image or the other way round.
+    """
     workspace = open_workspace(root)
     if generation is not None and not names_variant(generation):
         generation = workspace.registry.resolve(generation)
     searcher = GallerySearcher(workspace, generation)
-    hits = searcher.search_images([image], k)[0]
+    image = query if "://" in query else os.path.abspath(query)
+    is_file = "://" in query or os.path.isfile(split_source(image)[0])
+    if searcher.served.takes == "text":
+        if is_file:
+            raise WrongQueryError(
+                f"searching as {searcher.generation}: expected a text, found the file {image}; say in words what to "
+                "search for, or leave --as out"
+            )
+        hits = searcher.search_texts([query], k)[0]
+    else:
+        if not is_file:
+            raise WrongQueryError(
+                f"searching as {searcher.generation}: expected an image, found no file at {image}; correct the path, "
+                "or search with words as a variant that takes texts (--as, see 'graceful variant')"
+            )
+        hits = searcher.search_images([image], k)[0]
     return {
         "query_generation": searcher.generation,
         "unreadable": searcher.served.num_unreadable,

@@ -95,6 +95,7 @@ def variant_rows(workspace: Workspace) -> list[dict[str, Any]]:
             "variant": variant,
             "name": verdict.name,
             "of": verdict.of,
+            "takes": verdict.takes,
             "approved": verdict.approved,
             "answers": variant in answers,
             "may_query": variant in live,

@@ -19,6 +19,7 @@ from graceful.errors import GracefulError
 from graceful.flows.search.searcher import Hit, Mapper, ServedSnapshot
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
 from graceful.training.generation import variant_in
+from graceful.training.texts import MAX_TEXT_CHARS
 
 MAX_K = 1_000
 
@@ -45,6 +46,18 @@ class VectorQuery(BaseModel):
     def asker(self) -> str | None:
         """The variant that asks: named, or known by its id in `generation`; None for the serving generation."""
         return self.asked_as or (self.generation if variant_in(self.generation or "") else None)
+
+
+class TextQuery(BaseModel):
+    """A text, for a variant that takes texts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str = Field(min_length=1, max_length=MAX_TEXT_CHARS, description="What to search for.")
+    k: int | None = Field(default=None, ge=1, le=MAX_K, description="How many items to return.")
+    asked_as: str | None = Field(
+        default=None, alias="as", description="The text tower that encodes it, such as words; or else ?as= names it."
+    )
 
 
 class FoundItem(BaseModel):
@@ -94,6 +107,16 @@ class VectorQuestion:
     generation: str | None = None
 
 
+@dataclass(frozen=True)
+class TextQuestion:
+    """A text; `generation` as of an image."""
+
+    text: str
+    k: int
+    with_sources: bool
+    generation: str | None = None
+
+
 def answer_images(
     served: ServedSnapshot, questions: Sequence[ImageQuestion], *, max_pixels: int, mapper: Mapper
 ) -> list[bytes | Exception]:
@@ -105,6 +128,11 @@ def answer_images(
 def answer_vectors(served: ServedSnapshot, questions: Sequence[VectorQuestion]) -> list[bytes | Exception]:
     """Bodies of the answers to vectors."""
     return _answered(served, questions, [_checked(served, question) for question in questions])
+
+
+def answer_texts(served: ServedSnapshot, questions: Sequence[TextQuestion]) -> list[bytes | Exception]:
+    """Bodies of the answers to texts, which are encoded in one pass."""
+    return _answered(served, questions, served.encode_texts([question.text for question in questions]))
 
 
 def _checked(served: ServedSnapshot, question: VectorQuestion) -> NDArray[np.float32] | Exception:
@@ -121,7 +149,7 @@ def _checked(served: ServedSnapshot, question: VectorQuestion) -> NDArray[np.flo
 
 def _answered(
     served: ServedSnapshot,
-    questions: Sequence[ImageQuestion | VectorQuestion],
+    questions: Sequence[ImageQuestion | VectorQuestion | TextQuestion],
     vectors: Sequence[NDArray[np.float32] | Exception],
 ) -> list[bytes | Exception]:
     answers: list[bytes | Exception] = [vector if isinstance(vector, Exception) else b"" for vector in vectors]

@@ -13,21 +13,23 @@ from fastapi import Request
 from starlette.exceptions import HTTPException
 
 from graceful.flows.search.refusals import Refused, busy
+from graceful.training.texts import MAX_TEXT_CHARS
 
 # A float32 written as a decimal number with its comma takes up to 16 characters, one that came from a float64 26; the
 # rest is for white space. The other keys are short.
 _JSON_BYTES_PER_VALUE = 48
 _JSON_BYTES_BESIDE = 4_096
+_JSON_BYTES_PER_CHARACTER = 12  # a character outside the first plane is two escapes of six
 _MAX_FILES = 8
 
 
 def json_limit(width: int) -> int:
-    """Bytes of the largest JSON query for vectors of a width.
+    """Bytes of the largest JSON query: for vectors of a width, or the longest text.
 
-    >>> json_limit(128)
-    10240
+    >>> json_limit(512), json_limit(128)
+    (28672, 16096)
     """
-    return _JSON_BYTES_PER_VALUE * width + _JSON_BYTES_BESIDE
+    return max(_JSON_BYTES_PER_VALUE * width, _JSON_BYTES_PER_CHARACTER * MAX_TEXT_CHARS) + _JSON_BYTES_BESIDE
 
 
 class BodyBudget:

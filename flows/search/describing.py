@@ -4,7 +4,7 @@ import html
 import json
 from typing import Any
 
-from graceful.flows.search.answering import MAX_K, VectorQuery
+from graceful.flows.search.answering import MAX_K, TextQuery, VectorQuery
 
 SEARCH_EXAMPLE: dict[str, Any] = {
     "query_generation": "g003-9f2c1a",
@@ -69,7 +69,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         "searching: expected at most 32 MiB, found more; send a smaller body",
     ),
     422: _refusal(
-        "The image cannot be decoded or has too many pixels; the vector has another width, NaN, or is zero.",
+        "The image cannot be decoded or has too many pixels; the vector has another width, NaN, or is zero; the text "
+        "is empty, too long or has no vector; or a text came for an encoder of images, or an image for one of texts.",
         "unreadable_image",
         "searching: the image is too large: expected at most 25,000,000 pixels, found 13300x13300; give a readable "
         "image",
@@ -80,7 +81,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         "searching: 256 images wait already; ask again",
     ),
     503: _refusal(
-        "No generation serves yet, or a part of a sharded index does not answer.",
+        "No generation serves yet, a part of a sharded index does not answer, or a text tower fails.",
         "nothing_served",
         "searching: expected a serving generation, found none; run 'graceful update' first",
     ),
@@ -101,16 +102,19 @@ IMAGE_BODY: dict[str, Any] = {
 
 REQUEST_BODY: dict[str, Any] = {
     "required": True,
-    "description": "An image, alone or as the one file of a form, or a vector.",
+    "description": "An image, alone or as the one file of a form; a vector; or a text, for a text tower (?as=words).",
     "content": {
         **IMAGE_BODY["content"],
         "application/json": {
-            "schema": VectorQuery.model_json_schema(),
-            "example": {"vector": [0.12, -0.07, 0.99], "generation": "g003-9f2c1a", "k": 5},
+            "schema": {"oneOf": [VectorQuery.model_json_schema(), TextQuery.model_json_schema()]},
+            "examples": {
+                "vector": {"value": {"vector": [0.12, -0.07, 0.99], "generation": "g003-9f2c1a", "k": 5}},
+                "text": {"value": {"text": "a red shoe", "as": "words", "k": 5}},
+            },
         },
     },
 }
-"""What a search may send: FastAPI cannot see that one address takes three kinds."""
+"""What a search may send: FastAPI cannot see that one address takes four kinds."""
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}"
@@ -147,9 +151,10 @@ def _contents(contents: dict[str, Any]) -> list[str]:
     parts = []
     for kind, content in contents.items():
         parts.append(f"<p><code>{_text(kind)}</code></p>")
-        shown = content.get("example", content.get("schema"))
-        if shown:
-            parts.append(f"<pre>{_text(json.dumps(shown, indent=2))}</pre>")
+        several = [one["value"] for one in content.get("examples", {}).values()]
+        for shown in several or [content.get("example", content.get("schema"))]:
+            if shown:
+                parts.append(f"<pre>{_text(json.dumps(shown, indent=2))}</pre>")
     return parts
 
 

@@ -5,19 +5,21 @@
     GET  /metrics   the same and more, for Prometheus
     GET  /reports/  the reports of all decisions, for browsers
     GET  /docs      this page as HTML, made from /openapi.json; loads nothing from elsewhere
-    POST /search    an image (raw bytes, or a form with one file) or {"vector": [...]}; ?k=10&sources=false, and who is
-                    to answer: ?generation=g003 or ?as=edge
+    POST /search    an image (raw bytes, or a form with one file), {"vector": [...]} or, as a text tower, {"text": ...};
+                    ?k=10&sources=false, and who is to answer: ?generation=g003 or ?as=edge
+    GET  /search    a text: ?as=words&text=a%20red%20shoe
     POST /labels    an image and what is right for it, ?label=cat or ?item=photo-17: counted for the canary under way
 
-Five threads beside the event loop: one looks at the serving state, one at other generations and the canary, one answers
-vectors, one images (with others that decode for it), and one compares answers of a canary and judges labels. The event
-loop itself reads bodies and writes answers, and waits for nobody: a probe of /health is answered whatever waits, and on
-Linux the other threads have a lower priority. Every answer names the query generation and the snapshot that it comes
-from, whole. Safe to run in any number of processes on one workspace.
+Six threads beside the event loop: one looks at the serving state, one at other generations and the canary, one answers
+vectors, one texts, one images (with others that decode for it), and one compares answers of a canary and judges labels.
+The event loop itself reads bodies and writes answers, and waits for nobody: a probe of /health is answered whatever
+waits, and on Linux the other threads have a lower priority. Every answer names the query generation and the snapshot
+that it comes from, whole. Safe to run in any number of processes on one workspace.
 """
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import time
@@ -37,9 +39,12 @@ from graceful.flows.search.answering import (
     MAX_K,
     Answer,
     ImageQuestion,
+    TextQuery,
+    TextQuestion,
     VectorQuery,
     VectorQuestion,
     answer_images,
+    answer_texts,
     answer_vectors,
 )
 from graceful.flows.search.batches import Batches, QueueFullError
@@ -58,8 +63,10 @@ from graceful.flows.search.watching import NothingWatchedError
 from graceful.flows.settings.config import load_endpoint_config, load_search_config
 from graceful.flows.settings.endpoint import EndpointConfig
 from graceful.training.generation import variant_in
+from graceful.training.texts import MAX_TEXT_CHARS
 
 MAX_DECODERS = 8
+_AS = "Query as a variant, such as edge, instead of the champion."
 _GENERATION = "Who answers, by id or ordinal (g003); any that may query. By default the one that serves, or a canary."
 
 _log = logging.getLogger("graceful.search")
@@ -86,12 +93,12 @@ class Given(NamedTuple):
     seconds: float
 
 
-Asked = TypeVar("Asked", ImageQuestion, VectorQuestion)
+Asked = TypeVar("Asked", ImageQuestion, VectorQuestion, TextQuestion)
 Waited = TypeVar("Waited")
 
 
 class Endpoint:
-    """What is behind the application: the state that is followed, and the two queues."""
+    """What is behind the application: the state that is followed, and the queues."""
 
     def __init__(self, root: str, config: EndpointConfig, open_searcher: OpenSearcher) -> None:
         self.config = config
@@ -100,12 +107,16 @@ class Endpoint:
         limits = {"max_waiting": config.max_waiting, "max_batch": config.batch_searches}
         self.images = Batches[ImageQuestion, Given]("images", self._answer_images, **limits)
         self.vectors = Batches[VectorQuestion, Given]("vectors", self._answer_vectors, **limits)
+        self.texts = Batches[TextQuestion, Given]("texts", self._answer_texts, **limits)
         self.beside = Beside(root, open_searcher)
         self.comparisons = Batches[Comparison | Labelled, Judged | None](
             "comparisons", self._compare, max_waiting=config.batch_searches, max_batch=config.batch_searches
         )
         self.metrics = SearchMetrics(
-            self.state, self.budget, {"image": self.images, "vector": self.vectors}, self.beside.watch
+            self.state,
+            self.budget,
+            {"image": self.images, "vector": self.vectors, "text": self.texts},
+            self.beside.watch,
         )
         num_decoders = min(os.cpu_count() or 1, MAX_DECODERS)
         self._decoders = ThreadPoolExecutor(num_decoders, "search-decoding", initializer=stand_back)
@@ -116,6 +127,7 @@ class Endpoint:
         """Follow the serving state and answer, for as long as the block runs."""
         self.images.start()
         self.vectors.start()
+        self.texts.start()
         self.comparisons.start()
         self.beside.start(refresh_s)
         looked = self.state.follow(refresh_s)
@@ -130,6 +142,7 @@ class Endpoint:
                 self.beside.close,
                 self.images.close,
                 self.vectors.close,
+                self.texts.close,
                 self.comparisons.close,
             )
             await asyncio.gather(*(asyncio.to_thread(end) for end in ending))
@@ -143,40 +156,53 @@ class Endpoint:
             Refused, or an error of `refusals.ANSWERABLE`: it is not answered.
             ClientDisconnect: the client has gone, and its question with it.
         """
-        served, generation = self.state.served(), wanted.generation
-        if wanted.variant is not None:
-            generation = self.state.variants.served(wanted.variant).generation
-        elif generation is not None:
-            generation = await self.beside.ready(generation)
+        served, generation = self.state.served(), await self._named(wanted)
         width = self._snapshot(generation, served).width
-        is_vector = _media_type(request) == "application/json"
-        lane: Batches[Any, Given] = self.vectors if is_vector else self.images
+        is_json = _media_type(request) == "application/json"
+        lane: Batches[Any, Given] = self.vectors if is_json else self.images
         if lane.num_waiting >= lane.max_waiting:  # known before the body is here
             raise busy(f"searching: {lane.max_waiting} {lane.name} wait already; ask again")
-        limit = json_limit(width) if is_vector else self.config.max_image_mib * 2**20
+        limit = json_limit(width) if is_json else self.config.max_image_mib * 2**20
         with self.budget.hold() as held:
             body = await self._body(request, held, limit)
             started = time.perf_counter()
-            question = _vector_question(body, wanted) if is_vector else _image(body, wanted)
-            variants = {wanted.asked_as, question.generation} - {None, wanted.generation}
-            if wanted.generation is not None and variants:
-                line = "searching: expected a variant that asks or a generation that answers, found both; leave one out"
-                raise Refused(422, "wrong_request", line)
+            question = _json_question(body, wanted) if is_json else _image(body, wanted)
+            _refuse_both(wanted, question.generation)
             if question.generation is not None:
                 generation = self.state.variants.served(question.generation).generation
-            arm = None if is_vector or generation is not None else self.beside.watch.arm_for(body)
+            if isinstance(question, TextQuestion):
+                return await self._text(request, replace(question, generation=generation), started)
+            arm = None if is_json or generation is not None else self.beside.watch.arm_for(body)
             if arm is not None and arm.canary.answers and isinstance(question, ImageQuestion):
                 question = replace(question, generation=arm.canary.candidate, replaceable=True)
             else:
                 question = replace(question, generation=generation)
             given = await _unless_gone(request, lane.ask(question))
-        self.metrics.answered("vector" if is_vector else "image", time.perf_counter() - started)
-        if is_vector and generation is None:
+        self.metrics.answered("vector" if is_json else "image", time.perf_counter() - started)
+        if is_json and generation is None:
             self.beside.watch.vector_came()
         if arm is not None:
             asked = ImageQuestion(body, wanted.k, with_sources=False)
             self._compare_later(Comparison(arm.canary.number, asked, given.body, given.seconds))
         return given.body
+
+    async def search_text(self, request: Request, text: str, wanted: Wanted) -> bytes:
+        """The body of the answer to a text that came in the address; raises as `search`."""
+        started = time.perf_counter()
+        _refuse_both(wanted, None)
+        generation = await self._named(wanted)
+        return await self._text(request, TextQuestion(text, wanted.k, wanted.with_sources, generation), started)
+
+    async def _text(self, request: Request, question: TextQuestion, started: float) -> bytes:
+        given = await _unless_gone(request, self.texts.ask(question))
+        self.metrics.answered("text", time.perf_counter() - started)
+        return given.body
+
+    async def _named(self, wanted: Wanted) -> str | None:
+        """The generation or variant that the address names; None for the one that serves."""
+        if wanted.variant is not None:
+            return self.state.variants.served(wanted.variant).generation
+        return None if wanted.generation is None else await self.beside.ready(wanted.generation)
 
     async def label(self, request: Request, label: str | None, item_id: str | None) -> Judged:
         """Who is right about a picture, of the two generations of the canary under way; it is counted.
@@ -246,6 +272,10 @@ class Endpoint:
         self.metrics.together("vector", len(questions))
         return self._by_generation(questions, answer_vectors)
 
+    def _answer_texts(self, questions: Sequence[TextQuestion]) -> Sequence[Given | Exception]:
+        self.metrics.together("text", len(questions))
+        return self._by_generation(questions, answer_texts)
+
     def _ask_images(self, served: ServedSnapshot, questions: Sequence[ImageQuestion]) -> Sequence[bytes | Exception]:
         return answer_images(served, questions, max_pixels=self.config.max_pixels, mapper=self._decoders.map)
 
@@ -308,7 +338,8 @@ def make_app(
 
     app = FastAPI(
         title="graceful search",
-        description="Searches a gallery of images by an image, or by a vector of the serving generation.",
+        description="Searches a gallery of images by an image, by a vector of the serving generation, or by a text "
+        "where a text tower is served.",
         lifespan=lifespan,
         openapi_url="/openapi.json",
         docs_url=None,
@@ -347,13 +378,36 @@ def make_app(
         sources: Annotated[bool, Query(description="Also name the server's file of each hit.")] = config.sources,
         generation: Annotated[str | None, Query(description=_GENERATION)] = None,
         x_graceful_generation: Annotated[str | None, Header(description="The same as ?generation=.")] = None,
-        asked_as: Annotated[
-            str | None, Query(alias="as", description="Query as a variant, such as edge, instead of the champion.")
-        ] = None,
+        asked_as: Annotated[str | None, Query(alias="as", description=_AS)] = None,
     ) -> Response:
         wanted = Wanted(k, sources, generation or x_graceful_generation, asked_as)
         try:
             return Response(await endpoint.search(request, wanted), media_type="application/json")
+        except ANSWERABLE as error:
+            raise refusal_of(error) from None
+
+    @app.get(
+        "/search",
+        summary="Find the images that a text describes",
+        response_model=Answer,
+        responses={
+            200: {"content": {"application/json": {"example": SEARCH_EXAMPLE}}},
+            **{status: said for status, said in REFUSALS.items() if status not in (400, 408, 413)},  # it has no body
+        },
+    )
+    async def search_text(
+        request: Request,
+        text: Annotated[str, Query(min_length=1, max_length=MAX_TEXT_CHARS, description="What to search for.")],
+        asked_as: Annotated[
+            str | None, Query(alias="as", description="The text tower that encodes it, such as words.")
+        ] = None,
+        k: Annotated[int, Query(ge=1, le=MAX_K, description="How many items to return.")] = 10,
+        sources: Annotated[bool, Query(description="Also name the server's file of each hit.")] = config.sources,
+        generation: Annotated[str | None, Query(description="Instead of ?as=: the id of a text tower.")] = None,
+    ) -> Response:
+        try:
+            body = await endpoint.search_text(request, text, Wanted(k, sources, generation, asked_as))
+            return Response(body, media_type="application/json")
         except ANSWERABLE as error:
             raise refusal_of(error) from None
 
@@ -416,6 +470,40 @@ def _image(body: bytes, wanted: Wanted) -> ImageQuestion:
         line = "searching: expected an image or a vector in the body, found nothing"
         raise Refused(400, "wrong_request", line)
     return ImageQuestion(body, wanted.k, wanted.with_sources)
+
+
+def _refuse_both(wanted: Wanted, named: str | None) -> None:
+    """Refuse who names a variant that asks, in the address or the body, and a generation that answers."""
+    if wanted.generation is not None and {wanted.asked_as, named} - {None, wanted.generation}:
+        line = "searching: expected a variant that asks or a generation that answers, found both; leave one out"
+        raise Refused(422, "wrong_request", line)
+
+
+def _json_question(body: bytes, wanted: Wanted) -> VectorQuestion | TextQuestion:
+    """A vector, or a text; `generation` is the variant that its body names, if it does."""
+    return _text_question(body, wanted) if _has_text(body) else _vector_question(body, wanted)
+
+
+def _has_text(body: bytes) -> bool:
+    """Whether a JSON body has the key text: few have, and only those are parsed to see."""
+    if b'"text"' not in body:
+        return False
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and "text" in found
+
+
+def _text_question(body: bytes, wanted: Wanted) -> TextQuestion:
+    try:
+        query = TextQuery.model_validate_json(body)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"]) or "body"
+        line = f'searching: {place}: {problem["msg"]}; send {{"text": "...", "as": "words"}}'
+        raise Refused(422, "wrong_request", line) from None
+    return TextQuestion(query.text, query.k or wanted.k, wanted.with_sources, query.asked_as)
 
 
 def _vector_question(body: bytes, wanted: Wanted) -> VectorQuestion:

@@ -76,7 +76,10 @@ class FollowedVariants:
 
     def served(self, asked_as: str) -> ServedSnapshot:
         """What a variant searches. Raises NoVariantError."""
-        searcher = self._searchers.get(self._answering.get(asked_as, asked_as))
+        variant = self._answering.get(asked_as, asked_as)
+        searcher = self._searchers.get(variant)
+        if searcher is None and variant in self._errors:
+            raise NoVariantError(f"querying as {asked_as}: {variant} cannot be asked here ({self._errors[variant]})")
         if searcher is None:
             raise NoVariantError(
                 f"querying as {asked_as}: expected a variant that answers here, found "
@@ -85,17 +88,19 @@ class FollowedVariants:
         return searcher.served
 
     def status(self) -> dict[str, Any]:
-        """Each variant that may query, for a person."""
+        """Each variant that may query, for a person; one that could not be opened with its error alone."""
         names = {variant: name for name, variant in self._answering.items()}
-        return {
-            variant: {
+        found: dict[str, Any] = {}
+        for variant in dict.fromkeys([*self._searchers, *self._errors]):
+            searcher = self._searchers.get(variant)
+            found[variant] = {
                 "answers_for": names.get(variant),
-                "snapshot_id": searcher.served.snapshot_id,
-                "unreadable": searcher.served.num_unreadable,
+                "takes": None if searcher is None else searcher.served.takes,
+                "snapshot_id": None if searcher is None else searcher.served.snapshot_id,
+                "unreadable": None if searcher is None else searcher.served.num_unreadable,
                 "error": self._errors.get(variant),
             }
-            for variant, searcher in self._searchers.items()
-        }
+        return found
 
 
 class SearchState:

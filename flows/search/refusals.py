@@ -6,10 +6,17 @@ from graceful.errors import GracefulError
 from graceful.flows.search.answering import OtherGenerationError
 from graceful.flows.search.batches import QueueFullError
 from graceful.flows.search.beside import NotOpenYetError
-from graceful.flows.search.searcher import IncompleteAnswerError, NothingServedError, UnreadableQueryError
+from graceful.flows.search.searcher import (
+    IncompleteAnswerError,
+    NothingServedError,
+    UnreadableQueryError,
+    UnreadableTextError,
+    WrongQueryError,
+)
 from graceful.flows.search.watching import NothingWatchedError
 from graceful.flows.store.variants import NoVariantError
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
+from graceful.training.text_tower import TextTowerError
 
 RETRY_AFTER_S = 1
 _AGAIN = {"retry-after": str(RETRY_AFTER_S)}
@@ -30,6 +37,9 @@ def busy(detail: str) -> Refused:
 
 _BY_ERROR: dict[type[GracefulError], tuple[int, str]] = {
     UnreadableQueryError: (422, "unreadable_image"),
+    UnreadableTextError: (422, "unreadable_text"),
+    TextTowerError: (503, "broken_tower"),
+    WrongQueryError: (422, "wrong_request"),
     WidthMismatchError: (422, "wrong_vector"),
     NonFiniteEmbeddingError: (422, "wrong_vector"),
     OtherGenerationError: (409, "other_generation"),
@@ -44,9 +54,11 @@ ANSWERABLE = tuple(_BY_ERROR)
 """Errors that have a status and a kind."""
 
 KINDS = (
-    "busy", "gone", "incomplete_index", "internal", "no_report", "nothing_served", "nothing_watched", "opening",
+    "broken_tower", "busy", "gone", "incomplete_index", "internal", "no_report", "nothing_served", "nothing_watched",
+    "opening",
     "other_generation",
-    "timeout", "too_large", "unauthorized", "unknown_variant", "unreadable_image", "wrong_request", "wrong_vector",
+    "timeout", "too_large", "unauthorized", "unknown_variant", "unreadable_image", "unreadable_text",
+    "wrong_request", "wrong_vector",
 )  # fmt: skip
 """All kinds that are counted."""
 

@@ -23,8 +23,10 @@ from graceful.indexing.following import Followed, Target
 from graceful.indexing.search import SearchResult
 from graceful.indexing.sidecar import ItemEntry
 from graceful.training.encoder import SourceEncoder, open_encoder
-from graceful.training.generation import ordinal_of
+from graceful.training.generation import ordinal_of, read_card, variant_in
 from graceful.training.images import MAX_PIXELS, UnreadableImageError, check_size, decode
+from graceful.training.text_tower import TextEncoder, TextTowerError, open_text_encoder
+from graceful.training.texts import UnreadableTextError, checked_text
 
 __all__ = [
     "GallerySearcher",
@@ -36,6 +38,8 @@ __all__ = [
     "ServedSnapshot",
     "ServingSearcher",
     "UnreadableQueryError",
+    "UnreadableTextError",
+    "WrongQueryError",
 ]
 
 
@@ -45,6 +49,10 @@ class NothingServedError(GracefulError):
 
 class UnreadableQueryError(GracefulError):
     """A query image could not be embedded."""
+
+
+class WrongQueryError(GracefulError):
+    """A text was given to an encoder of images, or an image to one of texts."""
 
 
 class IncompleteAnswerError(GracefulError):
@@ -117,7 +125,7 @@ class ServedSnapshot:
     """What one answer comes from: a generation's encoder and an index of what that generation sees."""
 
     generation: str
-    encoder: SourceEncoder = field(repr=False)
+    encoder: SourceEncoder | TextEncoder = field(repr=False)
     index: SearchedIndex = field(repr=False)
     thresholds: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Consumer of scores -> generation of the hit's vector -> threshold, for queries of this generation."""
@@ -142,13 +150,19 @@ class ServedSnapshot:
         """Width D of query vectors."""
         return self.encoder.card.width
 
+    @property
+    def takes(self) -> str:
+        """What it is asked with: "image", or "text" of a text tower."""
+        return "text" if isinstance(self.encoder, TextEncoder) else "image"
+
     def search_images(self, sources: Sequence[str], k: int = 10) -> list[list[Hit]]:
         """Encode images by name and return the best `k` items of each.
 
         Raises:
             UnreadableQueryError: an image cannot be read, decoded or embedded.
+            WrongQueryError: it takes texts.
         """
-        vectors, failures = self.encoder(sources)
+        vectors, failures = self._of_images()(sources)
         if failures:
             index, reason = next(iter(failures.items()))
             raise UnreadableQueryError(f"searching: image {sources[index]} {reason}; give a readable image")
@@ -160,19 +174,67 @@ class ServedSnapshot:
         """Encode images given as their bytes, in one pass; for each its vector (D,), or why there is none.
 
         `mapper` decodes: `map`, or that of a pool of threads. An image of more than `max_pixels` is not decoded.
+
+        Raises:
+            WrongQueryError: it takes texts.
         """
+        encoder = self._of_images()
 
         def pixels_of(payload: bytes) -> NDArray[np.uint8] | UnreadableQueryError:
             try:
                 check_size(payload, max_pixels)
-                return decode(payload, self.encoder.card.preprocessing)
+                return decode(payload, encoder.card.preprocessing)
             except UnreadableImageError as error:
                 return UnreadableQueryError(f"searching: the image {error}; give a readable image")
 
         decoded = list(mapper(pixels_of, payloads))
         images = [pixels for pixels in decoded if not isinstance(pixels, UnreadableQueryError)]
-        vectors = iter(self.encoder.encode_pixels(np.stack(images)) if images else ())
+        vectors = iter(encoder.encode_pixels(np.stack(images)) if images else ())
         return [pixels if isinstance(pixels, UnreadableQueryError) else _finite(next(vectors)) for pixels in decoded]
+
+    def search_texts(self, texts: Sequence[str], k: int = 10) -> list[list[Hit]]:
+        """Encode texts and return the best `k` items of each.
+
+        Raises:
+            UnreadableTextError: a text is empty, too long, or has no vector.
+            TextTowerError: the tower raises, or gives no vectors.
+            WrongQueryError: it takes images.
+        """
+        vectors = []
+        for vector in self.encode_texts(texts):
+            if isinstance(vector, Exception):
+                raise vector
+            vectors.append(vector)
+        return self.search_vectors(np.stack(vectors), k) if vectors else []
+
+    def encode_texts(self, texts: Sequence[str]) -> list[NDArray[np.float32] | UnreadableTextError | TextTowerError]:
+        """Encode texts together; for each its vector (D,), or why there is none. One that fails does not touch others.
+
+        Raises:
+            WrongQueryError: it takes images.
+        """
+        encoder = self.encoder
+        if not isinstance(encoder, TextEncoder):
+            raise WrongQueryError(
+                f"searching as {self.generation}: expected an image, found a text; ask as a variant that takes texts, "
+                "'graceful status' lists them"
+            )
+        checked = [_checked(text) for text in texts]
+        good = [text for text in checked if isinstance(text, str)]
+        try:
+            found: list[NDArray[np.float32] | TextTowerError] = list(encoder(good)[0])
+        except TextTowerError:
+            found = [_encoded_alone(encoder, text) for text in good]
+        vectors = iter(found)
+        return [_with_direction(text, next(vectors)) if isinstance(text, str) else text for text in checked]
+
+    def _of_images(self) -> SourceEncoder:
+        if isinstance(self.encoder, TextEncoder):
+            raise WrongQueryError(
+                f"searching as {self.generation}: expected a text, found an image; send a text, or leave the variant "
+                "out"
+            )
+        return self.encoder
 
     def check_queries(self, vectors: NDArray[np.float32]) -> None:
         """Refuse what are not query vectors (n, D) of this generation.
@@ -218,6 +280,29 @@ def _finite(vector: NDArray[np.float32]) -> NDArray[np.float32] | UnreadableQuer
     if np.isfinite(vector).all():
         return vector
     return UnreadableQueryError("searching: the image has no finite embedding; give another image")
+
+
+def _checked(text: str) -> str | UnreadableTextError:
+    try:
+        return checked_text(text)
+    except UnreadableTextError as error:
+        return error
+
+
+def _encoded_alone(encoder: TextEncoder, text: str) -> NDArray[np.float32] | TextTowerError:
+    try:
+        vector: NDArray[np.float32] = encoder([text])[0][0]
+    except TextTowerError as error:
+        return error
+    return vector
+
+
+def _with_direction(
+    text: str, vector: NDArray[np.float32] | TextTowerError
+) -> NDArray[np.float32] | UnreadableTextError | TextTowerError:
+    if isinstance(vector, TextTowerError) or np.isfinite(vector).all():
+        return vector
+    return UnreadableTextError(f"searching: the text {text[:80]!r} has no finite embedding; say it otherwise")
 
 
 class ServingSearcher(Protocol):
@@ -278,13 +363,18 @@ class GallerySearcher:
             followed = self._follower.follow(target)
             before = self._served
             if before is None or not isinstance(before.index, FollowedIndex) or before.index.followed is not followed:
-                thresholds = thresholds_of(self._workspace, target)
+                # Of images: a text's scores are on a scale of their own.
+                thresholds = {} if isinstance(encoder, TextEncoder) else thresholds_of(self._workspace, target)
                 self._served = ServedSnapshot(target.query_generation, encoder, FollowedIndex(followed), thresholds)
             return before is None or before.snapshot_id != followed.index.snapshot_id
 
     def search_images(self, sources: Sequence[str], k: int = 10) -> list[list[Hit]]:
         """Encode images and return the best `k` items of each; see `ServedSnapshot.search_images`."""
         return self.served.search_images(sources, k)
+
+    def search_texts(self, texts: Sequence[str], k: int = 10) -> list[list[Hit]]:
+        """Encode texts, as a text tower does, and return the best `k` items; see `ServedSnapshot.search_texts`."""
+        return self.served.search_texts(texts, k)
 
     def search_vectors(self, vectors: NDArray[np.float32], k: int = 10) -> list[list[Hit]]:
         """Return the best `k` items for query vectors (n, D) of the serving generation."""
@@ -293,7 +383,7 @@ class GallerySearcher:
 
 def searched_as(
     workspace: Workspace, query_generation: str | None, granted: Sequence[str], served: ServedSnapshot | None
-) -> tuple[SourceEncoder, Target]:
+) -> tuple[SourceEncoder | TextEncoder, Target]:
     """Who is to query now, and what it reads: the champion, or the one that is named; see `GallerySearcher`.
 
     The encoder is opened unless it is that of `served`.
@@ -302,6 +392,7 @@ def searched_as(
         NothingServedError: no generation serves yet.
         GracefulError: the one that is named may not query.
         EncoderChangedError: it does not embed here as it did where it was made.
+        TextTowerError: a text tower cannot be built here.
     """
     generation = query_generation
     if generation is None:
@@ -312,8 +403,14 @@ def searched_as(
     if generation is None:
         raise NothingServedError("searching: expected a serving generation, found none; run 'graceful update' first")
     is_served = served is not None and served.generation == generation
-    encoder = served.encoder if is_served and served else open_encoder(workspace.generation_uri(generation))
+    encoder = served.encoder if is_served and served else _open_encoder(workspace.generation_uri(generation))
     widths = encoder.card.prefix_widths
     if granted:
         return encoder, Target(generation, tuple(sorted(granted, key=ordinal_of)), tuple(sorted(widths)))
     return encoder, target_of(workspace, generation, widths)
+
+
+def _open_encoder(uri: str) -> SourceEncoder | TextEncoder:
+    """Open who queries: of a variant its card says what it takes."""
+    is_variant = variant_in(uri.rstrip("/").rpartition("/")[2]) is not None
+    return open_text_encoder(uri) if is_variant and read_card(uri).takes == "text" else open_encoder(uri)

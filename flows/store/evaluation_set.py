@@ -21,9 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from graceful.files import exists, join, read_json, resolve, write_json
 from graceful.flows.store.dev_set import DevConfig, set_aside
 from graceful.training.copies import has_near_copy, hash_pictures
-from graceful.training.datasets import DatasetConfig, assert_disjoint, load_images
+from graceful.training.datasets import DatasetConfig, EmptyDatasetError, assert_disjoint, load_images
 from graceful.training.known import KnownImages
 from graceful.training.manifest import LabelledImages
+from graceful.training.texts import LabelledTexts
 
 FORMAT_VERSION = "1"
 
@@ -125,6 +126,23 @@ def load_evaluation_set(config: EvaluationConfig, known: KnownImages | None = No
     log_clusters = None if config.cluster is None else log.attributes[config.cluster]
     log_slices = {name: log.attributes[name] for name in config.slices}
     return EvaluationSet(set_id, queries, gallery, clusters, slices, log, log_clusters, log_slices)
+
+
+def with_texts(evaluation_set: EvaluationSet, texts: LabelledTexts) -> EvaluationSet:
+    """Return the same gallery, searched by labelled texts instead of images: an evaluation set of its own.
+
+    Raises: EmptyDatasetError, where no text names a label of the gallery.
+    """
+    gallery = evaluation_set.gallery
+    if not set(texts.labels.tolist()) & set(gallery.labels.tolist()):
+        raise EmptyDatasetError(
+            f"searching the evaluation gallery with texts: expected labels that it has, such as "
+            f"{', '.join(repr(label) for label in sorted(set(gallery.labels.tolist()))[:3])}, found "
+            f"{', '.join(repr(label) for label in sorted(set(texts.labels.tolist()))[:3])}; correct label_columns"
+        )
+    queries = LabelledImages(texts.sources, texts.labels, texts.content_sha256)
+    set_id = _digest(queries, gallery, texts.clusters, {})
+    return EvaluationSet(set_id, queries, gallery, texts.clusters, {})
 
 
 def load_log(

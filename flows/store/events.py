@@ -236,17 +236,23 @@ class Retired(_Happened):
 
 
 class VariantTrained(_Happened):
-    """A variant of a generation is there: another encoder, which only queries."""
+    """A variant of a generation is there: another encoder, which only queries.
+
+    `factory`: what a text tower comes from, which is not trained here; None of a network that was.
+    """
 
     kind: Literal["variant_trained"] = "variant_trained"
     name: str
     of: str
     training_key: str
     summary: dict[str, Any] = {}
+    factory: str | None = None
 
 
 class VariantJudged(_Happened):
-    """A variant was judged. `row`: its metric on a gallery of each generation's vectors, its own included."""
+    """A variant was judged. `row`: its metric on a gallery of each generation's vectors, its own included where it has
+    one: a text tower (`takes` "text") has none, and was judged by labelled texts.
+    """
 
     kind: Literal["variant_judged"] = "variant_judged"
     name: str
@@ -257,6 +263,7 @@ class VariantJudged(_Happened):
     readable: tuple[str, ...] = ()
     row: dict[str, float] = {}
     of_self_test: float | None = None
+    takes: Literal["image", "text"] = "image"
 
 
 class UpdateCompleted(_Happened):

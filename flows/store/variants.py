@@ -44,24 +44,26 @@ def judged(registry: Registry) -> dict[str, VariantJudged]:
     return found
 
 
-def approved(registry: Registry) -> dict[str, VariantJudged]:
-    """Variants that may query; of several of one name and generation, the one judged last."""
+def approved(registry: Registry, without: str | None = None) -> dict[str, VariantJudged]:
+    """Variants that may query; of several of one name and generation, the one judged last. `without`: as if one were
+    not there.
+    """
     pairs, retired = registry.certificates(), registry.retired()
     found: dict[tuple[str, str], str] = {}
     verdicts = judged(registry)
     for variant, verdict in verdicts.items():
-        if verdict.approved and (variant, variant) in pairs and variant not in retired:
+        if variant != without and verdict.approved and (variant, variant) in pairs and variant not in retired:
             found[verdict.name, verdict.of] = variant
     return {variant: verdicts[variant] for variant in found.values()}
 
 
-def answering(registry: Registry) -> dict[str, str]:
-    """The variant that answers for each name now; names without one are left out."""
+def answering(registry: Registry, without: str | None = None) -> dict[str, str]:
+    """The variant that answers for each name now, or would `without` one; names without one are left out."""
     champion = registry.serving().champion
     if champion is None:
         return {}
     read = {champion, *read_by(champion, registry.certificates())}
-    may = {variant: verdict for variant, verdict in approved(registry).items() if verdict.of in read}
+    may = {variant: verdict for variant, verdict in approved(registry, without).items() if verdict.of in read}
     ascending = sorted(may, key=lambda variant: (may[variant].of == champion, ordinal_of(may[variant].of)))
     return {may[variant].name: variant for variant in ascending}
 

@@ -52,6 +52,11 @@ def search_architectures(session: Session, names: Sequence[str]) -> list[SearchR
     """
     cloud = served_with(session, names)
     for name in names:
+        if session.config.variants[name].tower is not None:
+            raise ConfigError(
+                f"searching the architecture of {name}: expected a network that is trained here, found a text tower; "
+                "name another variant"
+            )
         if session.config.variants[name].search is None:
             raise ConfigError(
                 f"searching the architecture of {name}: expected a table [variants.{name}.search] in the "

@@ -4,7 +4,7 @@ After an update has carried its decision out, so that no variant delays or chang
 is trained on what its generation was trained on, from scratch, against the stored vectors of that generation and of
 every older one whose rows it reads: no network of theirs is run in the loop. Certificates come before the judgement
 that lets it answer, and each step finds its own earlier output: a training by generation, name and recipe, a judgement
-by variant, evaluation set and policy.
+by variant, evaluation set and policy. Text towers, which come from elsewhere, are made and judged by `text_towers`.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from graceful.evaluation.decision import JUDGING_VERSION
 from graceful.evaluation.outcomes import Outcomes
-from graceful.evaluation.policy import RolloutPolicy
 from graceful.evaluation.variants import judge_variant, metrics_on
 from graceful.files import join, remove
 from graceful.flows.runtime.session import Session
@@ -29,6 +28,7 @@ from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.act import Step
 from graceful.flows.update.bench import Bench, production_owners
 from graceful.flows.update.freeze import digest
+from graceful.flows.update.text_towers import judge_tower, make_tower
 from graceful.flows.update.train import embed_images, lay_vectors, train
 from graceful.indexing.gallery import View
 from graceful.training.generation import VariantOf, ordinal_of, read_card
@@ -66,8 +66,10 @@ def served_with(session: Session, names: Sequence[str]) -> str:
 
 
 def train_variant(session: Session, name: str, cloud: str) -> str:
-    """Train a variant of the generation `cloud`, or find the one of this recipe; returns its id."""
+    """Train a variant of the generation `cloud`, or make its text tower, or find it; returns its id."""
     workspace, registry = session.workspace, session.workspace.registry
+    if (tower := session.config.variants[name].tower) is not None:
+        return make_tower(session, name, tower, cloud)
     recipe = session.config.variants[name].recipe(session.config.training)
     key = digest([cloud, name, recipe.model_dump(mode="json"), TRAINING_VERSION])[:16]
     for event in registry.events(VariantTrained):
@@ -87,7 +89,10 @@ def train_variant(session: Session, name: str, cloud: str) -> str:
 
 def judge(session: Session, name: str, variant: str, cloud: str) -> VariantJudged:
     """Judge a variant, certify what it may read, and record it; a judgement from the same inputs is found."""
-    workspace, policy = session.workspace, _policy(session, name)
+    described = session.config.variants[name]
+    if described.tower is not None:
+        return judge_tower(session, name, variant, cloud)
+    workspace, policy = session.workspace, described.policy(session.config.policy)
     evaluation_set = load_evaluation_set(session.config.evaluation, KnownImages(workspace.known_images_uri))
     key = digest([variant, evaluation_set.set_id, policy.model_dump(mode="json"), JUDGING_VERSION])[:16]
     for event in workspace.registry.events(VariantJudged, f"variant-{key}"):
@@ -112,13 +117,6 @@ def judge(session: Session, name: str, variant: str, cloud: str) -> VariantJudge
     settle(workspace.registry, variant, made, update_key=f"variant-{key}")
     session.progress.say(f"{variant} {made.reason}")
     return made
-
-
-def _policy(session: Session, name: str) -> RolloutPolicy:
-    """The policy of a variant's gate: that of the decisions, with the variant's own margin where it has one."""
-    margin = session.config.variants[name].quality_margin_points
-    changes = {} if margin is None else {"quality_margin_points": margin}
-    return session.config.policy.model_copy(update=changes)
 
 
 def _measure(

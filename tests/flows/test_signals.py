@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(120)
 COMMANDS = [
     (["update"], "graceful.flows.commands.check", "require_checked"),
     (["ingest", "pictures"], "graceful.flows.commands.images", "ingest_images"),
-    (["search", "query.png"], "graceful.flows.commands.images", "search_image"),
+    (["search", "query.png"], "graceful.flows.commands.images", "search_gallery"),
     (["report"], "graceful.flows.commands.evaluations", "read_report"),
     (["doctor"], "graceful.flows.commands.doctor", "examine_workspace"),
     (["collect"], "graceful.flows.commands.status", "collect_garbage"),

@@ -14,7 +14,7 @@ from graceful.evaluation.policy import Consumer, RolloutPolicy
 from graceful.evaluation.report import render_report
 from graceful.files import set_crash_hook
 from graceful.flows.cli import app
-from graceful.flows.commands.images import search_image
+from graceful.flows.commands.images import search_gallery
 from graceful.flows.search.http import make_app
 from graceful.flows.search.searcher import GallerySearcher
 from graceful.flows.settings.config import ConfigError, GalleryConfig, load_consumers
@@ -384,7 +384,7 @@ def test_a_search_answers_with_the_threshold_of_each_hit(searched):
 
 def test_the_command_says_which_hits_are_above(searched):
     image = load_images(tiny.open_config(searched).evaluation.queries).sources[0]
-    found = search_image(str(searched), image, 100, None)
+    found = search_gallery(str(searched), image, 100, None)
     above = [hit["above"]["unlock"] for hit in found["hits"]]
     assert set(above) == {True, False}
     printed = CliRunner().invoke(app, ["search", image, "-r", str(searched), "-k", "100"])
