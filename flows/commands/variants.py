@@ -20,10 +20,9 @@ def make_named(root: str, names: Sequence[str], console: Console) -> list[dict[s
     require_workspace(root)
     prepare_environment(root)
     with open_session(root, load_workspace_config(root), TerminalProgress(console)) as session:
-        of = {made.of for made in give_variants(session, names).values()}
-        rows = variant_rows(session.workspace)
-    newest = {row["name"]: row for row in rows if row["of"] in of}
-    return [newest[name] for name in dict.fromkeys(names)]
+        made = give_variants(session, names)
+        rows = {row["variant"]: row for row in variant_rows(session.workspace)}
+    return [rows[variant] for variant in made.values()]
 
 
 def search_named(root: str, names: Sequence[str], console: Console) -> list[dict[str, Any]]:

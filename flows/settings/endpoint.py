@@ -9,7 +9,9 @@ class EndpointConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_waiting: int = Field(
-        default=256, ge=1, description="Images, and vectors, that may wait for their turn; more are refused with 429."
+        default=256,
+        ge=1,
+        description="Images, vectors and texts, each, that may wait for their turn; more are refused with 429.",
     )
     max_waiting_mib: int = Field(
         default=512, ge=1, description="MiB of bodies that may be in memory at a time; more are refused with 429."

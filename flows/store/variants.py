@@ -24,15 +24,28 @@ class NoVariantError(GracefulError):
     """No approved variant of this name may read what is served."""
 
 
-def settle(registry: Registry, variant: str, made: VariantJudged, *, update_key: str) -> None:
-    """Issue or revoke a variant's certificates, then record the judgement that lets it answer, or not."""
+def settle(registry: Registry, variant: str, made: VariantJudged, *, update_key: str, occurrence: int = 1) -> None:
+    """Issue or revoke a variant's certificates, then record the judgement that lets it answer, or not.
+
+    `occurrence`: which judgement of these inputs it is; see `standing`.
+    """
     wanted = [(variant, variant), *((variant, name) for name in made.readable)] if made.approved else []
     held = {pair for pair in registry.certificates() if pair[0] == variant}
     registry.revoke(sorted(held.difference(wanted)), reason=made.reason)
     registry.certify(wanted, reason=made.reason)
     crash_point("variant-certified")
-    registry.record(made, update_key=update_key, generation=variant)
+    registry.record(made, update_key=update_key, generation=variant, occurrence=occurrence)
     crash_point("variant-judged")
+
+
+def standing(registry: Registry, variant: str, update_key: str) -> tuple[VariantJudged | None, int]:
+    """The newest judgement of a variant, if it was made of these inputs; and how many were.
+
+    One that other inputs came after does not stand any more: it is judged, and recorded, again.
+    """
+    events = [event for event in registry.events(VariantJudged) if event.generation == variant]
+    is_newest = bool(events) and events[-1].update_key == update_key
+    return events[-1].payload if is_newest else None, sum(event.update_key == update_key for event in events)
 
 
 def judged(registry: Registry) -> dict[str, VariantJudged]:

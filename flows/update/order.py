@@ -23,7 +23,7 @@ from graceful.flows.settings.rollout import RolloutConfig
 from graceful.flows.store.approvals import Approval, answer, approval_of
 from graceful.flows.store.claim import claim
 from graceful.flows.store.evaluations import Evaluation, read_evaluation
-from graceful.flows.store.events import Decided, Overridden, Promoted, VariantJudged
+from graceful.flows.store.events import Decided, Overridden, Promoted
 from graceful.flows.store.reports import REPORT_FILE, report_address
 from graceful.flows.store.variants import refuse_variant
 from graceful.flows.store.workspace import Workspace
@@ -190,8 +190,9 @@ def update(
 
 def give_variants(
     session: Session, names: Sequence[str], *, wait_s: float = 0.0, claimed: bool = False, step: Step = plain
-) -> dict[str, VariantJudged]:
-    """Train and judge variants of the generation that serves, and show them in its report. Killed, it goes on.
+) -> dict[str, str]:
+    """Train and judge variants of the generation that serves, and show them in its report; name -> id. Killed, it goes
+    on.
 
     Raises: ConfigError, UpdateInProgressError.
     """

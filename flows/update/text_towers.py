@@ -20,7 +20,7 @@ from graceful.flows.store.evaluation_set import load_evaluation_set, save_evalua
 from graceful.flows.store.events import VariantJudged, VariantTrained
 from graceful.flows.store.leaks import refuse_trained_on
 from graceful.flows.store.registry import Registry
-from graceful.flows.store.variants import answering, judged, settle
+from graceful.flows.store.variants import answering, judged, settle, standing
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.bench import Bench
 from graceful.flows.update.freeze import digest
@@ -74,8 +74,9 @@ def judge_tower(session: Session, name: str, variant: str, cloud: str) -> Varian
     replaced = _replaced(registry, name, variant)
     asked = [policy.model_dump(mode="json"), described.min_quality_points, JUDGING_VERSION]
     key = digest([variant, evaluation_set.set_id, replaced, *asked])[:16]
-    for event in registry.events(VariantJudged, f"variant-{key}"):
-        return event.payload
+    known, times = standing(registry, variant, f"variant-{key}")
+    if known is not None:
+        return known
     refuse_trained_on(workspace, images)
     save_evaluation_set(workspace.root, evaluation_set)
     with workspace.gallery.lease() as version:
@@ -113,7 +114,7 @@ def judge_tower(session: Session, name: str, variant: str, cloud: str) -> Varian
         row=metrics_on(outcomes, policy, variant, list(view.readable)),
         takes="text",
     )
-    settle(registry, variant, made, update_key=f"variant-{key}")
+    settle(registry, variant, made, update_key=f"variant-{key}", occurrence=times + 1)
     session.progress.say(f"{variant} {made.reason}")
     return made
 

@@ -23,7 +23,7 @@ from graceful.flows.store.evaluation_set import EvaluationSet, load_evaluation_s
 from graceful.flows.store.events import Trained, UpdateStarted, VariantJudged, VariantTrained
 from graceful.flows.store.leaks import refuse_trained_on
 from graceful.flows.store.registry import Registry, read_by
-from graceful.flows.store.variants import settle
+from graceful.flows.store.variants import settle, standing
 from graceful.flows.store.workspace import Workspace
 from graceful.flows.update.act import Step
 from graceful.flows.update.bench import Bench, production_owners
@@ -37,8 +37,8 @@ from graceful.training.known import KnownImages
 from graceful.training.manifest import read_manifest
 
 
-def make_variants(session: Session, names: Sequence[str], do: Step) -> dict[str, VariantJudged]:
-    """Train and judge variants of the generation that serves, those that are there already left alone.
+def make_variants(session: Session, names: Sequence[str], do: Step) -> dict[str, str]:
+    """Train and judge variants of the generation that serves, those that are there already left alone; name -> id.
 
     Raises:
         ConfigError: the configuration describes no variant of a name, or nothing serves yet.
@@ -46,8 +46,8 @@ def make_variants(session: Session, names: Sequence[str], do: Step) -> dict[str,
     cloud = served_with(session, names)
     found = {}
     for name in names:
-        variant = do(f"train variant {name}", partial(train_variant, session, name, cloud))
-        found[name] = do(f"judge variant {name}", partial(judge, session, name, variant, cloud))
+        found[name] = do(f"train variant {name}", partial(train_variant, session, name, cloud))
+        do(f"judge variant {name}", partial(judge, session, name, found[name], cloud))
     return found
 
 
@@ -95,8 +95,9 @@ def judge(session: Session, name: str, variant: str, cloud: str) -> VariantJudge
     workspace, policy = session.workspace, described.policy(session.config.policy)
     evaluation_set = load_evaluation_set(session.config.evaluation, KnownImages(workspace.known_images_uri))
     key = digest([variant, evaluation_set.set_id, policy.model_dump(mode="json"), JUDGING_VERSION])[:16]
-    for event in workspace.registry.events(VariantJudged, f"variant-{key}"):
-        return event.payload
+    known, times = standing(workspace.registry, variant, f"variant-{key}")
+    if known is not None:
+        return known
     refuse_trained_on(workspace, evaluation_set)
     save_evaluation_set(workspace.root, evaluation_set)
     with workspace.gallery.lease() as version:
@@ -114,7 +115,7 @@ def judge(session: Session, name: str, variant: str, cloud: str) -> VariantJudge
         row=metrics_on(outcomes, policy, variant, [*view.readable, variant]),
         of_self_test=metrics_on(outcomes, policy, cloud, [cloud]).get(cloud),
     )
-    settle(workspace.registry, variant, made, update_key=f"variant-{key}")
+    settle(workspace.registry, variant, made, update_key=f"variant-{key}", occurrence=times + 1)
     session.progress.say(f"{variant} {made.reason}")
     return made
 

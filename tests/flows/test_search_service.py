@@ -151,7 +151,9 @@ def test_a_client_is_told_what_a_search_may_send(client: TestClient) -> None:
     body = document["paths"]["/search"]["post"]["requestBody"]
     assert set(body["content"]) == {"image/*", "multipart/form-data", "application/json"}
     assert body["content"]["multipart/form-data"]["schema"]["properties"]["image"]["format"] == "binary"
-    assert set(body["content"]["application/json"]["schema"]["properties"]) == {"vector", "generation", "k", "as"}
+    vector, text = body["content"]["application/json"]["schema"]["oneOf"]
+    assert set(vector["properties"]) == {"vector", "generation", "k", "as"}
+    assert set(text["properties"]) == {"text", "k", "as"}
 
 
 def test_k_outside_its_range_is_refused(client: TestClient) -> None:

@@ -1,6 +1,7 @@
 """Text towers: variants from elsewhere by which the gallery is searched with words; judged before they answer."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from graceful.flows.store.events import VariantJudged, VariantTrained
 from graceful.flows.store.variants import answering
 from graceful.flows.store.workspace import open_workspace
 from graceful.flows.update.serving import rollback
-from graceful.training.encoder import TakesTextError, open_encoder
+from graceful.training.encoder import TakesTextError, open_encoder, read_classifier
 from graceful.training.generation import read_card
 from graceful.training.probes import EncoderChangedError
 from graceful.training.text_tower import TextTowerError, open_text_encoder
@@ -233,6 +234,9 @@ def test_a_tower_below_what_is_asked_for_is_refused_and_judged_again_when_less_i
     configure(root, words=words(root, min_quality_points=30.0))
     assert make(root)["approved"]
     assert len(open_workspace(str(root)).registry.events(VariantTrained)) == 1
+    configure(root, words=words(root, min_quality_points=99.0))
+    assert not make(root, code=3)["approved"], "an older judgement of the same inputs does not stand any more"
+    assert answering(open_workspace(str(root)).registry) == {}
 
 
 def test_texts_without_a_picture_to_find_are_counted_and_too_few_labels_refused(root):
@@ -500,6 +504,18 @@ def test_it_is_no_encoder_of_images_and_is_not_exported(first, tmp_path):
     assert not (tmp_path / "words.pt2").exists()
     with pytest.raises(TakesTextError, match="found a text tower"):
         open_encoder(open_workspace(str(first)).generation_uri(tower))
+
+
+def test_the_function_in_the_documentation_is_a_tower(first):
+    page = (tiny.ROOT / "docs" / "howto" / "words.md").read_text()
+    names: dict[str, Any] = {}
+    exec(re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)[0], names)
+    champion = open_workspace(str(first)).registry.serving().champion
+    tower = names["shop"](str(first / "generations" / champion), 16)
+    _, _, means = read_classifier(str(first / "generations" / champion))
+    found = tower(["the digit 2", "nothing that it knows", "the digit 3"])
+    np.testing.assert_array_equal(found[[0, 2]], means.numpy()[2:4])
+    np.testing.assert_array_equal(tower(["nothing that it knows"]), found[1:2])
 
 
 # The configuration ----------------------------------------------------------------------------------------------------

@@ -159,6 +159,9 @@ def test_a_tighter_margin_refuses_a_variant_that_is_better_off_on_its_own(first,
     assert answering(registry) == {}, "what it was certified for with another margin is revoked"
     assert not any(query == row["variant"] for query, _ in registry.certificates())
     assert len(registry.events(VariantTrained)) == 1, "it was judged again, not trained again"
+    tiny.write_config(root, root / "digits.parquet", EDGE)
+    assert running.document("variant", "edge", "--root", root)["variants"][0]["approved"]
+    assert answering(registry) == {"edge": row["variant"]}, "as it was at first, and judged so again"
 
 
 def test_run_again_nothing_is_trained_or_judged_twice(root):
@@ -484,7 +487,7 @@ def test_the_example_runs_at_a_smaller_size(tmp_path):
         ("variants.edge.constraints", [], "constraints"),
         ("variants.edge.constraints", [{"name": "l3"}], "expected package.module:Class or one of"),
         ("variants.edge.batch_size", 1, "batch_size"),
-        ("variants.phone", {"epochs": 3}, "variants.phone.backbone is missing"),
+        ("variants.phone", {"epochs": 3}, "found neither; add one of the two"),
         (
             "variants.both",
             {"backbone": "small_cnn", "image_size": 8, "preprocessing": {**tiny.BASE["training"]["preprocessing"]}},
