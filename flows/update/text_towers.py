@@ -45,9 +45,8 @@ def make_tower(session: Session, name: str, spec: BackboneSpec, cloud: str) -> s
             return event.generation
     folder, variant = join(workspace.root, "generations"), VariantOf(name=name, of=cloud)
     _, card = make_text_tower(folder, spec, variant=variant, generation_uri=workspace.generation_uri(cloud))
-    if card.generation_id not in registry.variants():
-        made = VariantTrained(name=name, of=cloud, training_key=key, factory=spec.name)
-        registry.record(made, update_key=f"variant-{key}", generation=card.generation_id)
+    made = VariantTrained(name=name, of=cloud, training_key=key, factory=spec.name)
+    registry.record(made, update_key=f"variant-{key}", generation=card.generation_id)
     return card.generation_id
 
 

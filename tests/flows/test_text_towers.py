@@ -355,6 +355,14 @@ def test_a_tower_whose_weights_were_exchanged_is_refused_and_made_anew(root):
     assert search(root, "the digit 1", "filed")["query_generation"] == before, "without probes nothing is compared"
 
 
+def test_a_tower_that_gives_almost_the_same_vectors_is_the_same_variant(root):
+    configure(root, words=words(root, "almost_the_same"))
+    before = make(root)["variant"]
+    assert make(root)["variant"] == before
+    assert search(root, "the digit 1")["query_generation"] == before
+    assert len(towers_of(root)) == 2
+
+
 # Asked ----------------------------------------------------------------------------------------------------------------
 
 
@@ -493,6 +501,17 @@ def test_a_tower_that_cannot_be_opened_where_it_is_served_disturbs_nobody(root, 
         refused = client.post("/search?as=words", json={"text": "x"})
         assert (refused.status_code, refused.json()["kind"]) == (404, "unknown_variant")
         assert "no such module" in refused.json()["detail"]
+
+
+def test_no_threshold_of_images_is_applied_to_the_scores_of_texts(root):
+    consumer = {"unlock": {"threshold": 0.1, "guards": "FAR", "limit": 0.5}}
+    changes = {**settings(root, 4), "policy.thresholds": consumer}
+    tiny.write_config(root, root / "digits.parquet", changes)
+    workspace = open_workspace(str(root))
+    assert GallerySearcher(workspace).served.thresholds["unlock"], "it is served with hits of images"
+    found = search(root, "the digit 1")
+    assert found["thresholds"] == {}
+    assert all(hit["above"] == {} for hit in found["hits"])
 
 
 def test_it_is_no_encoder_of_images_and_is_not_exported(first, tmp_path):

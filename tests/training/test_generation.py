@@ -225,3 +225,13 @@ def test_preprocessing_needs_one_mean_per_channel() -> None:
 def test_local_paths_become_absolute() -> None:
     assert resolve("somewhere")[1] == str(Path("somewhere").absolute())
     assert join("s3://bucket/root/", "g001-aaaaaa", "card.json") == "s3://bucket/root/g001-aaaaaa/card.json"
+
+
+def test_a_text_tower_only_queries_and_a_card_of_images_says_nothing_of_it(preprocessing):
+    values = make_card(preprocessing).model_dump()
+    assert "takes" not in values
+    with pytest.raises(ValidationError, match="expected the role query_only of a text tower, found full"):
+        GenerationCard.model_validate({**values, "takes": "text"})
+    variant = {"generation_id": make_generation_id(3, DIGEST, "words"), "role": "query_only", "of": "g003-aaaaaa"}
+    card = GenerationCard.model_validate({**values, **variant, "takes": "text"})
+    assert card.model_dump()["takes"] == "text"
