@@ -56,7 +56,7 @@ DATA = replace(
 )
 EPOCHS, MAX_LR = 24, 5e-3  # of every edge network that is reported
 SWEPT = (0.14, 0.18, 0.21)  # times the large network's widths
-SWEEP_EPOCHS = 8
+SWEEP_EPOCHS = 24
 EVALUATIONS = 36
 WAYS = ("evolution", "random search", "width sweep")
 
@@ -67,7 +67,7 @@ def space(limit: int, drawn: int = 10) -> SearchConfig:
         block_widths=((4, 8, 12, 16), (12, 16, 24, 32), (24, 32, 48, 64), (48, 64, 96, 128)),
         image_sizes=(16, 20),
         max_multiply_adds=limit,
-        epochs=12,
+        epochs=24,
         evaluations=EVALUATIONS,
         population=drawn,
     )

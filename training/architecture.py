@@ -17,6 +17,7 @@ from graceful.errors import UsageError
 from graceful.training.generation import BackboneSpec
 
 _ATTEMPTS = 200
+_NEAR = 0.5  # of a limit: networks below it are seldom what is looked for
 Choices = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 
 
@@ -35,6 +36,25 @@ class Architecture(BaseModel):
         """The network as a configuration names it."""
         values = self.model_dump(mode="json", exclude={"image_size"})
         return BackboneSpec(name="small_cnn", kwargs=values)
+
+    def multiply_adds(self, channels: int, width: int) -> int:
+        """Return the multiply-adds of one image of so many channels, up to an embedding of `width`."""
+        size, previous, total = self.image_size, channels, 0
+        for block_width, depth, kernel in zip(self.block_widths, self.depths, self.kernels, strict=True):
+            for _ in range(depth):
+                total += size * size * kernel * kernel * previous * block_width
+                previous = block_width
+            size = size // 2 if size >= 2 else size
+        return total + previous * width
+
+    def num_parameters(self, channels: int, width: int) -> int:
+        """Return the weights of the network, those of its batch norms included."""
+        previous, total = channels, 0
+        for block_width, depth, kernel in zip(self.block_widths, self.depths, self.kernels, strict=True):
+            for _ in range(depth):
+                total += kernel * kernel * previous * block_width + 2 * block_width
+                previous = block_width
+        return total + (previous + 1) * width
 
 
 class Space(BaseModel):
@@ -83,6 +103,23 @@ class Space(BaseModel):
     def draw(self, rng: np.random.Generator) -> Architecture:
         """Return a random network."""
         return self._of([int(rng.integers(len(choices))) for choices in self._choices])
+
+    def draw_near(self, share: Callable[[Architecture], float], rng: np.random.Generator) -> Architecture:
+        """Return a random network within limits and near them; `share`: what one takes of its tightest limit.
+
+        What is drawn above a limit is made smaller. The nearest of some draws where the space has none so near, its
+        smallest where nothing is within.
+        """
+        found, nearest = self.smallest, 0.0
+        for _ in range(_ATTEMPTS):
+            drawn: Architecture | None = self.draw(rng)
+            while drawn is not None and share(drawn) > 1:
+                drawn = self.shrink(drawn, rng)
+            if drawn is not None and share(drawn) >= nearest:
+                found, nearest = drawn, share(drawn)
+            if nearest >= _NEAR:
+                break
+        return found
 
     def mutate(self, parent: Architecture, rng: np.random.Generator) -> Architecture:
         """Return a network that differs in one place, where there is a choice."""

@@ -25,7 +25,7 @@ from graceful.errors import GracefulError, UsageError
 from graceful.training.architecture import Architecture, Candidate, Cost, SearchConfig, Space, propose
 from graceful.training.backbones import build_backbone
 from graceful.training.encoder import arithmetic, embed, open_network
-from graceful.training.exporting import latency_ms, multiply_adds
+from graceful.training.exporting import latency_ms
 from graceful.training.finishing import calibrate
 from graceful.training.generation import Preprocessing, ordinal_of
 from graceful.training.job import TrainingConfig, TrainingJob
@@ -109,17 +109,20 @@ def cost_of(config: TrainingConfig, architecture: Architecture, timed: bool) -> 
     """
     preprocessing = config.preprocessing.at_size(architecture.image_size)
     channels, size = preprocessing.channels, preprocessing.image_size
-    network = build_backbone(architecture.backbone, config.width, channels, size).eval()
-    pixels = np.zeros((1, channels, size, size), np.uint8)
-    cpu = torch.device("cpu")
 
-    def run(pixels: np.ndarray) -> np.ndarray:
-        return embed(network, torch.from_numpy(pixels), preprocessing, cpu, None).numpy()
+    def latency() -> float:
+        network = build_backbone(architecture.backbone, config.width, channels, size).eval()
+        cpu = torch.device("cpu")
+
+        def run(pixels: np.ndarray) -> np.ndarray:
+            return embed(network, torch.from_numpy(pixels), preprocessing, cpu, None).numpy()
+
+        return latency_ms(run, np.zeros((1, channels, size, size), np.uint8))
 
     return Cost(
-        multiply_adds=multiply_adds(network, preprocessing),
-        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
-        latency_ms=latency_ms(run, pixels) if timed else None,
+        multiply_adds=architecture.multiply_adds(channels, config.width),
+        num_parameters=architecture.num_parameters(channels, config.width),
+        latency_ms=latency() if timed else None,
     )
 
 

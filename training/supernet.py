@@ -1,9 +1,11 @@
 """A super-net: the largest network of a space, whose parts are all the others and share its weights.
 
 It is a backbone like any other, so that the loop trains it, on Ray and in this process, under a variant's constraints
-against cached vectors, and resumes it. Only its forward pass in training differs: it runs the smallest network, a
-random one and the largest in turn (the sandwich rule of Yu and Huang, ICCV 2019, 1903.05134), so that a step of
-`MICRO_BATCHES` micro-batches trains each of the three on a third of the batch. In evaluation it is the largest.
+against cached vectors, and resumes it. Only its forward pass in training differs: it runs two random networks and the
+largest in turn, so that a step of `MICRO_BATCHES` micro-batches trains each of the three on a third of the batch. The
+random ones are within the search's limits and near them: what is looked for is there. The sandwich rule (Yu and Huang,
+ICCV 2019, 1903.05134) has the smallest network in every step instead, which then is better than its shared weights let
+any other be (docs/howto/edge.md has figures). In evaluation it is the largest.
 
 A narrower network takes the first channels, a shallower one the first convolutions of a block, a smaller kernel the
 middle of the largest. Batch norm statistics fit one network only: those of a part are calibrated before it is used.
@@ -23,13 +25,14 @@ from graceful.training.generation import BackboneSpec
 from graceful.training.job import TrainingConfig
 
 MICRO_BATCHES = 3
-"""Smallest, random, largest. The largest is last: every weight has a gradient then, which several workers wait for."""
+"""Two random networks and the largest, which is last: every weight has a gradient then, as several workers wait for."""
 
 
 class ElasticCnn(SmallCnn):
-    """The largest `small_cnn` of a space, with the state of one. Arguments are the fields of `Space`.
+    """The largest `small_cnn` of a space, with the state of one. Arguments are the fields of `Space`, and limits.
 
-    In training every rank draws the random network from torch's own generator. Batch norm sees a rank's own images.
+    In training every rank draws the random networks from torch's own generator: any of the space where there is no
+    limit on multiply-adds or parameters. Batch norm sees a rank's own images.
     """
 
     def __init__(
@@ -41,22 +44,33 @@ class ElasticCnn(SmallCnn):
         depths: Sequence[int],
         kernels: Sequence[int],
         image_sizes: Sequence[int],
+        max_multiply_adds: int | None = None,
+        max_parameters: int | None = None,
     ) -> None:
         values = {"block_widths": block_widths, "depths": depths, "kernels": kernels, "image_sizes": image_sizes}
         self.space = Space.model_validate(values)
         largest = self.space.largest
         super().__init__(width, channels, image_size, largest.block_widths, largest.depths, largest.kernels)
         self._turn = 0
+        self._limits = (max_multiply_adds, max_parameters)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return embeddings (n, d): of the largest network, or in training of the one whose turn it is."""
         if not self.training:
             return super().forward(images)
         turn, self._turn = self._turn, (self._turn + 1) % MICRO_BATCHES
-        if turn == 1:
-            rng = np.random.default_rng(int(torch.randint(2**31, ())))
-            return self.run_part(self.space.draw(rng), images)
-        return self.run_part(self.space.smallest if turn == 0 else self.space.largest, images)
+        return self.run_part(self.space.largest if turn == MICRO_BATCHES - 1 else self._draw(), images)
+
+    def _draw(self) -> Architecture:
+        rng = np.random.default_rng(int(torch.randint(2**31, ())))
+        channels, width = layers_of(self)[0][0][0].in_channels, self.projection.out_features
+
+        def share(architecture: Architecture) -> float:
+            found = (architecture.multiply_adds(channels, width), architecture.num_parameters(channels, width))
+            return max(cost / limit for cost, limit in zip(found, self._limits, strict=True) if limit is not None)
+
+        is_limited = any(limit is not None for limit in self._limits)
+        return self.space.draw_near(share, rng) if is_limited else self.space.draw(rng)
 
     def run_part(self, architecture: Architecture, images: Tensor) -> Tensor:
         """Return a part's embeddings (n, d) with the batch's own statistics; larger images are made smaller first."""
@@ -99,8 +113,9 @@ def supernet_recipe(recipe: TrainingConfig, config: SearchConfig) -> TrainingCon
     """
     space = config.at(recipe.preprocessing.image_size)
     name = f"{__name__}:{ElasticCnn.__name__}"
+    limits = {"max_multiply_adds": config.max_multiply_adds, "max_parameters": config.max_parameters}
     changes = {
-        "backbone": BackboneSpec(name=name, kwargs=space.model_dump(mode="json")),
+        "backbone": BackboneSpec(name=name, kwargs={**space.model_dump(mode="json"), **limits}),
         "initial_weights": None,
         "preprocessing": recipe.preprocessing.at_size(space.largest.image_size),
         "epochs": config.epochs or recipe.epochs,

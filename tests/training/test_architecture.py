@@ -138,3 +138,14 @@ def test_a_limit_says_what_there_is_too_much_of():
     assert config.excess(Cost(multiply_adds=1000, num_parameters=5, latency_ms=2.0)) == ""
     over = config.excess(Cost(multiply_adds=1001, num_parameters=5, latency_ms=2.5))
     assert over == "1,001 multiply-adds (at most 1,000), 2.5 ms for an image (at most 2.0)"
+
+
+def test_a_draw_near_a_limit_is_within_it_and_takes_the_nearest_there_is():
+    space, rng = Space.model_validate(SMALL), np.random.default_rng(0)
+
+    def share_of(limit: float):
+        return lambda architecture: sum(architecture.block_widths) / limit
+
+    assert {sum(space.draw_near(share_of(16), rng).block_widths) for _ in range(20)} == {12, 16}
+    assert {sum(space.draw_near(share_of(100), rng).block_widths) for _ in range(5)} == {24}  # nothing is so near
+    assert space.draw_near(share_of(1), rng) == space.smallest  # nothing is within

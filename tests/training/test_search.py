@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graceful.training.architecture import Architecture, Candidate, SearchConfig
+from graceful.training.architecture import Architecture, Candidate, SearchConfig, Space
+from graceful.training.backbones import build_backbone
 from graceful.training.encoder import open_encoder
-from graceful.training.generation import PredecessorRef
+from graceful.training.exporting import multiply_adds
+from graceful.training.generation import PredecessorRef, Preprocessing
 from graceful.training.job import DevPart, TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
 from graceful.training.manifest import LabelledImages, write_manifest
@@ -78,13 +80,13 @@ def test_the_largest_part_is_measured_as_the_stored_network_is(supernet, digits,
 
 def test_a_network_that_was_not_calibrated_would_be_another(supernet, tmp_path, monkeypatch):
     job, uri = supernet
-    smallest = SEARCH.at(8).smallest
-    cost = cost_of(job.config, smallest, timed=False)
-    calibrated = Scorer(job, uri, tmp_path).measure(smallest, cost)
+    largest = SEARCH.at(8).largest
+    cost = cost_of(job.config, largest, timed=False)
+    calibrated = Scorer(job, uri, tmp_path).measure(largest, cost)
     monkeypatch.setattr("graceful.training.search.calibrate", lambda *_: 0)
     (tmp_path / "again").mkdir()
-    without = Scorer(job, uri, tmp_path / "again").measure(smallest, cost)
-    assert calibrated.self_test > without.self_test
+    without = Scorer(job, uri, tmp_path / "again").measure(largest, cost)
+    assert calibrated.reward > without.reward + 0.05
 
 
 def test_what_a_network_costs_is_counted_by_hand():
@@ -97,6 +99,16 @@ def test_what_a_network_costs_is_counted_by_hand():
     assert cost.num_parameters == (36 + 8) + (144 + 8) + (800 + 16) + (128 + 16)
     assert cost.latency_ms is not None
     assert cost.latency_ms > 0
+
+
+def test_what_a_network_costs_is_what_is_counted_as_it_runs():
+    rng = np.random.default_rng(0)
+    space = Space(block_widths=((3, 5),) * 4, depths=(1, 2, 3), kernels=(1, 3, 5), image_sizes=(5, 8, 16))
+    for architecture in (space.draw(rng) for _ in range(12)):
+        look = Preprocessing(image_size=architecture.image_size, channels=3, mean=(0.3,) * 3, std=(0.4,) * 3)
+        network = build_backbone(architecture.backbone, 7, 3, architecture.image_size)
+        assert architecture.multiply_adds(3, 7) == multiply_adds(network, look)
+        assert architecture.num_parameters(3, 7) == sum(parameter.numel() for parameter in network.parameters())
 
 
 @pytest.mark.parametrize(

@@ -74,16 +74,37 @@ def test_in_evaluation_it_is_the_largest_network(supernet):
     torch.testing.assert_close(supernet.eval()(images), largest.eval()(images))
 
 
-def test_a_step_trains_the_smallest_a_random_and_the_largest_network(supernet):
-    images = torch.randn(7, 1, 8, 8)
-    torch.manual_seed(1)
-    given = [supernet(images) for _ in range(MICRO_BATCHES)]
-    torch.manual_seed(1)
-    random = SPACE.draw(np.random.default_rng(int(torch.randint(2**31, ()))))
-    for architecture, found in zip((SPACE.smallest, random, SPACE.largest), given, strict=True):
-        torch.testing.assert_close(found, supernet.run_part(architecture, images))
-    given[-1].sum().backward()
-    assert all(parameter.grad is not None for parameter in supernet.parameters()), "several workers wait for all"
+def parts_of_a_step(monkeypatch: pytest.MonkeyPatch, network: ElasticCnn) -> list[Architecture]:
+    """The networks that run in a step."""
+    ran: list[Architecture] = []
+    run_part = ElasticCnn.run_part
+    monkeypatch.setattr(ElasticCnn, "run_part", lambda self, a, images: ran.append(a) or run_part(self, a, images))
+    for _ in range(MICRO_BATCHES):
+        given = network(torch.randn(7, 1, 8, 8))
+    given.sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters()), "several workers wait for all"
+    return ran
+
+
+def test_a_step_trains_random_networks_within_the_limits_and_near_them_and_the_largest(monkeypatch):
+    limits = {"max_multiply_adds": 20_000, "max_parameters": 900}
+    network, ran = ElasticCnn(6, 1, 8, **SPACE.model_dump(), **limits), []
+    for _ in range(20):
+        ran.append(parts_of_a_step(monkeypatch, network))
+        monkeypatch.undo()
+    assert {step[-1] for step in ran} == {SPACE.largest}
+    random = [architecture for step in ran for architecture in step[:-1]]
+    shares = [max(a.multiply_adds(1, 6) / 20_000, a.num_parameters(1, 6) / 900) for a in random]
+    assert 0.5 <= min(shares) <= max(shares) <= 1
+    assert len(set(random)) > 5
+
+
+def test_without_such_a_limit_any_network_is_trained(monkeypatch):
+    network, ran = ElasticCnn(6, 1, 8, **SPACE.model_dump()), set()
+    for _ in range(20):
+        ran |= set(parts_of_a_step(monkeypatch, network))
+        monkeypatch.undo()
+    assert len(ran) > 10
 
 
 def test_a_supernet_is_trained_like_any_network_and_goes_on_where_it_was_killed(
@@ -92,6 +113,7 @@ def test_a_supernet_is_trained_like_any_network_and_goes_on_where_it_was_killed(
     search = SearchConfig(block_widths=SPACE.block_widths, image_sizes=(6, 8), max_parameters=10**6)
     recipe = supernet_recipe(config.model_copy(update={"epochs": 2, "batch_size": 64}), search)
     assert (recipe.batch_size, recipe.accumulation, recipe.preprocessing.image_size) == (192, 3, 8)
+    assert (recipe.backbone.kwargs["max_parameters"], recipe.backbone.kwargs["max_multiply_adds"]) == (10**6, None)
     whole = run_training(make_job(name="whole", config=recipe))
     card, _ = trained_with_kills(make_job(name="killed", config=recipe, checkpoint_minutes=0.0), 20, lives=1)
     assert card.digest == whole.digest
