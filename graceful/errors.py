@@ -46,6 +46,8 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # whoever raises an old exception again may close a circle
         yield error
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
