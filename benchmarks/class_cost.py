@@ -23,7 +23,7 @@ _CPU = torch.device("cpu")
 
 
 def step_cost_classes() -> list[Ratio]:
-    """A step of recipe R with 10 predecessors / one without constraints, at 10, 1,000 and 100,000 classes.
+    """A step of the default recipe with 10 predecessors / one without constraints, at 10, 1,000 and 100,000 classes.
 
     Synthetic pixels and vectors, at least one image a class. Head and optimiser over all rows are part of both sides.
     """
@@ -62,7 +62,7 @@ def _stepper(folder: str, recipe: TrainingConfig, num_classes: int, num_predeces
     if num_predecessors:
         vectors = torch.randn(num_images, num_predecessors, _WIDTH, dtype=torch.float16, generator=generator)
         vectors /= vectors.norm(dim=2, keepdim=True)
-        unused = torch.zeros(()).expand(num_predecessors, num_classes, _WIDTH)  # recipe R compares with stored vectors
+        unused = torch.zeros(()).expand(num_predecessors, num_classes, _WIDTH)  # RACT compares with stored vectors
         names = tuple(f"g{number:03d}-{number:06x}" for number in range(1, num_predecessors + 1))
         groups = [PredecessorGroup(names, torch.ones(num_predecessors), vectors, unused, unused, unused[:, :, 0])]
     predecessors = Predecessors(groups, labels.numpy().astype(np.int64), _CPU)

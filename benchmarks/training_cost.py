@@ -29,7 +29,7 @@ _NUM_PREDECESSORS = 10
 
 
 def step_cost_predecessors() -> Ratio:
-    """A step with 10 predecessors / a step with none: recipe R against the same loop without constraints."""
+    """A step with 10 predecessors / a step with none: the default recipe against the same loop without."""
     with tempfile.TemporaryDirectory() as folder:
         job, recipe = _job(folder, epochs=3)
         first = run_training(job.model_copy(update={"name": "first"}))
