@@ -160,9 +160,7 @@ CHAINS = {
         Chain("bct alone, a = 0", _only({"name": "bct"}, interpolation=0.0)),
         Chain("ract alone, a = 0", _only(RACT, interpolation=0.0)),
         Chain("ract alone, b = 0.5", _only(RACT, interpolation=0.0, mixture=0.5)),
-        Chain(
-            "ract alone, summed, b = 0.5", _only({**RACT, "reduction": "sum"}, interpolation=0.0, mixture=0.5)
-        ),
+        Chain("ract alone, summed, b = 0.5", _only({**RACT, "reduction": "sum"}, interpolation=0.0, mixture=0.5)),
         Chain("ract alone, b = 0.5, latest two", _only(RACT, interpolation=0.0, mixture=0.5), latest=2),
         Chain("ract alone, a = 0, live predecessors", _only(RACT, interpolation=0.0), is_live=True),
         Chain("ract alone, b = 0.5, twice the epochs", _only(RACT, interpolation=0.0, mixture=0.5, epochs=2.0)),

@@ -76,6 +76,7 @@ WAYS = (
     Way("recipe R, focal distillation", {"constraints": [*OURS, FOCAL], "mixture": 0.0}, constrained=True),
     Way("recipe R, mixture", {"constraints": OURS, "mixture": 0.5}, constrained=True),
     Way("RACT alone", {"constraints": [RACT], "mixture": 0.0}, constrained=True),
+    Way("RACT alone, mixture (the default)", {"constraints": [RACT], "mixture": 0.5}, constrained=True),
     Way("RACT alone, focal distillation", {"constraints": [RACT, FOCAL], "mixture": 0.0}, constrained=True),
     Way("LQF", {**BARE, "lqf": LQF}),
     Way("LQF without leaky ReLU", {**BARE, "lqf": LQF}, slope=0.0, amounts=ABLATED),

@@ -81,7 +81,11 @@ class ConstraintConfig(BaseModel):
         "package.module:Class of your own."
     )
     weight: float = Field(default=1.0, ge=0, description="Factor of this constraint in the loss.")
-    reduction: Literal["sum", "mean"] = Field(default="sum", description="Over the predecessors.")
+    reduction: Literal["sum", "mean"] = Field(
+        default="sum",
+        description="Over the predecessors. sum: each counts as much however many there are, which holds tens of old "
+        "galleries and costs self-test; mean: all together count as much as one.",
+    )
     against: Literal["all", "latest", "ensemble"] = Field(
         default="all",
         description="Which predecessors it is applied against; ensemble: their mean, for focal_kl, focal_logits, ldi.",
