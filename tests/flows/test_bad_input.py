@@ -213,14 +213,21 @@ def test_an_image_of_too_many_pixels_is_neither_ingested_nor_searched_with(works
         one_line(line, "huge.png", "is too large: expected at most 67,108,864 pixels, found 13300x13300")
 
 
-@pytest.mark.parametrize(("content", "reason"), [(b"", "empty"), (b"GIF, almost", "cannot be decoded"), (None, "read")])
-def test_search_with_a_bad_image_says_why(workspace_root, untouched, tmp_path, content, reason):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", ("empty", "give a readable image")),
+        (b"GIF, almost", ("cannot be decoded", "give a readable image")),
+        (None, ("found no file", "correct the path")),
+    ],
+)
+def test_search_with_a_bad_image_says_why(workspace_root, untouched, tmp_path, content, said):
     image = tmp_path / "query.png"
     if content is not None:
         image.write_bytes(content)
     code, line = command("search", image, "--root", workspace_root)
     assert code == FAILED
-    one_line(line, "query.png", reason, "give a readable image")
+    one_line(line, "query.png", *said)
 
 
 # Encoders and vectors -------------------------------------------------------------------------------------------------
