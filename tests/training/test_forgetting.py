@@ -49,6 +49,19 @@ def test_the_last_layer_moves_by_what_refitting_without_the_images_moves_it(
     assert (card.training["images"], card.training["forgotten"]) == (int((~gone).sum()), int(gone.sum()))
 
 
+def told_by(uri: str, images: LabelledImages, gone: np.ndarray, unseen: list[str]) -> float:
+    """The membership test of the gone images by a stored generation itself."""
+    stored = read_classifier(uri)
+    assert stored is not None
+    rows = functional.normalize(stored[1], dim=1)
+    encode = open_encoder(uri, precision="float32")
+    trained, others = (
+        (torch.from_numpy(encode(sources)[0]).float() @ rows.t()).amax(dim=1)
+        for sources in (images.take(gone).sources, unseen)
+    )
+    return told_apart(trained, others)
+
+
 def test_a_class_that_is_forgotten_whole_is_told_no_better_than_what_was_never_seen(
     trained: tuple[str, TrainingJob], digits: LabelledImages, tmp_path: Path
 ) -> None:
@@ -62,9 +75,13 @@ def test_a_class_that_is_forgotten_whole_is_told_no_better_than_what_was_never_s
     traces = card.training["traces"]
     assert traces["after"] < traces["before"] - 0.2
     assert 0.4 < traces["kept"] < 0.6  # they are what they are compared with
-    stored = read_classifier(f"{tmp_path}/out/{card.generation_id}")
+    assert traces["after"] == pytest.approx(
+        told_by(f"{tmp_path}/out/{card.generation_id}", digits, gone, unseen), abs=0.01
+    )
+    assert traces["before"] == pytest.approx(told_by(uri, digits, gone, unseen), abs=0.01)
+    stored = read_classifier(made)
     assert stored is not None
-    vectors, _ = open_encoder(f"{tmp_path}/out/{card.generation_id}")(
+    vectors, _ = open_encoder(made)(
         [source for source, place in zip(digits.sources, digits.labels, strict=True) if place == card.classes[0]]
     )
     mean = functional.normalize(torch.from_numpy(vectors).mean(dim=0), dim=0)
