@@ -138,6 +138,9 @@ def test_nothing_watches_once_it_is_stopped_or_its_process_is_killed(impatient):
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             process.stdout.readline()
+            deadline = time.monotonic() + 10
+            while not watching(address) and time.monotonic() < deadline:
+                time.sleep(0.05)
             assert len(watching(address)) == 1
             process.kill()
         deadline = time.monotonic() + 10

@@ -219,6 +219,7 @@ def test_an_update_embeds_with_one_job_and_what_it_had_done_stays_when_it_dies(
     ]
     told: list[str] = []
     handed: list[str] = []
+    killed: list[int] = []
     job = EmbeddingJob(config, folder, told.append)
     try:
         first, second = job.embed(units, uri, lambda unit: handed.append(unit.unit_id))
@@ -230,19 +231,23 @@ def test_an_update_embeds_with_one_job_and_what_it_had_done_stays_when_it_dies(
         assert len(told) == 1
 
         # The next order goes to the same job; it dies at the first unit, and what it had done stays.
-        handed.clear()
-
         def kill_once(unit: EmbeddedUnit) -> None:
             handed.append(unit.unit_id)
             if len(handed) == 1:
-                os.kill(embedding_driver(shared), signal.SIGKILL)
+                killed.append(embedding_driver(shared))
+                os.kill(killed[-1], signal.SIGKILL)
 
-        many = [
-            EmbedUnit(f"unit-{n}", sources[n : n + 1], {"row": [n]}, str(shared / f"{n}.parquet")) for n in range(60)
-        ]
-        assert [unit.num_rows for unit in job.embed(many, uri, kill_once)] == [1] * 60
-        assert sorted(handed) == sorted(unit.unit_id for unit in many), "each unit is handed on once"
-        assert len(told) == 2, "one further attempt"
+        for order_number in range(5):  # on a busy machine it may have done everything before it is killed
+            handed.clear()
+            many = [
+                EmbedUnit(f"unit-{n}", sources[n : n + 1], {"row": [n]}, str(shared / f"{order_number}-{n}.parquet"))
+                for n in range(60)
+            ]
+            assert [unit.num_rows for unit in job.embed(many, uri, kill_once)] == [1] * 60
+            assert sorted(handed) == sorted(unit.unit_id for unit in many), "each unit is handed on once"
+            if len(told) == 1 + len(killed):
+                break
+        assert len(told) == 1 + len(killed), "one further attempt"
         with pytest.raises(EmbeddingFailedError, match="opening the encoder"):
             job.embed(units[:1], str(shared / "nothing"), lambda _unit: None)
     finally:
