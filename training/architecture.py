@@ -7,7 +7,7 @@ a few of the youngest networks is changed in one place, and what is old is forgo
 here.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -39,22 +39,22 @@ class Architecture(BaseModel):
 
     def multiply_adds(self, channels: int, width: int) -> int:
         """Return the multiply-adds of one image of so many channels, up to an embedding of `width`."""
-        size, previous, total = self.image_size, channels, 0
-        for block_width, depth, kernel in zip(self.block_widths, self.depths, self.kernels, strict=True):
-            for _ in range(depth):
-                total += size * size * kernel * kernel * previous * block_width
-                previous = block_width
-            size = size // 2 if size >= 2 else size
-        return total + previous * width
+        convolutions = sum(size**2 * kernel**2 * into * out for size, kernel, into, out in self._convolutions(channels))
+        return convolutions + self.block_widths[-1] * width
 
     def num_parameters(self, channels: int, width: int) -> int:
         """Return the weights of the network, those of its batch norms included."""
-        previous, total = channels, 0
-        for block_width, depth, kernel in zip(self.block_widths, self.depths, self.kernels, strict=True):
+        convolutions = sum(kernel**2 * into * out + 2 * out for _, kernel, into, out in self._convolutions(channels))
+        return convolutions + (self.block_widths[-1] + 1) * width
+
+    def _convolutions(self, channels: int) -> Iterator[tuple[int, int, int, int]]:
+        """Pixels a side of each convolution's image and kernel, and its channels in and out."""
+        size, into = self.image_size, channels
+        for out, depth, kernel in zip(self.block_widths, self.depths, self.kernels, strict=True):
             for _ in range(depth):
-                total += kernel * kernel * previous * block_width + 2 * block_width
-                previous = block_width
-        return total + (previous + 1) * width
+                yield size, kernel, into, out
+                into = out
+            size = size // 2 if size >= 2 else size
 
 
 class Space(BaseModel):

@@ -94,6 +94,7 @@ class Given(NamedTuple):
 
 
 Asked = TypeVar("Asked", ImageQuestion, VectorQuestion, TextQuestion)
+Sent = TypeVar("Sent", TextQuery, VectorQuery)
 Waited = TypeVar("Waited")
 
 
@@ -495,26 +496,25 @@ def _has_text(body: bytes) -> bool:
     return isinstance(found, dict) and "text" in found
 
 
-def _text_question(body: bytes, wanted: Wanted) -> TextQuestion:
+def _read(kind: type[Sent], body: bytes, example: str) -> Sent:
+    """A body as the query that it should be; what it is not is said with an example. Raises Refused."""
     try:
-        query = TextQuery.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"]) or "body"
-        line = f'searching: {place}: {problem["msg"]}; send {{"text": "...", "as": "words"}}'
+        line = f"searching: {place}: {problem['msg']}; send {example}"
         raise Refused(422, "wrong_request", line) from None
+
+
+def _text_question(body: bytes, wanted: Wanted) -> TextQuestion:
+    query = _read(TextQuery, body, '{"text": "...", "as": "words"}')
     return TextQuestion(query.text, query.k or wanted.k, wanted.with_sources, query.asked_as)
 
 
 def _vector_question(body: bytes, wanted: Wanted) -> VectorQuestion:
     """A vector; `generation` is the variant that its body names, if it does."""
-    try:
-        query = VectorQuery.model_validate_json(body)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"]) or "body"
-        line = f'searching: {place}: {problem["msg"]}; send {{"vector": [...]}}'
-        raise Refused(422, "wrong_request", line) from None
+    query = _read(VectorQuery, body, '{"vector": [...]}')
     with np.errstate(over="ignore"):  # too large for float32 is infinite, and refused as that
         vector = np.asarray(query.vector, np.float32)
     return VectorQuestion(vector, query.generation, query.k or wanted.k, wanted.with_sources, query.asker)

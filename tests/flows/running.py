@@ -5,13 +5,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import httpx
+import pytest
 import torch
 from click.testing import Result
 from prefect.exceptions import Pause
@@ -29,6 +30,26 @@ from graceful.flows.update.order import UpdateResult
 from graceful.processes import end_in_time
 
 DONE = 0
+
+
+class Killed(BaseException):
+    """The end of work at a crash point, in this process."""
+
+
+@contextmanager
+def killed_at(point: str) -> Iterator[None]:
+    """Work in the block must reach a crash point, and ends there."""
+
+    def kill(passed: str) -> None:
+        if passed == point:
+            raise Killed
+
+    set_crash_hook(kill)
+    try:
+        with pytest.raises(Killed):
+            yield
+    finally:
+        set_crash_hook(None)
 
 
 def update(root: object, *, again: bool = False, adopted: str | None = None) -> UpdateResult:

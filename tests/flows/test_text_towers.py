@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from openapi_spec_validator import validate
 
 import graceful
 from graceful.errors import UsageError
-from graceful.files import set_crash_hook
 from graceful.flows.search.answering import TextQuery, TextQuestion, VectorQuery, answer_texts
 from graceful.flows.search.http import make_app
 from graceful.flows.search.searcher import GallerySearcher, UnreadableTextError, WrongQueryError
@@ -105,12 +103,6 @@ def two(second: Path, tmp_path: Path) -> Path:
     return copied(second, tmp_path / "workspace", 5)
 
 
-@pytest.fixture(autouse=True)
-def no_crash_hook() -> Iterator[None]:
-    yield
-    set_crash_hook(None)
-
-
 def towers_of(root: Path) -> list[str]:
     return list(open_workspace(str(root)).registry.variants())
 
@@ -169,20 +161,11 @@ def test_run_again_nothing_is_made_or_judged_twice(two):
 
 @pytest.mark.parametrize("point", ["after train variant words", "variant-certified"])
 def test_an_update_killed_on_the_way_to_its_tower_goes_on(first, tmp_path, point):
-    class Killed(BaseException):
-        pass
-
-    def kill(passed: str) -> None:
-        if passed == point:
-            raise Killed
-
     root = tmp_path / "workspace"
     write_queries(root)
     tiny.new_workspace(root, settings(root, 4))
-    set_crash_hook(kill)
-    with pytest.raises(Killed):
+    with running.killed_at(point):
         running.update(root)
-    set_crash_hook(None)
     assert answering(open_workspace(str(root)).registry) == {}
     running.update(root)
     registry = open_workspace(str(root)).registry

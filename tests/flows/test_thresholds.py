@@ -12,7 +12,6 @@ from graceful.evaluation.consumers import Consumed, ScoreSample
 from graceful.evaluation.matrix import matrix_from_outcomes
 from graceful.evaluation.policy import Consumer, RolloutPolicy
 from graceful.evaluation.report import render_report
-from graceful.files import set_crash_hook
 from graceful.flows.cli import app
 from graceful.flows.commands.images import search_gallery
 from graceful.flows.search.http import make_app
@@ -31,7 +30,7 @@ from graceful.flows.update.rollout import Rollout
 from graceful.flows.update.serving import ingest
 from graceful.training.datasets import load_images
 from tests.flows import moves, tiny
-from tests.flows.running import update
+from tests.flows.running import killed_at, update
 from tests.synthetic import SyntheticGeneration, SyntheticModels, labelled
 
 pytestmark = pytest.mark.timeout(180)
@@ -163,20 +162,8 @@ def test_recorded_thresholds_are_served_for_their_pair_and_no_other(world):
 def test_thresholds_are_there_before_anything_may_be_read_and_are_recorded_once(world):
     workspace, _, _ = world
     evaluation = judged(world, policy(unlock=UNLOCK))
-
-    class Killed(BaseException):
-        pass
-
-    def kill(name):
-        if name == "certified":
-            raise Killed
-
-    set_crash_hook(kill)
-    try:
-        with pytest.raises(Killed):
-            carried_out(world, evaluation, "first")
-    finally:
-        set_crash_hook(None)
+    with killed_at("certified"):
+        carried_out(world, evaluation, "first")
     assert workspace.registry.thresholds() == {("unlock", G1, G1): evaluation.decision.thresholds[0].threshold}
     carried_out(world, evaluation, "first")
     assert [event.kind for event in workspace.registry.history()].count("thresholds_set") == 1

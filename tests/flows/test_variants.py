@@ -11,7 +11,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from graceful.files import set_crash_hook, write_json
+from graceful.files import write_json
 from graceful.flows.runtime.progress import SilentProgress
 from graceful.flows.runtime.session import open_session
 from graceful.flows.search.http import make_app
@@ -177,18 +177,9 @@ def test_run_again_nothing_is_trained_or_judged_twice(root):
 
 @pytest.mark.parametrize("point", ["after conclude", "after train variant edge", "variant-certified"])
 def test_an_update_killed_on_the_way_to_its_variant_goes_on(first, tmp_path, point):
-    class Killed(BaseException):
-        pass
-
-    def kill(passed: str) -> None:
-        if passed == point:
-            raise Killed
-
     root = tiny.new_workspace(tmp_path / "workspace", EDGE)
-    set_crash_hook(kill)
-    with pytest.raises(Killed):
+    with running.killed_at(point):
         running.update(root)
-    set_crash_hook(None)
     assert answering(open_workspace(str(root)).registry) == {}
     running.update(root)
     registry, whole = open_workspace(str(root)).registry, open_workspace(str(first)).registry
@@ -199,12 +190,6 @@ def test_an_update_killed_on_the_way_to_its_variant_goes_on(first, tmp_path, poi
 def by_role(registry):
     """Certificates without digests: weights may differ in their last bits from run to run."""
     return {tuple(name.partition("-")[0] for name in pair) for pair in registry.certificates()}
-
-
-@pytest.fixture(autouse=True)
-def no_crash_hook():
-    yield
-    set_crash_hook(None)
 
 
 # Its architecture ----------------------------------------------------------------------------------------------------
@@ -225,13 +210,10 @@ SEARCHED = {
 
 
 def test_a_search_that_is_killed_goes_on_and_what_it_finds_makes_the_variant(tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
     def write(where: str, value: Any) -> None:
         write_json(where, value)
         if len(value["candidates"]) == 2:
-            raise Killed
+            raise running.Killed
 
     root = tiny.new_workspace(tmp_path / "workspace", SEARCHED)
     running.update(root)
@@ -239,7 +221,7 @@ def test_a_search_that_is_killed_goes_on_and_what_it_finds_makes_the_variant(tmp
     with open_session(str(root), config) as session:
         with monkeypatch.context() as patch:
             patch.setattr(architecture, "write_json", write)
-            with pytest.raises(Killed):
+            with pytest.raises(running.Killed):
                 architecture.search_architectures(session, ["edge"])
         (stored,) = (root / "searches").iterdir()
         first = json.loads(stored.read_text())["candidates"]
