@@ -110,6 +110,8 @@ LONG = (
     "initialised",
     "ract alone, b = 0.5, latest two",
     "ract alone, summed, b = 0.5",
+    "ract alone, summed by need, b = 0.5",
+    "ract alone, summed, b = 0.5, twice the epochs",
     "ract alone, a = 0",
     "ours, a = 0, b = 0.5",
     "ours, a = 0.4",
@@ -161,6 +163,14 @@ CHAINS = {
         Chain("ract alone, a = 0", _only(RACT, interpolation=0.0)),
         Chain("ract alone, b = 0.5", _only(RACT, interpolation=0.0, mixture=0.5)),
         Chain("ract alone, summed, b = 0.5", _only({**RACT, "reduction": "sum"}, interpolation=0.0, mixture=0.5)),
+        Chain(
+            "ract alone, summed by need, b = 0.5",
+            _only({**RACT, "reduction": "sum"}, interpolation=0.0, mixture=0.5, predecessor_weights="dual"),
+        ),
+        Chain(
+            "ract alone, summed, b = 0.5, twice the epochs",
+            _only({**RACT, "reduction": "sum"}, interpolation=0.0, mixture=0.5, epochs=2.0),
+        ),
         Chain("ract alone, b = 0.5, latest two", _only(RACT, interpolation=0.0, mixture=0.5), latest=2),
         Chain("ract alone, a = 0, live predecessors", _only(RACT, interpolation=0.0), is_live=True),
         Chain("ract alone, b = 0.5, twice the epochs", _only(RACT, interpolation=0.0, mixture=0.5, epochs=2.0)),

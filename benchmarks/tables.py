@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison import summary
+from benchmarks.congruent import AMOUNTS, WAYS
 from benchmarks.error_rates import RUNS, RUNS_DECISION, RUNS_POWER, exceeds
 from graceful.flows.terminal import network_text
 
@@ -314,13 +315,15 @@ def congruent(stored: dict[str, Any], data: str) -> str:
         "| images of a class | update | self-test | gain | cross-test | NFR | classifier right | its NFR | CPU s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    order = [(amount, way.name) for amount in AMOUNTS for way in WAYS]
     rows = [row for row in stored["rows"] if row["data"] == data]
+    rows.sort(key=lambda row: order.index((row["images"], row["way"])))
     for row in rows:
         cells = (row["images"], row["way"], _spread(row["self_test"]), f"{100 * row['gain']['mean']:+.1f}")
         cells += tuple(_spread(row[name]) for name in ("cross_test", "nfr", "classified", "classifier_nfr"))
         lines.append(f"| {' | '.join(cells)} | {row['seconds']['mean']:.0f} |")
-    seeds, dates = {row["seeds"] for row in rows}, sorted({row["measured"] for row in rows})
-    return "\n".join([*lines, "", f"{max(seeds, default=0)} seeds; {stored['hardware']}, {' and '.join(dates)}."])
+    seeds, measured = {row["seeds"] for row in rows}, sorted({f"{row['hardware']}, {row['measured']}" for row in rows})
+    return "\n".join([*lines, "", f"{max(seeds, default=0)} seeds; {'; '.join(measured)}."])
 
 
 def edge_architectures(stored: dict[str, Any]) -> str:

@@ -1,10 +1,11 @@
 """The optimiser of LQF: momentum on gradients that are preconditioned by the curvature at w0, computed once.
 
-Because the problem is quadratic, its Gauss-Newton matrix H = E[J^T J] is the same all along the training. For a layer's
-matrix of weights it is approximated by a Kronecker product A x G of the layer's inputs and the gradients of its outputs
+With a squared loss the problem is quadratic, and its Gauss-Newton matrix H = E[J^T J] is the same all along the
+training; with a softmax it is that up to the curvature of the softmax, which is smaller: steps are larger. For the
+matrix of a layer it is approximated by a Kronecker product A x G of the layer's inputs and the gradients of its outputs
 (K-FAC: Martens and Grosse, 2015, 1503.05671; convolutions: Grosse and Martens, 2016, 1602.01407), for everything else
 (biases, norms, grouped convolutions) by its diagonal. J is that of the logits s <f_lin, W_c>; products with J^T come
-from random logits of unit variance, which the loss's curvature (the identity) calls for.
+from random logits of unit variance, which the squared loss's curvature (the identity) calls for.
 """
 
 from collections.abc import Iterable, Iterator

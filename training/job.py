@@ -196,21 +196,32 @@ class LqfConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    loss: Literal["squared", "head"] = Field(
-        default="squared", description="squared: against fixed rows, the parent's class means; head: training.head's."
-    )
+    loss: Literal["head", "squared"] = Field(
+        default="head", description="head: training.head's; squared: the paper's, against fixed rows, the parent's "
+        "class means, which gains less here.",
+    )  # fmt: skip
     target: float = Field(default=15.0, gt=0, description="squared: logit alpha of an image's own class; 0 for others.")
     optimizer: Literal["kfac", "adam"] = Field(
         default="kfac",
         description="kfac: momentum on gradients preconditioned by the curvature at the parent, computed once; adam: "
         "as every other training, with training.max_lr.",
     )
-    max_lr: float = Field(default=5e-3, gt=0, description="kfac: peak learning rate; 1 is a Newton step of one batch.")
+    max_lr: float | None = Field(
+        default=None,
+        gt=0,
+        description="kfac: peak learning rate; by default 0.1 with the head's loss, 0.005 with the squared one, for "
+        "which 1 is a Newton step of one batch.",
+    )
     damping: float = Field(
         default=0.1, gt=0, description="kfac: added to the curvature, relative to its mean eigenvalue."
     )
     decay: float = Field(default=0.0, ge=0, description="kfac: factor of half the squared distance to the parent.")
     curvature_images: int = Field(default=1024, ge=1, description="kfac: clean images that the curvature is taken on.")
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate of K-FAC."""
+        return self.max_lr if self.max_lr is not None else {"head": 0.1, "squared": 5e-3}[self.loss]
 
 
 def recipe_constraints() -> tuple[ConstraintConfig, ...]:

@@ -5,9 +5,9 @@ the change that is trained,
 
     f_lin(x) = (f_w0(x) + J_w0(x) d) / |f_w0(x)|
 
-is linear in d, and with a squared loss against fixed classifier rows the training is a quadratic problem, whose
-curvature does not depend on d (curvature.py). The network runs in evaluation mode: batch norm is the fixed affine map
-that the predecessor serves with.
+is linear in d, and with the paper's squared loss against fixed classifier rows the training is a quadratic problem,
+whose curvature does not depend on d (curvature.py). The network runs in evaluation mode: batch norm is the fixed affine
+map that the predecessor serves with.
 
 What is stored is the ordinary network at w0 + d: it differs from f_lin by the second order of d, and everything else
 (encoders, later generations that start from it, exports) needs to know nothing of an expansion.
@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
+from torch.autograd import forward_ad
+from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -41,7 +42,9 @@ class Linearised(nn.Module):
         super().__init__()
         check_linearisable(network)
         self.base = network.requires_grad_(False).eval()
-        self._expanded: tuple[nn.Module] | None = None  # in a tuple: a second module over the same parameters
+        for module in network.modules():
+            if getattr(module, "inplace", False):
+                module.inplace = False  # type: ignore[assignment]  # in place, derivatives are copied once more
         self.change = nn.ParameterList([torch.zeros_like(parameter) for parameter in network.parameters()])
 
     def train(self, mode: bool = True) -> "Linearised":
@@ -52,20 +55,17 @@ class Linearised(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return f_lin (B, d), of unit length where nothing has changed; in float32 whatever the precision around."""
-        point = dict(self.base.named_parameters())
-        along = dict(zip(point, self.change, strict=True))
-        if self._expanded is None:
-            self._expanded = (_with_fixed_norms(self.base),)
-        (network,) = self._expanded
-        with torch.autocast(images.device.type, enabled=False):
-            found = jvp(lambda weights: functional_call(network, weights, (images,)), (point,), (along,))
-        value, slope = found[0], found[1]
+        point = {name: parameter.detach().requires_grad_() for name, parameter in self.base.named_parameters()}
+        with torch.autocast(images.device.type, enabled=False), forward_ad.dual_level():
+            dual = {
+                name: forward_ad.make_dual(at, along.detach())
+                for (name, at), along in zip(point.items(), self.change, strict=True)
+            }
+            value, slope = forward_ad.unpack_dual(functional_call(self.base, dual, (images,)))
+        assert slope is not None
+        slope = _Along.apply((value,), tuple(point.values()), slope.detach(), *self.change)
+        value = value.detach()
         return (value + slope) / value.norm(dim=1, keepdim=True).clamp(min=1e-12)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "Linearised":
-        self._expanded = None  # its buffers do not move with those of the network
-        super()._apply(*args, **kwargs)
-        return self
 
     def moved(self) -> nn.Module:
         """Return a copy of the ordinary network at w0 + d, in evaluation mode."""
@@ -76,33 +76,22 @@ class Linearised(nn.Module):
         return network
 
 
-class _FixedNorm(nn.Module):
-    """Batch norm by the statistics that it has: x a + b. Its expansion costs half of that of torch's own."""
+class _Along(torch.autograd.Function):
+    """J d, known already, whose gradient for d is J^T of what comes back: an ordinary backward pass at w0.
 
-    def __init__(self, norm: _BatchNorm) -> None:
-        super().__init__()
-        self.weight, self.bias = norm.weight, norm.bias
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        self.mean, self.scale = norm.running_mean, torch.rsqrt(norm.running_var + norm.eps)
+    Differentiating the forward derivative itself would give the same and walk through both passes.
+    """
 
-    def forward(self, values: Tensor) -> Tensor:
-        """Return values (B, channels, ...) of the same shape."""
-        factor = self.weight * self.scale
-        shift = self.bias - self.mean * factor
-        shape = (-1, *[1] * (values.ndim - 2))
-        return torch.addcmul(shift.view(shape), values, factor.view(shape))
+    @staticmethod
+    def forward(ctx: Any, value: tuple[Tensor], point: tuple[Tensor, ...], slope: Tensor, *_change: Tensor) -> Tensor:
+        """Return `slope` (B, d); `value` holds f_w0 (B, d) and its graph over `point`."""
+        ctx.value, ctx.point = value, point
+        return slope.view_as(slope)
 
-
-def _with_fixed_norms(network: nn.Module) -> nn.Module:
-    """Return a network over the same parameters, under the same names, whose affine batch norms are the fixed map."""
-    shared: dict[int, Any] = {id(value): value for value in [*network.parameters(), *network.buffers()]}
-    found = copy.deepcopy(network, shared)
-    for name, module in list(found.named_modules()):
-        if isinstance(module, _BatchNorm) and module.affine and name:
-            place, _, leaf = name.rpartition(".")
-            setattr(found.get_submodule(place), leaf, _FixedNorm(module))
-    return found
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return J^T times the gradient (B, d), a tensor for every part of the change."""
+        return None, None, None, *torch.autograd.grad(ctx.value, ctx.point, gradients, materialize_grads=True)
 
 
 def centred(rows: Tensor) -> Tensor:

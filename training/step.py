@@ -163,7 +163,7 @@ def build_optimizer(run: Run, trainee: Trainee, max_lr: float) -> tuple[torch.op
     rows = functional.normalize(trainee.head.rows.detach(), dim=1)
     curvature = Curvature(network, rows, config.head.scale, images, lqf.damping)
     rest = [parameter for parameter in trainee.head.parameters() if parameter.requires_grad]
-    return QuadraticOptimizer(list(network.change), rest, curvature, lqf.max_lr, lqf.decay), lqf.max_lr
+    return QuadraticOptimizer(list(network.change), rest, curvature, lqf.peak_lr, lqf.decay), lqf.peak_lr
 
 
 @contextmanager

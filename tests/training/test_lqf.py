@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.func import functional_call, jvp
 from torch.nn.functional import normalize
 
 from graceful.errors import UsageError
@@ -75,6 +76,25 @@ def test_the_expansion_is_the_derivative_along_the_change(network: nn.Module, im
     assert float(found.detach().abs().max()) > 0.01
     changed(linear, 0.3)
     torch.testing.assert_close(linear(images) * first.norm(dim=1, keepdim=True) - first, 3 * found)
+
+
+def test_gradients_are_those_of_the_forward_derivative_itself(network: nn.Module, images: Tensor) -> None:
+    """J^T by one ordinary backward pass, beside differentiating through the Jacobian-vector product."""
+    linear = Linearised(network)
+    changed(linear, 0.1)
+    wanted = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    for _ in range(2):  # gradients of micro-batches add up
+        (linear(images) - wanted).square().sum().backward()
+    point = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    change = {name: part.detach().requires_grad_() for name, part in zip(point, linear.change, strict=True)}
+    value, slope = jvp(lambda weights: functional_call(network, weights, (images,)), (point,), (change,))
+    expected = (value + slope) / value.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(linear(images), expected)
+    (expected - wanted).square().sum().backward()
+    for part, slow in zip(linear.change, change.values(), strict=True):
+        assert part.grad is not None
+        assert slow.grad is not None
+        torch.testing.assert_close(part.grad, 2 * slow.grad)
 
 
 def test_an_expansion_moves_with_its_network(network: nn.Module, images: Tensor) -> None:
@@ -213,6 +233,14 @@ def test_decay_draws_to_the_predecessor() -> None:
         assert bool((linear.change[0] < 1.0).any()) == (decay > 0)
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [(LqfConfig(), 0.1), (LqfConfig(loss="squared"), 0.005), (LqfConfig(loss="squared", max_lr=0.2), 0.2)],
+)
+def test_the_learning_rate_goes_with_the_loss(config: LqfConfig, expected: float) -> None:
+    assert config.peak_lr == expected
+
+
 # Whole trainings
 
 
@@ -254,7 +282,9 @@ def test_an_update_is_an_ordinary_generation_near_its_predecessor(
     assert stored[1].shape == (10, 16)
 
 
-@pytest.mark.parametrize("changes", [{"loss": "head"}, {"optimizer": "adam"}, {"loss": "head", "optimizer": "adam"}])
+@pytest.mark.parametrize(
+    "changes", [{"loss": "squared"}, {"optimizer": "adam"}, {"loss": "squared", "optimizer": "adam"}]
+)
 def test_every_ingredient_can_be_left_out(update: Callable[..., Any], changes: dict[str, Any]) -> None:
     _, job = update(lqf=LqfConfig(**changes), epochs=1)
     card = run_training(job)
