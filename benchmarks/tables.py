@@ -326,16 +326,17 @@ def congruent(stored: dict[str, Any], data: str) -> str:
     return "\n".join([*lines, "", f"{max(seeds, default=0)} seeds; {'; '.join(measured)}."])
 
 
-def edge_architectures(stored: dict[str, Any]) -> str:
+def edge_architectures(stored: dict[str, Any], data: str) -> str:
     """Ways of choosing a small network: what they chose, trained alike; means over seeds, half 95 % intervals."""
-    if not stored["rows"]:
+    found_by = _by_way(stored, data)
+    if not found_by:
         return _UNMEASURED
     lines = [
         "| chosen by | tried | CPU s of choosing | self-test | on the large network's vectors | product "
         "| multiply-adds | weights | chosen |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for way, rows in _by_way(stored).items():
+    for way, rows in found_by.items():
         if way == "generation":
             continue
         found = summary([{name: row[name] for name in row if name not in _WORDS} for row in rows])
@@ -346,15 +347,15 @@ def edge_architectures(stored: dict[str, Any]) -> str:
             f"| {way} | {found['tried']['mean']:.0f} | {found['choosing_seconds']['mean']:.0f} | {' | '.join(cells)} "
             f"| {' | '.join(counts)} | {networks} |"
         )
-    return "\n".join([*lines, "", _told(stored)])
+    return "\n".join([*lines, "", _told(found_by)])
 
 
-def edge_cost(stored: dict[str, Any]) -> str:
-    """The small networks that evolution chose beside their generation: what they find, and what they take."""
-    if not stored["rows"]:
+def edge_cost(stored: dict[str, Any], data: str) -> str:
+    """The chosen small networks beside their generation: what they find, and what they take."""
+    rows = _by_way(stored, data)
+    if not rows:
         return _UNMEASURED
-    rows = _by_way(stored)
-    pairs = list(zip(rows.get("generation", []), rows.get("evolution", []), strict=False))
+    pairs = list(zip(rows.get("generation", []), rows.get(_SHOWN[data], []), strict=False))
     columns: dict[str, list[dict[str, Any]]] = {
         "self-test": [{"large": large["self_test"], "edge": small["self_test"]} for large, small in pairs],
         "queries on the large network's vectors": [
@@ -376,24 +377,27 @@ def edge_cost(stored: dict[str, Any]) -> str:
         found = summary(ratios)
         large, small = (f"{found[column]['mean']:,.0f}" for column in ("large", "edge"))
         lines.append(f"| {name} | {large} | {small} | {found['ratio']['mean']:.3f} |")
-    return "\n".join([*lines, "", _told(stored)])
+    return "\n".join([*lines, "", _told(rows)])
 
 
+_SHOWN = {"omniglot": "evolution", "cifar100": "width sweep"}
 _UNMEASURED = "Not measured yet: `python -m benchmarks.edge FOLDER`."
-_WORDS = ("way", "architecture", "measured", "seed")
+_WORDS = ("data", "way", "architecture", "measured", "hardware", "seed")
 
 
-def _by_way(stored: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def _by_way(stored: dict[str, Any], data: str) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(stored["rows"], key=lambda row: row["seed"]):
-        found.setdefault(row["way"], []).append(row)
+        if row["data"] == data:
+            found.setdefault(row["way"], []).append(row)
     return found
 
 
-def _told(stored: dict[str, Any]) -> str:
-    seeds, dates = {row["seed"] for row in stored["rows"]}, sorted({row["measured"] for row in stored["rows"]})
+def _told(by_way: dict[str, list[dict[str, Any]]]) -> str:
+    rows = [row for found in by_way.values() for row in found]
+    seeds, measured = {row["seed"] for row in rows}, sorted({f"{row['hardware']}, {row['measured']}" for row in rows})
     number = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-    return f"{number}, `python -m benchmarks.edge`; {stored['hardware']}, {' and '.join(dates)}."
+    return f"{number}, `python -m benchmarks.edge`; {'; '.join(measured)}."
 
 
 def _spread(value: dict[str, Any]) -> str:
@@ -453,7 +457,8 @@ def with_tables(text: str) -> str:
     trained = json.loads((ROOT / "benchmarks" / "results-congruent.json").read_text())
     tables |= {f"congruent {data}": congruent(trained, data) for data in ("omniglot", "cifar100")}
     small = json.loads((ROOT / "benchmarks" / "results-edge.json").read_text())
-    tables |= {"edge architectures": edge_architectures(small), "edge cost": edge_cost(small)}
+    tables |= {f"edge architectures {data}": edge_architectures(small, data) for data in ("omniglot", "cifar100")}
+    tables |= {f"edge cost {data}": edge_cost(small, data) for data in ("omniglot", "cifar100")}
     for name, table in tables.items():
         opening, closing = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         block = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
