@@ -20,13 +20,16 @@ from graceful.training.combinations import IncompatibleParentError
 from graceful.training.curvature import Curvature, QuadraticOptimizer
 from graceful.training.encoder import open_encoder, open_network, read_classifier
 from graceful.training.generation import BackboneSpec, GenerationCard
-from graceful.training.job import HeadConfig, LqfConfig, TrainingConfig, TrainingJob
+from graceful.training.job import AugmentationConfig, HeadConfig, LqfConfig, TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
 from graceful.training.linear import Linearised, SquaredHead
 from graceful.training.manifest import LabelledImages
 from graceful.training.material import load_material
 from graceful.training.progress import TrailReporter
 from graceful.training.sampling import ClassSample
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ranks import on_ranks
 
 MakeJob = Callable[..., TrainingJob]
 LEAKY = BackboneSpec(name="small_cnn", kwargs={"block_widths": [6, 8], "negative_slope": 0.1})
@@ -312,6 +315,23 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(
         run_training(stopped)
     monkeypatch.undo()
     assert run_training(stopped).digest == whole.digest
+
+
+def trained(rank: int, num_ranks: int, job: TrainingJob) -> GenerationCard | None:
+    return loop.train_worker(job, TrailReporter(job.storage_uri, job.name), rank, num_ranks)
+
+
+def test_two_workers_train_the_same_expansion_as_one(update: Callable[..., Any]) -> None:
+    """600 images in batches of 61, undistorted: the curvature, the loss and its gradients are of the global batch."""
+    curves = []
+    for num_ranks in (1, 2):
+        still = {"augmentation": AugmentationConfig(kind="none"), "batch_size": 61, "epochs": 2}
+        _, job = update(name=f"on-{num_ranks}", **still)
+        cards = [run_training(job)] if num_ranks == 1 else on_ranks(num_ranks, trained, job)
+        assert cards[0].training["workers"] == num_ranks
+        curves.append([line["task"] for line in TrailReporter(job.storage_uri, job.name).metrics()])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-2)
+    assert curves[0][-1] < 0.98 * curves[0][0]  # something was learned
 
 
 # Refusals
