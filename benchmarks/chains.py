@@ -112,7 +112,6 @@ LONG = (
     "ract alone, summed, b = 0.5",
     "ract alone, summed by need, b = 0.5",
     "ract alone, b = 0.7",
-    "ract alone, summed, b = 0.7",
     "ract alone, a = 0",
     "ours, a = 0, b = 0.5",
     "ours, a = 0.4",
@@ -169,7 +168,6 @@ CHAINS = {
             _only({**RACT, "reduction": "sum"}, interpolation=0.0, mixture=0.5, predecessor_weights="dual"),
         ),
         Chain("ract alone, b = 0.7", _only(RACT, interpolation=0.0, mixture=0.7)),
-        Chain("ract alone, summed, b = 0.7", _only({**RACT, "reduction": "sum"}, interpolation=0.0, mixture=0.7)),
         Chain("ract alone, b = 0.5, latest two", _only(RACT, interpolation=0.0, mixture=0.5), latest=2),
         Chain("ract alone, a = 0, live predecessors", _only(RACT, interpolation=0.0), is_live=True),
         Chain("ract alone, b = 0.5, twice the epochs", _only(RACT, interpolation=0.0, mixture=0.5, epochs=2.0)),
@@ -179,6 +177,10 @@ CHAINS = {
         Chain("l2", _only({"name": "l2"}, interpolation=0.0)),
         Chain("bct with uncertainty, a = 0", _only({"name": "bct", "uncertainty": True}, interpolation=0.0)),
         Chain("repulsion, a = 0", _only({"name": "repulsion"}, interpolation=0.0)),
+        Chain(
+            "class margin with focal distillation, a = 0",
+            _only({"name": "focal_kl", "against": "latest"}, interpolation=0.0, head={"new_class_margin": 2.0}),
+        ),
         Chain("cross contrast alone, a = 0", _only(CROSS, interpolation=0.0)),
         Chain("initialised, twice the epochs", _only(interpolation=0.0, epochs=2.0)),
     )
