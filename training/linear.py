@@ -30,6 +30,9 @@ from graceful.training.heads import Head
 from graceful.training.job import HeadConfig
 from graceful.training.sampling import ClassSample
 
+_AT_ONCE = {"cpu": 64}  # images, by type of device: few stay in the caches of a processor
+_AT_MOST = 1024
+
 
 class Linearised(nn.Module):
     """The expansion of a network around the weights that it has. Only `change` is trained."""
@@ -55,6 +58,11 @@ class Linearised(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return f_lin (B, d), of unit length where nothing has changed; in float32 whatever the precision around."""
+        # An image's output depends on no other: in parts, what derivatives need is not held for all images at once.
+        at_once = _AT_ONCE.get(images.device.type, _AT_MOST)
+        return torch.cat([self._expanded(part) for part in images.split(at_once)])
+
+    def _expanded(self, images: Tensor) -> Tensor:
         point = {name: parameter.detach().requires_grad_() for name, parameter in self.base.named_parameters()}
         with torch.autocast(images.device.type, enabled=False), forward_ad.dual_level():
             dual = {

@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from graceful.errors import UsageError
 from graceful.files import join
+from graceful.training import linear as linear_module
 from graceful.training import loop
 from graceful.training.backbones import build_backbone
 from graceful.training.combinations import IncompatibleParentError
@@ -81,8 +82,12 @@ def test_the_expansion_is_the_derivative_along_the_change(network: nn.Module, im
     torch.testing.assert_close(linear(images) * first.norm(dim=1, keepdim=True) - first, 3 * found)
 
 
-def test_gradients_are_those_of_the_forward_derivative_itself(network: nn.Module, images: Tensor) -> None:
-    """J^T by one ordinary backward pass, beside differentiating through the Jacobian-vector product."""
+@pytest.mark.parametrize("at_once", [64, 3])
+def test_gradients_are_those_of_the_forward_derivative_itself(
+    network: nn.Module, images: Tensor, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """J^T by ordinary backward passes, part by part, beside differentiating through the Jacobian-vector product."""
+    monkeypatch.setitem(linear_module._AT_ONCE, "cpu", at_once)
     linear = Linearised(network)
     changed(linear, 0.1)
     wanted = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
