@@ -254,20 +254,21 @@ def comparison(stored: dict[str, Any], data: str, encoders: int) -> str:
     """Chains and ways of serving them with as many encoder runs per query; means over seeds, half 95 % intervals."""
     lines = [
         "| training | search | last self-test | mean over the backfill | NFR at 0, 50, 100 % | AC | smallest margin "
-        "| ceiling attained | CPU s | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| AM | ceiling attained | CPU s | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = [row for row in stored["rows"][data] if round(row["encoders"]["mean"]) == encoders]
     for row in sorted(rows, key=lambda row: -row["backfill"]["mean"]):
         nfr = " ".join(f"{100 * value:.1f}" for value in row["nfr"]["mean"])
-        ac, margin, attained = "", "", ""
+        ac, margin, mean, attained = "", "", "", ""
         if "ac" in row:
             ac = f"{row['ac']['mean']:.2f} ({row['above_error']['mean']:.2f})"
             margin = f"{100 * row['smallest_margin']['mean']:+.1f} (s.e. {100 * row['its_error']['mean']:.1f})"
+            mean = _percent(row["am"]["mean"])
             attained = f"{row['attained']['mean']:.2f}" if "attained" in row else ""
         lines.append(
             f"| {row['chain']} | {row['way']} | {_spread(row['last'])} | {_spread(row['backfill'])} | {nfr} | {ac} "
-            f"| {margin} | {attained} | {row['seconds']['mean']:.0f} | {row['seeds']} |"
+            f"| {margin} | {mean} | {attained} | {row['seconds']['mean']:.0f} | {row['seeds']} |"
         )
     measured = sorted({f"{row['hardware']}, {row['measured']}" for row in rows})
     return "\n".join([*lines, "", f"{'; '.join(measured)}."])

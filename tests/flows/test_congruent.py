@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from graceful.flows.runtime.progress import SilentProgress
 from graceful.flows.store.evaluations import read_evaluation
 from graceful.flows.store.workspace import Workspace
+from graceful.flows.update.act import plain
+from graceful.flows.update.flow import replay_plainly
 from graceful.training.generation import read_card
 from tests.flows import running, tiny
 
@@ -40,3 +43,23 @@ def test_an_update_as_the_page_shows_it_ends_with_a_decision(
     decision = read_evaluation(result.evaluation).decision
     assert decision.candidate == result.candidate
     assert workspace.registry.serving().champion is not None
+
+
+@pytest.mark.parametrize("name", ["focal", "lqf"])
+def test_the_example_runs_at_a_smaller_size(tmp_path: Path, name: str) -> None:
+    """Fewer epochs and images: what it is measured to be is not looked at."""
+    smaller = {
+        "training.epochs": 1,
+        "training_data.where.instance.max": 29,
+        "evaluation.queries.where.instance.min": 150,
+        "policy.num_resamples": 200,
+        "replay.counts": [3, 5],
+    }
+    root = str(tmp_path / "workspace")
+    result = replay_plainly(str(tiny.ROOT / "examples" / f"{name}.toml"), root, smaller, SilentProgress(), plain)
+    assert result.lines[0].outcome == "BOOTSTRAP"
+    assert result.champion is not None
+    card = read_card(Workspace(root).generation_uri(result.champion))
+    assert card.ordinal == 2
+    assert card.training["constraints"] == {"focal": ["ract", "focal_kl"], "lqf": []}[name]
+    assert ("lqf" in card.training) == (name == "lqf")
