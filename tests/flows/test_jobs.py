@@ -237,17 +237,14 @@ def test_an_update_embeds_with_one_job_and_what_it_had_done_stays_when_it_dies(
                 killed.append(embedding_driver(shared))
                 os.kill(killed[-1], signal.SIGKILL)
 
-        for order_number in range(5):  # on a busy machine it may have done everything before it is killed
-            handed.clear()
-            many = [
-                EmbedUnit(f"unit-{n}", sources[n : n + 1], {"row": [n]}, str(shared / f"{order_number}-{n}.parquet"))
-                for n in range(60)
-            ]
-            assert [unit.num_rows for unit in job.embed(many, uri, kill_once)] == [1] * 60
-            assert sorted(handed) == sorted(unit.unit_id for unit in many), "each unit is handed on once"
-            if len(told) == 1 + len(killed):
-                break
-        assert len(told) == 1 + len(killed), "one further attempt"
+        handed.clear()
+        many = [  # so many that it is in the midst of them when the first one is handed on
+            EmbedUnit(f"unit-{n}", (sources[n % len(sources)],), {"row": [n]}, str(shared / f"many-{n}.parquet"))
+            for n in range(1500)
+        ]
+        assert [unit.num_rows for unit in job.embed(many, uri, kill_once)] == [1] * 1500
+        assert sorted(handed) == sorted(unit.unit_id for unit in many), "each unit is handed on once"
+        assert len(told) == 1 + len(killed) == 2, "one further attempt"
         with pytest.raises(EmbeddingFailedError, match="opening the encoder"):
             job.embed(units[:1], str(shared / "nothing"), lambda _unit: None)
     finally:
