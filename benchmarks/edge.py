@@ -62,11 +62,11 @@ IMAGE_SIZES = {"omniglot": (16, 20), "cifar100": (24, 32)}
 EPOCHS, MAX_LR = {"omniglot": 24, "cifar100": 48}, 5e-3  # of every edge network that is reported
 SWEPT = (0.14, 0.18, 0.21)  # times the large network's widths
 SWEEP_EPOCHS = 24
-EVALUATIONS = 36
+EVALUATIONS, DRAWN = 36, 10
 WAYS = ("evolution", "random search", "width sweep")
 
 
-def space(image_sizes: tuple[int, ...], limit: int, drawn: int = 10) -> SearchConfig:
+def space(image_sizes: tuple[int, ...], limit: int, drawn: int) -> SearchConfig:
     """The space of both searches; `drawn`: networks before any is changed."""
     return SearchConfig(
         block_widths=((4, 8, 12, 16), (12, 16, 24, 32), (24, 32, 48, 64), (48, 64, 96, 128)),
@@ -147,8 +147,7 @@ class Bench:
         }
 
     def _searched(self, way: str) -> Found:
-        drawn = {} if way == "evolution" else {"drawn": EVALUATIONS}
-        config = space(IMAGE_SIZES[self.name], self.limit, **drawn)
+        config = space(IMAGE_SIZES[self.name], self.limit, drawn=DRAWN if way == "evolution" else EVALUATIONS)
         job = self._job(supernet_recipe(self._variant(self._plain(1.0), EPOCHS[self.name]), config))
         supernet, seconds = self._trained(job)
         dev = dev_part(self.folder, self.data, self.queries, self.gallery, [self._known[-1]])

@@ -15,6 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from graceful.training.generation import GenerationCard
+from graceful.training.job import TrainingJob
+from graceful.training.loop import train_worker
+from graceful.training.progress import TrailReporter
+
 
 def on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 100.0) -> list[Any]:
     """Return what `function(rank, num_ranks, *arguments)` returns on every rank; it must be importable by name."""
@@ -39,6 +44,11 @@ def on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, time
             process.join(5)
             process.kill()
             process.join()
+
+
+def trained(rank: int, num_ranks: int, job: TrainingJob) -> GenerationCard | None:
+    """Be one worker of a whole training; the card comes from rank 0."""
+    return train_worker(job, TrailReporter(job.storage_uri, job.name), rank, num_ranks)
 
 
 def _answer(pipe: Connection, timeout_s: float) -> Any:

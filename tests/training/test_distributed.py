@@ -14,7 +14,7 @@ from graceful.errors import UsageError
 from graceful.files import join
 from graceful.training.distributed import SynchronisedBatchNorm, gather_rows, share_weight, synchronised_batch_norm
 from graceful.training.encoder import open_encoder
-from graceful.training.generation import GenerationCard, PredecessorRef, Preprocessing
+from graceful.training.generation import PredecessorRef, Preprocessing
 from graceful.training.heads import build_head
 from graceful.training.job import AugmentationConfig, TrainingConfig, TrainingJob
 from graceful.training.launch import run_training
@@ -27,7 +27,7 @@ from graceful.training.predecessors import PredecessorGroup, Predecessors, class
 from graceful.training.progress import TrailReporter
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ranks import on_ranks
+from ranks import on_ranks, trained
 
 MakeJob = Callable[..., TrainingJob]
 
@@ -137,10 +137,6 @@ def test_a_batch_norm_that_cannot_be_synchronised_is_refused() -> None:
 
 
 # Whole trainings
-
-
-def trained(rank: int, num_ranks: int, job: TrainingJob) -> GenerationCard | None:
-    return train_worker(job, TrailReporter(job.storage_uri, job.name), rank, num_ranks)
 
 
 def self_test(uri: str, images: LabelledImages) -> float:

@@ -30,7 +30,7 @@ from graceful.training.progress import TrailReporter
 from graceful.training.sampling import ClassSample
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ranks import on_ranks
+from ranks import on_ranks, trained
 
 MakeJob = Callable[..., TrainingJob]
 LEAKY = BackboneSpec(name="small_cnn", kwargs={"block_widths": [6, 8], "negative_slope": 0.1})
@@ -320,10 +320,6 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(
         run_training(stopped)
     monkeypatch.undo()
     assert run_training(stopped).digest == whole.digest
-
-
-def trained(rank: int, num_ranks: int, job: TrainingJob) -> GenerationCard | None:
-    return loop.train_worker(job, TrailReporter(job.storage_uri, job.name), rank, num_ranks)
 
 
 def test_two_workers_train_the_same_expansion_as_one(update: Callable[..., Any]) -> None:
