@@ -58,8 +58,7 @@ def test_the_example_runs_at_a_smaller_size(tmp_path: Path, name: str) -> None:
     root = str(tmp_path / "workspace")
     result = replay_plainly(str(tiny.ROOT / "examples" / f"{name}.toml"), root, smaller, SilentProgress(), plain)
     assert result.lines[0].outcome == "BOOTSTRAP"
-    assert result.champion is not None
-    card = read_card(Workspace(root).generation_uri(result.champion))
+    card = read_card(Workspace(root).generation_uri(result.lines[1].candidate))
     assert card.ordinal == 2
     assert card.training["constraints"] == {"focal": ["ract", "focal_kl"], "lqf": []}[name]
     assert ("lqf" in card.training) == (name == "lqf")
