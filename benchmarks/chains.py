@@ -183,6 +183,14 @@ CHAINS = {
         ),
         Chain("cross contrast alone, a = 0", _only(CROSS, interpolation=0.0)),
         Chain("initialised, twice the epochs", _only(interpolation=0.0, epochs=2.0)),
+        Chain(
+            "from scratch, twice the epochs",
+            _only(start="scratch", rows_from_parent=False, interpolation=0.0, epochs=2.0),
+            without_parent=True,
+        ),
+        Chain("ract alone, b = 0.5, rate 0.003", _only(RACT, interpolation=0.0, mixture=0.5, max_lr=3e-3)),
+        Chain("initialised, b = 0.5, rate 0.003", _only(interpolation=0.0, mixture=0.5, max_lr=3e-3)),
+        Chain("initialised, rate 0.003", _only(interpolation=0.0, max_lr=3e-3)),
     )
 }
 

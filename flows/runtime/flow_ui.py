@@ -11,8 +11,9 @@ import logging
 import queue
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from prefect.artifacts import (
@@ -22,8 +23,9 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.client.orchestration import get_client
-from prefect.context import FlowRunContext, TaskRunContext
+from prefect.context import FlowRunContext, SyncClientContext, TaskRunContext
 from prefect.logging import get_run_logger
+from prefect.settings import get_current_settings
 
 from graceful.flows.runtime.progress import Advance, Artifact, Progress
 
@@ -38,7 +40,35 @@ _SECONDS_BETWEEN_GLANCES = 60.0
 _FAILURES = 3
 _WAITING = 200
 _SECONDS_TO_END = 10.0
+_LOOKS = 3
+_SECONDS_BETWEEN_LOOKS = 2.0
+_SECONDS_TO_ANSWER = 3.0
 logger = logging.getLogger(__name__)
+
+
+def answers(api: str) -> bool:
+    """Whether a flow server answers at all; it is asked several times, for it may just be started again.
+
+    True for the empty address: Prefect's own, which has nothing to wait for.
+    """
+    if not api:
+        return True
+    for attempt in range(_LOOKS):
+        if attempt:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        with suppress(OSError), urllib.request.urlopen(f"{api}/health", timeout=_SECONDS_TO_ANSWER):
+            return True
+    return False
+
+
+def ask_no_more() -> None:
+    """Let all that this flow run still asks its server fail at once; to be called within `temporary_settings`.
+
+    Prefect's client would try for a minute to record a run's end, and again that this failed.
+    """
+    get_current_settings().client.max_retries = 0
+    if (context := SyncClientContext.get()) is not None:
+        context.client._client.timeout = _SECONDS_TO_ANSWER
 
 
 class Aside:

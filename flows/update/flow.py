@@ -15,12 +15,12 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed
 
 from graceful.errors import GracefulError
 from graceful.files import is_remote
-from graceful.flows.runtime.flow_ui import FlowProgress
+from graceful.flows.runtime.flow_ui import FlowProgress, answers, ask_no_more
 from graceful.flows.runtime.head import FLOW_RUN
 from graceful.flows.runtime.progress import Progress, SilentProgress
 from graceful.flows.runtime.service import log_runs
@@ -64,10 +64,17 @@ class _Box(Generic[T]):
             self.results.append(work())
         except Exception as error:
             self.error = error
+            self._end_soon()
             raise
         finally:
             FLOW_RUN.reset(here)
+        self._end_soon()
         return self.results[0]
+
+    def _end_soon(self) -> None:
+        """Where somebody waits for a process whose flow server has gone, let it end without asking that for minutes."""
+        if _BOX.get() is self and not answers(PREFECT_API_URL.value() or ""):
+            ask_no_more()
 
 
 def _address_of_run() -> str:
@@ -88,7 +95,8 @@ def run_flow(in_flow: Callable[[], object], without: Callable[[], T]) -> T:
     box: _Box[T] = _Box()
     token = _BOX.set(box)
     try:
-        in_flow()
+        with temporary_settings():  # for `ask_no_more`
+            in_flow()
     except Exception as error:
         if box.error is not None:
             raise box.error from None

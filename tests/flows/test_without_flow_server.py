@@ -35,6 +35,13 @@ def server_of(root: Path) -> int | None:
     return None
 
 
+def decided(root: Path) -> float:
+    """When the second generation was decided about, in seconds since the epoch."""
+    event = Workspace(str(root), tiny.no_encoder).registry.events(Decided)[-1]
+    assert event.generation.startswith("g002-")
+    return event.at
+
+
 def update(root: Path, environment: dict[str, str], **further: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "graceful.flows.cli", "update", "--root", str(root), "--json"],
@@ -50,8 +57,7 @@ def test_an_update_whose_flow_server_dies_or_hangs_ends_as_any_other(
     workspace_root: Path, digits_file: Path, command_environment: dict[str, str], sign: int
 ) -> None:
     tiny.write_config(workspace_root, digits_file, {**tiny.grown(5), "training.epochs": EPOCHS})
-    environment = {**command_environment, "PREFECT_API_REQUEST_TIMEOUT": "3", "PREFECT_CLIENT_MAX_RETRIES": "1"}
-    del environment["PREFECT_HOME"]
+    environment = {name: value for name, value in command_environment.items() if name != "PREFECT_HOME"}
     process = update(workspace_root, environment)
     server = None
     try:
@@ -64,7 +70,8 @@ def test_an_update_whose_flow_server_dies_or_hangs_ends_as_any_other(
         assert server is not None
         os.kill(server, sign)
         assert len(found[0].read_text().splitlines()) < EPOCHS, "the server is to go while the training is under way"
-        stdout, stderr = process.communicate(timeout=100)
+        stdout, stderr = process.communicate(timeout=200)
+        took = time.time() - decided(workspace_root)
     finally:
         if server is not None:
             with contextlib.suppress(ProcessLookupError):
@@ -75,8 +82,7 @@ def test_an_update_whose_flow_server_dies_or_hangs_ends_as_any_other(
     assert json.loads(stdout)["candidate"].startswith("g002-")
     assert "Traceback" not in stderr
     assert "The flow server does not answer" in stderr
-    registry = Workspace(str(workspace_root), tiny.no_encoder).registry
-    assert registry.events(Decided)[-1].generation.startswith("g002-")
+    assert took < 75, "Prefect's client with its own retries takes more than two minutes"
 
 
 @pytest.mark.timeout(200)
