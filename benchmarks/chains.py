@@ -189,6 +189,8 @@ CHAINS = {
             without_parent=True,
         ),
         Chain("ract alone, b = 0.5, rate 0.003", _only(RACT, interpolation=0.0, mixture=0.5, max_lr=3e-3)),
+        Chain("ract alone, b = 0.5, rate 0.002", _only(RACT, interpolation=0.0, mixture=0.5, max_lr=2e-3)),
+        Chain("ract alone, b = 0.5, rate 0.005", _only(RACT, interpolation=0.0, mixture=0.5, max_lr=5e-3)),
         Chain("initialised, b = 0.5, rate 0.003", _only(interpolation=0.0, mixture=0.5, max_lr=3e-3)),
         Chain("initialised, rate 0.003", _only(interpolation=0.0, max_lr=3e-3)),
     )

@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from benchmarks.harness import processor
 from graceful.evaluation.bands import difference_bands
 from graceful.evaluation.decision import decide
-from graceful.evaluation.evidence import NFR_FAMILIES, Question, gather_evidence
+from graceful.evaluation.evidence import NFR_FAMILIES, Question
+from graceful.evaluation.gathering import gather_evidence
 from graceful.evaluation.intervals import share_bounds
 from graceful.evaluation.outcomes import SERVED, Outcomes, fraction_state, live_state, pair_state
 from graceful.evaluation.policy import RolloutPolicy

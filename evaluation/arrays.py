@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from graceful.evaluation.backfill import BackfillCurve, curve_from_outcomes
 from graceful.evaluation.decision import Decision, decide
-from graceful.evaluation.evidence import Question, gather_evidence
+from graceful.evaluation.evidence import Question
+from graceful.evaluation.gathering import gather_evidence
 from graceful.evaluation.matrix import CompatibilityMatrix, matrix_from_outcomes
 from graceful.evaluation.outcomes import SERVED, Metric, Outcomes, fraction_state, live_state, pair_state
 from graceful.evaluation.policy import RolloutPolicy
@@ -55,7 +56,7 @@ def judge_outcomes(
 
     Returns:
         The decision with every guard: limit, value, bound, n and verdict. Errors of several states and of NFR and
-        quality are controlled together at `policy.alpha`; see `evaluation.evidence`.
+        quality are controlled together at `policy.alpha`; see `evaluation.gathering`.
 
     Raises:
         ValueError: shapes differ, a fraction is missing or outside [0, 1], or precision is missing for mAP.

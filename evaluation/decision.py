@@ -24,10 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graceful.evaluation.consumers import ThresholdToServe, thresholds_to_serve
 from graceful.evaluation.cost import net_value
-from graceful.evaluation.evidence import (
-    OVERALL,
-    Evidence,
-)
+from graceful.evaluation.evidence import OVERALL, Evidence
 from graceful.evaluation.guards import (
     Option,
     Reason,

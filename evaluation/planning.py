@@ -21,14 +21,8 @@ from scipy import stats
 
 from graceful.evaluation.cost import CostInputs, OptionCost, net_value
 from graceful.evaluation.decision import decide
-from graceful.evaluation.evidence import (
-    NFR_FAMILIES,
-    OVERALL,
-    Evidence,
-    Question,
-    StateEvidence,
-    gather_evidence,
-)
+from graceful.evaluation.evidence import NFR_FAMILIES, OVERALL, Evidence, Question, StateEvidence
+from graceful.evaluation.gathering import gather_evidence
 from graceful.evaluation.guards import full_option
 from graceful.evaluation.intervals import CLUSTERS_COUNT_ONCE, FEW_FLIPPED_CLUSTERS, ICC_FLOOR, share_bounds
 from graceful.evaluation.outcomes import SERVED, Outcomes, fraction_state, live_state, pair_state

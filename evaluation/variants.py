@@ -18,7 +18,9 @@ from collections.abc import Mapping
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from graceful.evaluation.evidence import CertificateEvidence, certify, certify_clients, certify_pairs, metric_lower
+from graceful.evaluation.certificates import certify, certify_clients, certify_pairs
+from graceful.evaluation.evidence import CertificateEvidence
+from graceful.evaluation.gathering import metric_lower
 from graceful.evaluation.outcomes import Outcomes, measured, metric_values, pair_state
 from graceful.evaluation.policy import RolloutPolicy
 

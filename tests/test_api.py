@@ -11,7 +11,8 @@ import pytest
 import graceful
 from graceful.evaluation.arrays import outcomes_from_ranks
 from graceful.evaluation.decision import decide
-from graceful.evaluation.evidence import Question, gather_evidence
+from graceful.evaluation.evidence import Question
+from graceful.evaluation.gathering import gather_evidence
 from graceful.evaluation.outcomes import SERVED, fraction_state
 from tests.evaluation.conftest import plant
 

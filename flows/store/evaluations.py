@@ -18,7 +18,8 @@ from graceful.errors import GracefulError, UnknownFormatError
 from graceful.evaluation.changed import log_columns, log_from_columns
 from graceful.evaluation.consumers import Clusterings, Consumed, ScoreSample
 from graceful.evaluation.decision import Decision, decide
-from graceful.evaluation.evidence import Evidence, Question, gather_evidence, unmeasured_wave
+from graceful.evaluation.evidence import Evidence, Question
+from graceful.evaluation.gathering import gather_evidence, unmeasured_wave
 from graceful.evaluation.outcomes import Outcomes, from_columns, to_columns
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.files import exists, join, read_json, resolve, write_json

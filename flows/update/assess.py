@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from graceful.evaluation.certificates import certify, wave_zero_generations
 from graceful.evaluation.consumers import Consumed
 from graceful.evaluation.cost import CostInputs
-from graceful.evaluation.evidence import CertificateEvidence, Question, certify, wave_zero_generations
+from graceful.evaluation.evidence import CertificateEvidence, Question
 from graceful.evaluation.outcomes import Outcomes, live_state
 from graceful.evaluation.policy import RolloutPolicy
 from graceful.evaluation.spending import Look, at_level

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graceful.evaluation.evidence import Evidence, Question, gather_evidence
+from graceful.evaluation.evidence import Evidence, Question
+from graceful.evaluation.gathering import gather_evidence
 from graceful.evaluation.outcomes import SERVED, Outcomes, fraction_state, live_state, pair_state
 from graceful.evaluation.policy import RolloutPolicy
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from graceful.evaluation.certificates import certify, wave_zero_generations
 from graceful.evaluation.cost import CostInputs
 from graceful.evaluation.decision import certificates_to_issue
-from graceful.evaluation.evidence import Evidence, certify, wave_zero_generations
+from graceful.evaluation.evidence import Evidence
 from graceful.evaluation.outcomes import SERVED, Outcomes, fraction_state
 from graceful.evaluation.policy import RolloutPolicy
 from tests.evaluation.conftest import QUICK, gather, with_states
