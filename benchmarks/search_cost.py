@@ -20,7 +20,8 @@ from graceful.indexing.embedding_files import write_embedding_file
 from graceful.indexing.following import IndexFollower, Target
 from graceful.indexing.gallery import Gallery
 from graceful.indexing.index_choice import SearchConfig
-from graceful.indexing.search import AddedRows, IndexState, build_state
+from graceful.indexing.parts import AddedRows
+from graceful.indexing.search import IndexState, build_state
 from graceful.indexing.snapshots import SegmentRows
 
 WIDTH = 128

@@ -34,8 +34,9 @@ from graceful.indexing.derived_files import IndexCorruptedError
 from graceful.indexing.gallery import Gallery
 from graceful.indexing.index_choice import SearchConfig
 from graceful.indexing.leases import GalleryVersion
+from graceful.indexing.parts import AddedRows
 from graceful.indexing.revisions import bucket_of_revision
-from graceful.indexing.search import AddedRows, IndexState, build_state, open_snapshot
+from graceful.indexing.search import IndexState, build_state, open_snapshot
 from graceful.indexing.sidecar import SIDECAR_SCHEMA, ItemBook, as_sidecar, open_sidecar
 from graceful.indexing.snapshots import (
     MANIFEST_NAME,

@@ -6,7 +6,7 @@ half confirms it. Held out means that no query can be found, and that a graph (H
 measured: by its own links a stored row would find its neighbours too easily. The oracle is exact search over the same
 rows. A neighbour whose score ties with the last exact one counts as found.
 
-What an index proposes is scored again from the vectors themselves (see `indexing.search`), so compressed kinds are
+What an index proposes is scored again from the vectors themselves (see `indexing.parts`), so compressed kinds are
 asked for more rows than wanted, and every kind returns exact scores.
 
 Shapes: N rows, D width, Q queries, K neighbours.

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from graceful.indexing.exact import NonFiniteEmbeddingError, WidthMismatchError
 from graceful.indexing.index_choice import SearchConfig
-from graceful.indexing.search import AddedRows, IndexState, SearchResult, build_state
+from graceful.indexing.parts import AddedRows
+from graceful.indexing.search import IndexState, SearchResult, build_state
 from graceful.indexing.snapshots import SegmentRows
 
 WIDTH = 6

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from graceful.indexing.index_choice import COMPRESSED_FROM_ROWS, FLAT_BELOW_ROWS, IndexReport, SearchConfig
 from graceful.indexing.kinds import build_index, choose_index, num_lists_for
-from graceful.indexing.search import AddedRows, IndexState, build_state, open_snapshot
+from graceful.indexing.parts import AddedRows
+from graceful.indexing.search import IndexState, build_state, open_snapshot
 from graceful.indexing.snapshots import SegmentRows, SnapshotSource, publish_snapshot
 
 KINDS = ["ivf", "ivf_sq8", "ivf_pq", "hnsw"]
