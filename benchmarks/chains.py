@@ -112,6 +112,11 @@ LONG = (
     "ract alone, summed, b = 0.5",
     "ract alone, summed by need, b = 0.5",
     "ract alone, b = 0.7",
+    "ract alone, b = 0.5, rate 0.002",
+    "ract alone, b = 0.5, rate 0.003",
+    "initialised, rate 0.003",
+    "ract alone, summed, b = 0.5, rate 0.003",
+    "ract alone, weight 2, b = 0.5, rate 0.003",
     "ract alone, a = 0",
     "ours, a = 0, b = 0.5",
     "ours, a = 0.4",
@@ -191,6 +196,14 @@ CHAINS = {
         Chain("ract alone, b = 0.5, rate 0.003", _only(RACT, interpolation=0.0, mixture=0.5, max_lr=3e-3)),
         Chain("ract alone, b = 0.5, rate 0.002", _only(RACT, interpolation=0.0, mixture=0.5, max_lr=2e-3)),
         Chain("ract alone, b = 0.5, rate 0.005", _only(RACT, interpolation=0.0, mixture=0.5, max_lr=5e-3)),
+        Chain(
+            "ract alone, summed, b = 0.5, rate 0.003",
+            _only({**RACT, "reduction": "sum"}, interpolation=0.0, mixture=0.5, max_lr=3e-3),
+        ),
+        Chain(
+            "ract alone, weight 2, b = 0.5, rate 0.003",
+            _only({**RACT, "weight": 2.0}, interpolation=0.0, mixture=0.5, max_lr=3e-3),
+        ),
         Chain("initialised, b = 0.5, rate 0.003", _only(interpolation=0.0, mixture=0.5, max_lr=3e-3)),
         Chain("initialised, rate 0.003", _only(interpolation=0.0, max_lr=3e-3)),
     )

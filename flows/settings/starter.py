@@ -4,6 +4,7 @@ import json
 import os
 
 from graceful.flows.settings.inspection import Inspection, Needed
+from graceful.flows.settings.template import DEFAULTS
 
 
 def filled_in(name: str, found: Inspection) -> str:
@@ -41,30 +42,7 @@ augmentation = {{ kind = {_toml(p.augmentation)} }}
 
 # The limits of a decision, written down before the first update. These are the defaults.
 # {_needed_remark(p.needed)}
-[policy]
-alpha = 0.05
-k = 1
-quality_margin_points = 0.5
-max_nfr = 0.02
-max_dip_points = 1.0
-max_wave_zero_share = 0.10
-required_slices = []
-
-[gallery]
-order = "random"
-probation_hours = 168
-
-# local: a Ray cluster for each update alone; auto: the cluster this machine belongs to; http://head:8265: Ray jobs.
-[cluster]
-address = "local"
-num_workers = 1
-embed_workers = 2
-
-# When 'graceful serve' runs an update: Monday at three.
-[schedule]
-cron = "0 3 * * 1"
-timezone = "UTC"
-"""
+{DEFAULTS}"""
 
 
 def inspection_lines(found: Inspection, listing: str) -> list[str]:
