@@ -83,7 +83,7 @@ OMNIGLOT = Data(
     "omniglot",
     (6, 12, 18, 24, 30),
     {
-        "width": 128, "epochs": 6, "batch_size": 96, "mixture": 0.0,
+        "width": 128, "epochs": 6, "batch_size": 96, "mixture": 0.0, "max_lr": 1e-3,
         "backbone": {"name": "small_cnn", "kwargs": {"block_widths": [16, 32, 64, 128]}},
         "preprocessing": {"image_size": 20, "channels": 1, "mean": [0.92], "std": [0.22]},
         "augmentation": {"kind": "affine"},
@@ -97,7 +97,7 @@ CIFAR = Data(
     "cifar100",
     (20, 40, 60, 80, 100),
     {
-        "width": 128, "epochs": 8, "batch_size": 96, "mixture": 0.0,
+        "width": 128, "epochs": 8, "batch_size": 96, "mixture": 0.0, "max_lr": 1e-3,
         "backbone": {"name": "small_cnn", "kwargs": {"block_widths": [16, 32, 64, 128]}},
         "preprocessing": {"image_size": 32, "channels": 3, "mean": [0.507, 0.487, 0.441], "std": [0.267, 0.256, 0.276]},
         "augmentation": {"kind": "crop_flip"},
@@ -117,6 +117,8 @@ LONG = (
     "initialised, rate 0.003",
     "ract alone, summed, b = 0.5, rate 0.003",
     "ract alone, weight 2, b = 0.5, rate 0.003",
+    "ract alone, weight 4, b = 0.5, rate 0.003",
+    "ract alone, weight 8, b = 0.5, rate 0.003",
     "ract alone, a = 0",
     "ours, a = 0, b = 0.5",
     "ours, a = 0.4",
@@ -200,9 +202,12 @@ CHAINS = {
             "ract alone, summed, b = 0.5, rate 0.003",
             _only({**RACT, "reduction": "sum"}, interpolation=0.0, mixture=0.5, max_lr=3e-3),
         ),
-        Chain(
-            "ract alone, weight 2, b = 0.5, rate 0.003",
-            _only({**RACT, "weight": 2.0}, interpolation=0.0, mixture=0.5, max_lr=3e-3),
+        *(
+            Chain(
+                f"ract alone, weight {weight}, b = 0.5, rate 0.003",
+                _only({**RACT, "weight": float(weight)}, interpolation=0.0, mixture=0.5, max_lr=3e-3),
+            )
+            for weight in (2, 4, 8)
         ),
         Chain("initialised, b = 0.5, rate 0.003", _only(interpolation=0.0, mixture=0.5, max_lr=3e-3)),
         Chain("initialised, rate 0.003", _only(interpolation=0.0, max_lr=3e-3)),

@@ -453,7 +453,7 @@ def with_tables(text: str) -> str:
     compared = json.loads((ROOT / "benchmarks" / "results-comparison.json").read_text())
     for data in ("omniglot", "cifar100"):
         tables |= {f"comparison {data} {count}": comparison(compared, data, count) for count in (1, 2)}
-    tables |= {f"chosen by {data}": chosen_by(compared, data) for data in ("omniglot", "cifar100")}
+    tables |= {f"chosen by {data}": chosen_by(compared, data) for data in ("omniglot", "cifar100", "omniglot-10")}
     tables |= {f"long chains {data}": long_chains(compared, data) for data in ("omniglot-10", "omniglot-30")}
     trained = json.loads((ROOT / "benchmarks" / "results-congruent.json").read_text())
     tables |= {f"congruent {data}": congruent(trained, data) for data in ("omniglot", "cifar100")}

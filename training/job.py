@@ -302,7 +302,12 @@ class TrainingConfig(BaseModel):
         description="Classes in a step's softmax, of the task and of constraints: the batch's own and random others. "
         "0: all. By default all up to 1,024, above that 1,024 or twice the batch.",
     )
-    max_lr: float = Field(default=1e-3, gt=0, description="Peak learning rate with a parent.")
+    max_lr: float = Field(
+        default=1e-3,
+        gt=0,
+        description="Peak learning rate with a parent. A higher one learns more in an update, and holds fewer of the "
+        "older galleries.",
+    )
     first_max_lr: float = Field(default=2e-3, gt=0, description="Peak learning rate when started from scratch.")
     weight_decay: float = Field(default=0.01, ge=0, description="AdamW's decay; not applied to norms and biases.")
     calibration_images: int = Field(default=4096, ge=0, description="Clean images for batch norm statistics; 0: none.")
