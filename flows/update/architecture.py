@@ -85,12 +85,13 @@ def _search(session: Session, name: str, cloud: str) -> SearchRecord:
     folder, images = f"search-{key}", read_manifest(workspace.manifest_uri(made.update_key))
     laid = [lay_vectors(session, folder, generation, images) for generation in constrained(workspace, cloud)]
     frozen = made.model_copy(update={"training_key": key, "ordinal": ordinal_of(cloud)})
-    order = (frozen, recipe, f"{name}-supernet", workspace.generation_uri(cloud), laid, VariantOf(name=name, of=cloud))
-    supernet = train(session, *order).generation_id
+    uri, of = workspace.generation_uri(cloud), VariantOf(name=name, of=cloud)
+    job = training_job(session, frozen, recipe, f"{name}-supernet", uri, laid, of)
+    supernet = train(session, job).generation_id
     aside = read_manifest(workspace.dev_uri(made.update_key))
     beside = lay_vectors(session, folder, cloud, aside, "-dev")
     dev = DevPart(manifest_uri=workspace.dev_uri(made.update_key), predecessors=(beside,))
-    job = training_job(session, *order).model_copy(update={"dev": dev})
+    job = job.model_copy(update={"dev": dev})
 
     asked = variant.search.model_dump(mode="json", exclude={"evaluations"})  # with more of them, it goes on
     where = workspace.search_uri(digest([supernet, asked])[:16])

@@ -173,7 +173,8 @@ def measure_control(session: Session, steps: list[UpdateResult], control: Contro
         if exists(done) and read_json(done)["key"] == key:
             name = str(read_json(done)["generation"])
         else:
-            name = making.train(session, frozen, recipe, control.replace("_", "-"), parent_uri, ()).generation_id
+            job = making.training_job(session, frozen, recipe, control.replace("_", "-"), parent_uri, ())
+            name = making.train(session, job).generation_id
             write_json(done, {"key": key, "generation": name})
         members.append(name)
         parent_uri = workspace.generation_uri(name)

@@ -107,7 +107,9 @@ def train_candidate(inputs: Inputs, predecessors: Sequence[PredecessorRef]) -> s
     if frozen.num_forgotten:
         card = _leave_out(inputs)
     else:
-        card = train(inputs.session, frozen, inputs.session.config.training, "candidate", _parent(inputs), predecessors)
+        recipe = inputs.session.config.training
+        job = training_job(inputs.session, frozen, recipe, "candidate", _parent(inputs), predecessors)
+        card = train(inputs.session, job)
     made = Trained(training_key=frozen.training_key, summary=card.training)
     registry.record(made, update_key=frozen.update_key, generation=card.generation_id)
     inputs.session.compute_s += _training_seconds(card)
@@ -138,29 +140,18 @@ def train_paragon(inputs: Inputs) -> str:
     that has none.
     """
     recipe = inputs.session.config.training.without_constraints()
-    card = train(inputs.session, inputs.frozen, recipe, "paragon", _paragon_before(inputs) or _parent(inputs), ())
+    parent = _paragon_before(inputs) or _parent(inputs)
+    card = train(inputs.session, training_job(inputs.session, inputs.frozen, recipe, "paragon", parent, ()))
     inputs.session.compute_s += _training_seconds(card)
     return card.generation_id
 
 
-def train(
-    session: Session,
-    frozen: UpdateStarted,
-    recipe: TrainingConfig,
-    role: str,
-    parent_uri: str | None,
-    predecessors: Sequence[PredecessorRef],
-    variant: VariantOf | None = None,
-) -> GenerationCard:
-    """Run one training, on Ray or in this process; a finished run of the same name is found and not repeated.
-
-    `variant`: one is trained, on what its generation was trained on; nothing is chosen on the dev part.
-    """
-    config = session.config.cluster
-    job = training_job(session, frozen, recipe, role, parent_uri, predecessors, variant)
-    label = f"training g{frozen.ordinal:03d} ({role})"
+def train(session: Session, job: TrainingJob) -> GenerationCard:
+    """Run one training, on Ray or in this process; a finished run of the same name is found and not repeated."""
+    config, role = session.config.cluster, _role(job)
+    label = f"training g{job.ordinal:03d} ({role})"
     with (
-        open_trackers(session.config.trackers, job.name, recipe.model_dump(mode="json")) as write,
+        open_trackers(session.config.trackers, job.name, job.config.model_dump(mode="json")) as write,
         session.progress.track(label, job.planned_epochs) as advance,
     ):
         learning = LearningCurve(session.progress, f"{session.config.name}-learning-curve", role)
@@ -196,7 +187,10 @@ def training_job(
     predecessors: Sequence[PredecessorRef],
     variant: VariantOf | None = None,
 ) -> TrainingJob:
-    """The order of a training, named by what goes into it. A variant's has no dev part: nothing is chosen there."""
+    """The order of a training, named by what goes into it; `role`: what for, such as 'candidate'.
+
+    `variant`: one is trained, on what its generation was trained on; it has no dev part, and nothing is chosen there.
+    """
     config = session.config.cluster
     run = [frozen.training_key, role, recipe.model_dump(mode="json"), parent_uri]
     name = f"g{frozen.ordinal:03d}-{role}-{hashlib.sha256(json.dumps(run).encode()).hexdigest()[:12]}"
@@ -221,6 +215,11 @@ def training_job(
         max_failures=config.max_failures,
         checkpoint_minutes=config.checkpoint_minutes,
     )
+
+
+def _role(job: TrainingJob) -> str:
+    """What a training is for, as `training_job` names it."""
+    return job.name.partition("-")[2].rpartition("-")[0]
 
 
 def embed_evaluation(inputs: Inputs, generation: str) -> int:

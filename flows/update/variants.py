@@ -29,7 +29,7 @@ from graceful.flows.update.act import Step
 from graceful.flows.update.bench import Bench, production_owners
 from graceful.flows.update.freeze import digest
 from graceful.flows.update.text_towers import judge_tower, make_tower
-from graceful.flows.update.train import embed_images, lay_vectors, train
+from graceful.flows.update.train import embed_images, lay_vectors, train, training_job
 from graceful.indexing.gallery import View
 from graceful.training.generation import VariantOf, ordinal_of, read_card
 from graceful.training.job import TRAINING_VERSION
@@ -80,7 +80,8 @@ def train_variant(session: Session, name: str, cloud: str) -> str:
     folder = f"variant-{key}"
     laid = [lay_vectors(session, folder, generation, images) for generation in constrained(workspace, cloud)]
     frozen = made.model_copy(update={"training_key": key, "ordinal": ordinal_of(cloud)})
-    card = train(session, frozen, recipe, name, workspace.generation_uri(cloud), laid, VariantOf(name=name, of=cloud))
+    variant = VariantOf(name=name, of=cloud)
+    card = train(session, training_job(session, frozen, recipe, name, workspace.generation_uri(cloud), laid, variant))
     trained = VariantTrained(name=name, of=cloud, training_key=key, summary=card.training)
     registry.record(trained, update_key=folder, generation=card.generation_id)
     remove(join(workspace.update_uri(folder), "predecessors"))  # copies from the caches
