@@ -62,13 +62,24 @@ def answers(api: str) -> bool:
 
 
 def ask_no_more() -> None:
-    """Let all that this flow run still asks its server fail at once; to be called within `temporary_settings`.
+    """Let all that this flow run still asks its server fail at once; to be called within `asking_again`.
 
     Prefect's client would try for a minute to record a run's end, and again that this failed.
     """
     get_current_settings().client.max_retries = 0
     if (context := SyncClientContext.get()) is not None:
         context.client._client.timeout = _SECONDS_TO_ANSWER
+
+
+@contextmanager
+def asking_again() -> Iterator[None]:
+    """After the block Prefect's client asks as often as before it."""
+    client = get_current_settings().client  # changed in place: a copy would read the environment anew
+    before = client.max_retries
+    try:
+        yield
+    finally:
+        client.max_retries = before
 
 
 class Aside:

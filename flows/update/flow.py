@@ -15,12 +15,12 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed
 
 from graceful.errors import GracefulError
 from graceful.files import is_remote
-from graceful.flows.runtime.flow_ui import FlowProgress, answers, ask_no_more
+from graceful.flows.runtime.flow_ui import FlowProgress, answers, ask_no_more, asking_again
 from graceful.flows.runtime.head import FLOW_RUN
 from graceful.flows.runtime.progress import Progress, SilentProgress
 from graceful.flows.runtime.service import log_runs
@@ -95,7 +95,7 @@ def run_flow(in_flow: Callable[[], object], without: Callable[[], T]) -> T:
     box: _Box[T] = _Box()
     token = _BOX.set(box)
     try:
-        with temporary_settings():  # for `ask_no_more`
+        with asking_again():
             in_flow()
     except Exception as error:
         if box.error is not None:

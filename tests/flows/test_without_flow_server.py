@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from prefect.settings import get_current_settings
 
 from graceful.flows.runtime import flow_ui
 from graceful.flows.runtime.flow_ui import Aside
 from graceful.flows.store.events import Decided
 from graceful.flows.store.workspace import Workspace
+from graceful.flows.update import flow
 from tests.flows import tiny
 
 EPOCHS = 200
@@ -111,6 +113,24 @@ def test_an_error_of_the_work_is_reported_as_it_is_without_a_flow_server(
     assert process.returncode == 1, stderr[-3000:]
     assert "restore the file from a copy" in stderr
     assert "Traceback" not in stderr
+
+
+def test_a_run_keeps_the_settings_of_its_process_and_leaves_them_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of them would read the environment anew: runs, tasks and clients would be at two servers."""
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")  # Prefect was imported before
+    settings, before = get_current_settings(), get_current_settings().client.max_retries
+    seen = []
+
+    def in_flow() -> None:
+        flow_ui.ask_no_more()
+        seen.append((get_current_settings(), get_current_settings().client.max_retries))
+        box = flow._BOX.get()
+        assert box is not None
+        box.results.append("done")
+
+    assert flow.run_flow(in_flow, lambda: "without") == "done"
+    assert seen[0][0] is settings
+    assert seen[0][1] == 0 < before == settings.client.max_retries
 
 
 class TestAside:
