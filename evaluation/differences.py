@@ -67,6 +67,7 @@ def bands_of(
 
 
 def difference_numbers(pair: Pair | None, band: DifferenceBands, column: int) -> dict[str, Any]:
+    """What `PairedDifference` holds of one comparison, a column of its band; None: not measured."""
     known = pair is not None and len(pair.known.before) > 0
     return {
         "num_queries": int(band.num_queries[column]),
@@ -83,6 +84,7 @@ def difference_numbers(pair: Pair | None, band: DifferenceBands, column: int) ->
 
 
 def flip_numbers(pair: Pair, clusters: NDArray[Any], alpha: float, noise_floor: float | None) -> dict[str, Any]:
+    """What `StateEvidence` holds of flips and repairs, every bound at `alpha`, clusters respected."""
     before, after = pair.known.right_before, pair.known.right_after
     settled = ~np.isnan(pair.log)
     losses = np.concatenate([before & ~after, pair.log[settled] < 0])
@@ -100,7 +102,7 @@ def flip_numbers(pair: Pair, clusters: NDArray[Any], alpha: float, noise_floor: 
             "pfr",
             "mcnemar_p",
         )
-        return {**dict.fromkeys((*unknown, "mcnemar_p")), "num_flipped_clusters": 0}
+        return {**dict.fromkeys(unknown), "num_flipped_clusters": 0}
     # A ratio of two shares: each of its two bounds takes half.
     broken, repaired = share_bounds(losses, inside, alpha / 2), share_bounds(wins, inside, alpha / 2)
     return {
@@ -150,6 +152,7 @@ def cluster_codes(outcomes: Outcomes) -> NDArray[np.int64]:
 
 
 def finite(value: float | np.floating[Any]) -> float | None:
+    """The number, None where it is none: JSON has no NaN."""
     return float(value) if math.isfinite(value) else None
 
 
