@@ -9,7 +9,6 @@ import os
 import socket
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -59,10 +58,18 @@ def running_server(root: str) -> str | None:
         state = json.loads(Path(root, ".prefect", SERVER_FILE).read_text())
         if state["host"] != socket.gethostname() or process_start(state["pid"]) != state["process_start"]:
             return None
-        with urllib.request.urlopen(f"{state['api_url']}/health", timeout=5):
-            return str(state["api_url"])
-    except (OSError, ValueError, KeyError, urllib.error.URLError):
+        return str(state["api_url"]) if is_healthy(state["api_url"]) else None
+    except (OSError, ValueError, KeyError):
         return None
+
+
+def is_healthy(api_url: str, timeout_s: float = 5.0) -> bool:
+    """Whether a flow server answers at its API address within so many seconds."""
+    try:
+        with urllib.request.urlopen(f"{api_url}/health", timeout=timeout_s):
+            return True
+    except OSError:  # URLError is one
+        return False
 
 
 def append_to_log(log: Path) -> int:

@@ -11,9 +11,8 @@ import logging
 import queue
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from prefect.artifacts import (
@@ -27,6 +26,7 @@ from prefect.context import FlowRunContext, SyncClientContext, TaskRunContext
 from prefect.logging import get_run_logger
 from prefect.settings import get_current_settings
 
+from graceful.flows.runtime.environment import is_healthy
 from graceful.flows.runtime.progress import Advance, Artifact, Progress
 
 SECONDS_LEFT_ALONE = 60.0
@@ -56,7 +56,7 @@ def answers(api: str) -> bool:
     for attempt in range(_LOOKS):
         if attempt:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        with suppress(OSError), urllib.request.urlopen(f"{api}/health", timeout=_SECONDS_TO_ANSWER):
+        if is_healthy(api, _SECONDS_TO_ANSWER):
             return True
     return False
 

@@ -14,13 +14,11 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from graceful.errors import GracefulError
-from graceful.flows.runtime.environment import SERVER_FILE, running_server
+from graceful.flows.runtime.environment import SERVER_FILE, is_healthy, running_server
 from graceful.processes import process_start
 
 START_TIMEOUT_S = 240.0
@@ -105,11 +103,8 @@ def _home_of(root: str) -> Path:
 def _wait_until_healthy(server: "subprocess.Popen[bytes]", api_url: str, log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
-        try:
-            with urllib.request.urlopen(f"{api_url}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            pass
+        if is_healthy(api_url):
+            return
         if server.poll() is not None or time.monotonic() > deadline:
             why = f"it ended with {server.returncode}" if server.poll() is not None else "it does not answer"
             tail = " ".join(log.read_text(errors="replace")[-400:].split())
